@@ -1,0 +1,65 @@
+"""The words of the data path: record, conversation, problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["system", "user", "assistant"]
+Action = Literal["dropped", "repaired", "warned"]
+
+
+class Raw(NamedTuple):
+    """One record as it stands in a file, not parsed yet where it is text.
+
+    `line` is 1-based: the line the record starts on (for CSV and Parquet, the row, header not
+    counted). `value` is JSON text, or a dict for tabular files.
+    """
+
+    line: int
+    value: str | dict[str, Any]
+
+
+@dataclass(slots=True)
+class Turn:
+    """One utterance. `input` is the separate material of an instruction (Alpaca's `input`)."""
+
+    role: Role
+    text: str
+    input: str = ""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What every data format becomes.
+
+    `turns` is an optional system turn, then user and assistant in strict alternation, ending with
+    the assistant. For `kind == "text"` (continued pre-training) it is one assistant turn and no
+    template is applied.
+    """
+
+    turns: list[Turn]
+    line: int = 0
+    kind: Literal["chat", "text"] = "chat"
+
+
+class Problem(NamedTuple):
+    """Something about a record that the user should know.
+
+    `action` is what was done: the record was `dropped`, `repaired` (used after a change), or
+    `warned` of (used as it is).
+    """
+
+    line: int
+    field: str
+    reason: str
+    action: Action
+
+
+@dataclass(slots=True)
+class Parsed:
+    """What a record became: a conversation (None where it was dropped), its format, its problems."""
+
+    conversation: Conversation | None
+    format: str
+    problems: list[Problem] = field(default_factory=list)
