@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
 @dataclass(slots=True)
 class Parsed:
-    """What a record became: a conversation (None where it was dropped), its format, its problems."""
+    """What a record became: a conversation (None if it was dropped), its format, its problems."""
 
     conversation: Conversation | None
     format: str

