@@ -1,0 +1,141 @@
+"""Load a base: the type of its frozen weights, and the reason for it in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vicuna.errors import UserError
+from vicuna.model import attention
+from vicuna.model.base import quiet_transformers
+
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A precision and why it was chosen."""
+
+    precision: str
+    reason: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of activations and of weights that are not quantised."""
+        if self.precision in _DTYPES:
+            return _DTYPES[self.precision]
+        return _DTYPES[fastest(pick_device())[0]]
+
+
+def pick_device() -> torch.device:
+    """The accelerator there is, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def fastest(device: torch.device) -> tuple[str, str]:
+    """The fastest type for frozen weights on this device, and the reason."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = torch.cuda.get_device_name(device)
+        if major >= 8:
+            return "bf16", f"{name} (compute capability {major}.{minor}) has bf16 matrix units"
+        if major == 7:
+            return "fp16", f"{name} (compute capability {major}.{minor}) has fp16 units, no bf16"
+        return "fp32", f"{name} (compute capability {major}.{minor}) has no fast 16-bit type"
+    if device.type == "mps":
+        return "fp16", "Apple's GPU: fp16 halves the memory"
+    if _cpu_has_bf16():
+        return "bf16", "this CPU has bf16 instructions"
+    return "fp32", "this CPU has no bf16 instructions"
+
+
+def _cpu_has_bf16() -> bool:
+    for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        ask = getattr(torch.cpu, probe, None)
+        if ask is not None and ask():
+            return True
+    return False
+
+
+def choose(precision: Precision, device: torch.device) -> Chosen:
+    """Turn `auto` into a type; say why."""
+    if precision != "auto":
+        return Chosen(precision, "asked for")
+    return Chosen(*fastest(device))
+
+
+def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
+    """A causal language model with frozen weights, in evaluation mode, its cache off.
+
+    Raises: UserError where transformers cannot load it, or a library is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    attention.register()
+    extra: dict[str, Any] = {}
+    if chosen.precision in ("int8", "nf4"):
+        extra = {"quantization_config": _quantization(chosen), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=chosen.dtype, attn_implementation="sdpa", **extra
+        )
+    except torch.cuda.OutOfMemoryError as e:
+        raise UserError(
+            f"the base does not fit the GPU in {chosen.precision}",
+            where=str(folder),
+            fix="Try --precision nf4 (a quarter of fp16's memory), or a smaller model.",
+        ) from e
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+        raise UserError(
+            f"transformers cannot load this model: {str(e).strip().splitlines()[0]}",
+            where=str(folder),
+            fix="The folder needs config.json and *.safetensors of a causal language model.",
+        ) from e
+    if not extra:
+        model.to(device)  # type: ignore[arg-type]
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _quantization(chosen: Chosen) -> Any:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            "bitsandbytes is not installed",
+            where=f"precision {chosen.precision}",
+            fix="pip install 'chinese-vicuna[gpu]', or choose bf16, fp16 or fp32.",
+        )
+    if chosen.precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=chosen.dtype,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def context_length(model: Any) -> int:
+    """Positions the model was made for."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)

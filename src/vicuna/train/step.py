@@ -1,0 +1,105 @@
+"""One optimiser step's loss and gradients: packs through the decoder, the loss at supervised rows.
+
+The result is that of the step's examples run one by one, up to rounding, however they were packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.data.pack import Pack
+from vicuna.model import attention
+from vicuna.model.dropout import DropoutState
+from vicuna.train.loss import cross_entropy_sum
+
+
+@dataclass
+class Learner:
+    """A causal language model with an adapter, and how to get a loss from it.
+
+    model: a PEFT model (or a bare causal LM for evaluation).
+    """
+
+    model: Any
+    device: torch.device
+    dropout: DropoutState = field(default_factory=DropoutState)
+
+    def __post_init__(self) -> None:
+        get_base = getattr(self.model, "get_base_model", None)
+        causal = get_base() if get_base else self.model
+        self.decoder = causal.get_decoder()
+        self.head = causal.get_output_embeddings()
+        config = causal.config.get_text_config()
+        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable parameters by name, in a fixed order."""
+        named = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+        return dict(sorted(named, key=lambda x: x[0]))
+
+    def packed_attention(self) -> None:
+        """Switch the decoder to attention over packs."""
+        attention.register()
+        self.decoder.config._attn_implementation = attention.NAME
+
+    def plain_attention(self) -> None:
+        """Switch the decoder back to ordinary attention, for generation."""
+        self.decoder.config._attn_implementation = "sdpa"
+
+    def loss_sum(self, pack: Pack) -> Tensor:
+        """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
+        ids = torch.from_numpy(pack.ids).to(self.device)[None]
+        positions = torch.from_numpy(pack.positions).to(self.device)[None]
+        self.dropout.rows = torch.from_numpy(pack.prefix_hashes).to(self.device)[None]
+        hidden = self.decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=None,
+            use_cache=False,
+            packed=attention.Layout(pack.segments),
+        ).last_hidden_state[0]
+        rows = torch.from_numpy(pack.target_rows).to(self.device)
+        return cross_entropy_sum(
+            hidden[rows],
+            self.head.weight,
+            torch.from_numpy(pack.target_ids).to(self.device),
+            torch.from_numpy(pack.weights).to(self.device),
+            bias=getattr(self.head, "bias", None),
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+        )
+
+    def backward(self, packs: Iterable[Pack], supervised: int, loss_scale: float = 1.0) -> float:
+        """Add a step's gradients to the parameters; the mean loss over its supervised tokens.
+
+        Args:
+            supervised: tokens with a target in the whole step (all packs, all devices).
+            loss_scale: keeps fp16 gradients above underflow; divide gradients by it afterwards.
+        """
+        total = 0.0
+        for pack in packs:
+            loss = self.loss_sum(pack)
+            (loss * (loss_scale / supervised)).backward()
+            total += loss.item()
+        return total / supervised
+
+    @torch.no_grad()
+    def mean_loss(self, packs: Iterable[Pack]) -> tuple[float, int]:
+        """(mean loss, supervised tokens) without gradients; dropout is off."""
+        training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for pack in packs:
+            total += self.loss_sum(pack).item()
+            count += pack.supervised
+        self.model.train(training)
+        return total / max(count, 1), count
