@@ -1,0 +1,253 @@
+"""All sources of a run together: which examples there are, which are held out, what was lost.
+
+Nothing here loads a model. The report is complete before training starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vicuna.config import DatasetEntry, DataSettings
+from vicuna.data import checks
+from vicuna.data.encode import Example
+from vicuna.data.order import Group, Order, split_validation
+from vicuna.data.prepare import Recipe, prepare_file
+from vicuna.data.read import expand
+from vicuna.data.report import DataReport, FileReport
+from vicuna.data.store import Store
+from vicuna.data.template import Renderer
+from vicuna.errors import UserError
+
+Overlong = Literal["drop", "split", "cut"]
+Say = Callable[[str], None]
+CUTOFFS = (256, 512, 1024, 2048, 4096)
+
+
+@dataclass
+class Source:
+    """One file's store, which of its examples are usable, and the entry it came from."""
+
+    path: Path
+    store: Store
+    keep: np.ndarray  # int64, indices into the store
+    entry: int
+    report: FileReport
+
+
+@dataclass
+class Dataset:
+    """Examples of several sources under one numbering: source by source, in the file's order."""
+
+    sources: list[Source]
+    cutoff: int
+    _starts: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        sizes = [len(s.keep) for s in self.sources]
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Example:
+        s = int(np.searchsorted(self._starts, i, side="right")) - 1
+        source = self.sources[s]
+        return source.store.example(int(source.keep[i - self._starts[s]]), self.cutoff)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of the stores' indices for all usable examples."""
+        parts = [s.store.index[name][s.keep] for s in self.sources]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def digest(self) -> str:
+        """A hash of exactly which examples these are, in order."""
+        digest = hashlib.sha256(f"{self.cutoff};".encode())
+        for source in self.sources:
+            digest.update(source.store.folder.name.encode())
+            digest.update(source.keep.tobytes())
+        return digest.hexdigest()[:32]
+
+    def groups(self, entries: Sequence[DatasetEntry], chosen: np.ndarray) -> list[Group]:
+        """The chosen examples by data set, with its weight."""
+        owner = np.repeat(
+            np.array([s.entry for s in self.sources], np.int64), [len(s.keep) for s in self.sources]
+        )
+        groups = []
+        for n, entry in enumerate(entries):
+            mine = chosen[owner[chosen] == n]
+            if len(mine):
+                groups.append(Group(mine, entry.weight))
+        return groups
+
+
+def recipe_for(settings: DataSettings, renderer: Renderer, max_samples: int = 0) -> Recipe:
+    """What decides how records become examples under these settings."""
+    return Recipe(
+        vocabulary=renderer.encoder.vocabulary,
+        template=renderer.template.to_dict(),
+        train_turns=settings.train_turns,
+        split_at=settings.cutoff_len if settings.overlong == "split" else 0,
+        max_samples=max_samples or settings.max_samples,
+        strict=settings.strict,
+        encoding=settings.encoding,
+    )
+
+
+def load(
+    entries: Sequence[DatasetEntry],
+    settings: DataSettings,
+    renderer: Renderer,
+    say: Say = lambda _: None,
+) -> tuple[Dataset, DataReport]:
+    """Prepare all sources; the examples and what happened to every record.
+
+    Args:
+        say: told what is being worked on.
+
+    Raises: UserError where a source does not exist or, with `strict`, a record is bad.
+    """
+    sources: list[Source] = []
+    for n, entry in enumerate(entries):
+        for path in expand(entry.path):
+            recipe = recipe_for(settings, renderer, entry.max_samples)
+            store = prepare_file(path, recipe, lambda k, p=path: say(f"{p.name}: {k:,} records"))  # type: ignore[misc]
+            report = FileReport.from_json({**store.report, "path": str(path)})
+            keep = _usable(store, settings.cutoff_len, settings.overlong, report)
+            _warn_duplicates(store, report)
+            sources.append(Source(path, store, keep, n, report))
+    return Dataset(sources, settings.cutoff_len), DataReport([s.report for s in sources])
+
+
+def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -> np.ndarray:
+    """Indices of examples that can be learned from; the others are dropped in the report."""
+    index = store.index
+    good = index["targets"] > 0
+    long = index["length"] > cutoff
+    lost = long & (index["first_target"] >= cutoff)
+    if overlong == "drop":
+        good &= ~long
+    elif overlong == "cut":
+        good &= ~lost
+    used_lines = set(index["line"][good].tolist())
+    seen: set[int] = set()
+    for i in np.flatnonzero(~good | long):
+        line, n = int(index["line"][i]), int(index["length"][i])
+        if line in seen:
+            continue
+        seen.add(line)
+        if good[i]:
+            report.warn(line, "", f"cut to cutoff_len: {n} tokens")
+        elif index["targets"][i] == 0:
+            if line not in used_lines:
+                report.drop_used(line, "", "nothing to learn")
+        elif line in used_lines:
+            report.warn(line, "", f"a turn is too long: {n} tokens")
+        else:
+            answer = "; no token of the answer would be left after cutting" if lost[i] else ""
+            report.drop_used(line, "", f"too long: {n} tokens, cutoff_len is {cutoff}{answer}")
+    return np.flatnonzero(good)
+
+
+def _warn_duplicates(store: Store, report: FileReport) -> None:
+    """Duplicates within one file; what repeats between files is often meant."""
+    if len(store.exact) < 2:
+        return
+    lines = np.unique(store.index["line"])
+    if len(lines) != len(store.exact):
+        return  # a split dropped whole records: positions no longer tell lines
+    exact, near = checks.find_duplicates(store.exact, store.near)
+    for found, reason in ((exact, "exact duplicate"), (near, "near duplicate")):
+        for i in np.flatnonzero(found >= 0):
+            report.warn(int(lines[i]), "", f"{reason}: of line {int(lines[found[i]])}")
+
+
+def cutoff_words(lengths: np.ndarray, first_targets: np.ndarray, cutoff: int) -> str:
+    """What a cutoff costs, in words: `cutoff_len 256: 39 % of records are longer ...`."""
+    if not len(lengths):
+        return ""
+    longer = float((lengths > cutoff).mean())
+    lost = float((first_targets >= cutoff).mean())
+    text = f"cutoff_len {cutoff:,}: {longer:.0%} of examples are longer"
+    if not longer:
+        return text
+    text += f", {lost:.0%} would lose the whole answer"
+    larger = [c for c in CUTOFFS if c > cutoff]
+    enough = [c for c in larger if (lengths <= c).mean() >= 0.95]
+    if enough:
+        text += f"; {enough[0]:,} keeps {float((lengths <= enough[0]).mean()):.0%}"
+    return text
+
+
+@dataclass
+class Split:
+    """What a run learns from and what it is tested on."""
+
+    dataset: Dataset
+    order: Order
+    validation: list[Example]
+    train_examples: int
+    digest: str
+    report: DataReport
+    notes: list[str]
+
+
+def split(
+    dataset: Dataset,
+    report: DataReport,
+    entries: Sequence[DatasetEntry],
+    val_size: float,
+    batch_size: int,
+    seed: int,
+    held_out: Dataset | None = None,
+) -> Split:
+    """Hold out `val_size` examples (or take `held_out`) and put the others in order.
+
+    Raises: UserError where nothing is left to train on.
+    """
+    if not len(dataset):
+        raise UserError(
+            "no usable records: nothing to train on",
+            where=", ".join(str(s.path) for s in dataset.sources) or "dataset",
+            fix="The table above says why each record was dropped; vicuna data check lists them.",
+        )
+    training = np.arange(len(dataset))
+    validation: list[Example] = []
+    if held_out is not None:
+        validation = [held_out[i] for i in range(len(held_out))]
+    elif val_size:
+        training, chosen = split_validation(dataset.column("question"), val_size, seed)
+        validation = [dataset[int(i)] for i in chosen]
+        if not len(training):
+            raise UserError(
+                f"val_size {val_size:g} leaves nothing of {len(dataset)} examples to train on",
+                where="val_size",
+                fix="Hold out fewer.",
+            )
+    order = Order(dataset.groups(entries, training), batch_size, seed)
+    digest = hashlib.sha256((dataset.digest() + str(training.tobytes())).encode()).hexdigest()[:32]
+    index = [s.store.index for s in dataset.sources]
+    words = cutoff_words(
+        np.concatenate([i["length"] for i in index]),
+        np.concatenate([i["first_target"] for i in index]),
+        dataset.cutoff,
+    )
+    return Split(dataset, order, validation, len(training), digest, report, [words])
+
+
+def describe(split: Split) -> dict[str, Any]:
+    """data.json: the report, and how much there is to learn."""
+    return {
+        **split.report.to_json(),
+        "examples": split.train_examples,
+        "validation_examples": len(split.validation),
+        "supervised_tokens": int(split.dataset.column("targets").sum()),
+        "tokens": int(split.dataset.column("length").sum()),
+        "notes": split.notes,
+        "digest": split.digest,
+    }

@@ -1,0 +1,302 @@
+"""Files to examples: read, parse, check, render, encode; once a file, template and tokenizer.
+
+Large files are parsed and encoded by worker processes that import nothing heavy; what comes back
+is appended to a store in the cache, so memory stays flat at any size. The cache's key is the
+content of the file and everything that decides the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vicuna.cache import cache_dir, file_hash, whole_folder
+from vicuna.data import checks, formats
+from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Vocabulary
+from vicuna.data.read import read
+from vicuna.data.report import FileReport
+from vicuna.data.store import Store, StoreWriter, index_rows
+from vicuna.data.template import Renderer, TrainTurns, from_dict
+from vicuna.data.types import Conversation, Problem, Raw, Turn
+from vicuna.errors import UserError
+
+# Counts up when anything here changes what a record becomes.
+FORMAT = 1
+CHUNK = 512
+# Below this, starting worker processes costs more than it saves.
+SMALL = 8 << 20
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a record becomes; plain data that travels to worker processes."""
+
+    vocabulary: Vocabulary
+    template: dict[str, Any]
+    train_turns: TrainTurns = "all"
+    split_at: int = 0  # split conversations longer than this many tokens; 0 never
+    max_samples: int = 0
+    strict: bool = False
+    encoding: str = ""
+
+    def key(self, content: str) -> str:
+        """The name of the result for a file of this content."""
+        parts = [
+            FORMAT,
+            content,
+            self.vocabulary.digest(),
+            self.template,
+            self.train_turns,
+            self.split_at,
+            self.max_samples,
+            self.encoding,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass
+class Batch:
+    """What a chunk of records became."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    exact: np.ndarray
+    near: np.ndarray
+    report: FileReport
+
+
+Progress = Callable[[int], None]
+
+
+def prepare_file(path: Path, recipe: Recipe, progress: Progress | None = None) -> Store:
+    """The store of one file, from the cache where it was made before.
+
+    Args:
+        progress: called with the number of records done so far.
+
+    Raises: UserError where `strict` is set and a record is bad, or the disk is full.
+    """
+    target = cache_dir("data", recipe.key(file_hash(path)))
+    if not (target / "report.json").is_file():
+        with whole_folder(target) as aside:
+            _make(path, recipe, aside, progress or (lambda _: None))
+    store = Store(target)
+    if recipe.strict:
+        _raise_first(path, store.report)
+    return store
+
+
+def _raise_first(path: Path, report: dict[str, Any]) -> None:
+    for problem in report["problems"]:
+        if problem["action"] == "dropped":
+            raise UserError(
+                f"{problem['reason']} (field {problem['field']})"
+                if problem["field"]
+                else problem["reason"],
+                where=f"{path}:{problem['line']}",
+                fix="Mend the record, or leave out --strict to go on without it.",
+            )
+
+
+def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
+    report = FileReport(str(path))
+    writer = StoreWriter(folder)
+    exact: list[np.ndarray] = []
+    near: list[np.ndarray] = []
+    found: list[Problem] = []
+    done = 0
+    for batch in _work_through(path, read(path, found, recipe.encoding or None), recipe):
+        writer.add(batch.ids, batch.labels, batch.index)
+        exact.append(batch.exact)
+        near.append(batch.near)
+        report.merge(batch.report)
+        done += batch.report.records
+        progress(done)
+    for problem in found:
+        report.file_problem(problem, is_record=problem.action == "dropped")
+    writer.finish(
+        np.concatenate(exact) if exact else np.zeros(0, np.uint64),
+        np.concatenate(near) if near else np.zeros((0, 24), np.uint32),
+        report.to_json(),
+    )
+
+
+def _work_through(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:
+    """Batches in the order of the file, made here or by worker processes."""
+    if recipe.max_samples:
+        yield from _limited(path, records, recipe)
+        return
+    workers = min(_cores(), MAX_WORKERS)
+    if path.stat().st_size < SMALL or workers < 2:
+        state = Work(recipe)
+        while chunk := list(islice(records, CHUNK)):
+            yield state.batch(str(path), chunk)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (recipe,)) as pool:
+        # A bounded window: the reader must not run ahead and fill the memory.
+        waiting: deque[Future[Batch]] = deque()
+        while chunk := list(islice(records, CHUNK)):
+            waiting.append(pool.submit(_batch, str(path), chunk))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _limited(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:
+    """Batches until `max_samples` records are used; never reads further than needed."""
+    state = Work(recipe)
+    missing = recipe.max_samples
+    while missing and (chunk := list(islice(records, min(CHUNK, missing)))):
+        batch = state.batch(str(path), chunk)
+        missing -= batch.report.used
+        yield batch
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_state: Work | None = None
+
+
+def _start(recipe: Recipe) -> None:
+    global _state
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _state = Work(recipe)
+
+
+def _batch(path: str, chunk: list[Raw]) -> Batch:
+    assert _state is not None
+    return _state.batch(path, chunk)
+
+
+class Work:
+    """Turns chunks of raw records into batches; one in each worker process."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.renderer = Renderer(from_dict(recipe.template), Encoder(recipe.vocabulary))
+
+    def batch(self, path: str, chunk: Sequence[Raw]) -> Batch:
+        """Parse, check, render and encode a chunk."""
+        report = FileReport(path)
+        conversations: list[Conversation] = []
+        for raw in chunk:
+            parsed = formats.parse(raw)
+            if parsed.conversation is not None:
+                parsed.problems += checks.warnings(parsed.conversation)
+                conversations.append(parsed.conversation)
+            report.add(parsed)
+        examples, lines, questions = self._encode(conversations, report)
+        sketches = [checks.sketch(c) for c in conversations]
+        return Batch(
+            np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32),
+            np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
+            index_rows(examples, lines, questions),
+            np.array([s[0] for s in sketches], np.uint64),
+            np.array([s[1] for s in sketches], np.uint32).reshape(len(sketches), -1),
+            report,
+        )
+
+    def _encode(
+        self, conversations: Sequence[Conversation], report: FileReport
+    ) -> tuple[list[Example], list[int], list[int]]:
+        template, end = self.renderer.template, self.renderer.end_id
+        rendered = []
+        owners: list[int] = []
+        for n, conversation in enumerate(conversations):
+            for segments in template.examples(conversation, self.recipe.train_turns):
+                rendered.append(segments)
+                owners.append(n)
+        encoded = self.renderer.encoder.encode_many(rendered, end)
+        examples: list[Example] = []
+        lines: list[int] = []
+        questions: list[int] = []
+        hashes = [checks.question_hash(c) for c in conversations]
+        split: set[int] = set()
+        for n, example in zip(owners, encoded):
+            conversation = conversations[n]
+            limit = self.recipe.split_at
+            parts = [example]
+            if limit and len(example.ids) > limit:
+                if n in split:
+                    continue
+                split.add(n)
+                parts = self._split(conversation, example, limit, report)
+            examples += parts
+            lines += [conversation.line] * len(parts)
+            questions += [hashes[n]] * len(parts)
+        return examples, lines, questions
+
+    def _split(
+        self, conversation: Conversation, example: Example, limit: int, report: FileReport
+    ) -> list[Example]:
+        """An overlong conversation as several, cut between turns; a text in windows."""
+        if conversation.kind == "text":
+            return _windows(example, limit)
+        parts: list[Example] = []
+        lost = 0
+        for turns in self._spans(conversation, limit):
+            fitting = self._render(turns, conversation)
+            if all(len(e.ids) <= limit for e in fitting):
+                parts += fitting
+            else:
+                lost += 1
+        if parts:
+            report.warn(conversation.line, "", f"split into {len(parts)} examples")
+        if lost and parts:
+            report.warn(conversation.line, "", f"turn longer than cutoff_len left out: {lost}")
+        if not parts:
+            report.drop_used(
+                conversation.line, "", f"too long: {len(example.ids)} tokens in one turn"
+            )
+        return parts
+
+    def _spans(self, conversation: Conversation, limit: int) -> Iterator[list[Turn]]:
+        """Runs of question-and-answer pairs, each as long as fits."""
+        turns = conversation.turns
+        head = turns[:1] if turns[0].role == "system" else []
+        body = turns[len(head) :]
+        pairs = [body[i : i + 2] for i in range(0, len(body), 2)]
+        run: list[Turn] = []
+        for pair in pairs:
+            longer = head + run + pair
+            if run and any(len(e.ids) > limit for e in self._render(longer, conversation)):
+                yield head + run
+                run = []
+            run = run + pair
+        if run:
+            yield head + run
+
+    def _render(self, turns: list[Turn], conversation: Conversation) -> list[Example]:
+        part = Conversation(turns, conversation.line)
+        segments = self.renderer.template.examples(part, self.recipe.train_turns)
+        return self.renderer.encoder.encode_many(segments, self.renderer.end_id)
+
+
+def _windows(example: Example, limit: int) -> list[Example]:
+    parts = []
+    for start in range(0, len(example.ids), limit):
+        labels = example.labels[start : start + limit].copy()
+        if start + limit < len(example.ids) and labels[-1] == NEXT_TOKEN:
+            labels[-1] = NO_TARGET
+        if (labels != NO_TARGET).any():
+            parts.append(Example(example.ids[start : start + limit], labels))
+    return parts
