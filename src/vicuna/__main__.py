@@ -1,0 +1,5 @@
+"""`python -m vicuna`."""
+
+from vicuna.cli import main
+
+main()

@@ -1,0 +1,187 @@
+"""The command `vicuna`: one short function a command.
+
+Nothing heavy is imported here: `vicuna --help` must answer at once. A command's settings are the
+fields of its class in `config.py`; what stands behind the command is parsed there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import typer
+
+from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Fine-tune Llama-family models on Chinese instructions, and talk with the result.\n\n"
+    "Each command: vicuna COMMAND [RECIPE.yaml] [--key value | key=value] ...; "
+    "vicuna COMMAND --help lists its settings.",
+)
+data = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it."
+)
+app.add_typer(data, name="data")
+
+_ANY: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+}
+
+
+def _words(context: typer.Context, settings: str, usage: str) -> list[str]:
+    """What stands behind a command; answers --help from the settings themselves."""
+    words = [w for w in context.args if w != "--debug"]
+    if "--help" in words or "-h" in words:
+        from vicuna import config
+        from vicuna.help import show
+
+        show(getattr(config, settings), usage, context.command.help or "")
+        raise typer.Exit()
+    return words
+
+
+@app.command(**_ANY)
+def train(context: typer.Context) -> None:
+    """Train a LoRA adapter on your data."""
+    words = _words(context, "TrainSettings", "vicuna train [RECIPE.yaml] --dataset FILE")
+    from vicuna.train.command import run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
+def generate(context: typer.Context) -> None:
+    """Answer one instruction, or a file of them."""
+    words = _words(context, "GenerateSettings", 'vicuna generate --adapter RUN "instruction"')
+    from vicuna.generate.command import generate as run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
+def chat(context: typer.Context) -> None:
+    """Talk in the terminal."""
+    words = _words(context, "AnswerSettings", "vicuna chat --adapter RUN")
+    from vicuna.generate.command import chat as run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
+def demo(context: typer.Context) -> None:
+    """Train the embedded base on the sample data and show what it learned."""
+    words = _words(context, "DemoSettings", "vicuna demo")
+    from vicuna.demo import run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
+def doctor(context: typer.Context) -> None:
+    """Check a model's tokenizer and template, and what this machine has."""
+    words = _words(context, "DoctorSettings", "vicuna doctor MODEL")
+    from vicuna.model.doctor import run
+
+    raise typer.Exit(run(words))
+
+
+@data.command(**_ANY)
+def check(context: typer.Context) -> None:
+    """Read files and say what is wrong with which record."""
+    words = _words(context, "DataCommandSettings", "vicuna data check FILE ... [--json]")
+    from vicuna.data.commands import check as run
+
+    raise typer.Exit(run(words))
+
+
+@data.command(**_ANY)
+def stats(context: typer.Context) -> None:
+    """Token lengths, and what each cutoff_len would lose."""
+    words = _words(context, "DataCommandSettings", "vicuna data stats FILE ... [--json]")
+    from vicuna.data.commands import stats as run
+
+    raise typer.Exit(run(words))
+
+
+@data.command(**_ANY)
+def preview(context: typer.Context) -> None:
+    """Show examples as the model will see them, trained tokens coloured."""
+    words = _words(context, "PreviewSettings", "vicuna data preview FILE [--number 3]")
+    from vicuna.data.commands import preview as run
+
+    raise typer.Exit(run(words))
+
+
+@data.command(**_ANY)
+def convert(context: typer.Context) -> None:
+    """Write any data format as another."""
+    words = _words(context, "ConvertSettings", "vicuna data convert FILE --to messages --output F")
+    from vicuna.data.commands import convert as run
+
+    raise typer.Exit(run(words))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from vicuna import __version__
+
+    print(f"chinese-vicuna {__version__}")
+
+
+def main() -> NoReturn:
+    """Run a command; a user's mistake becomes a message and exit code 2, never a traceback."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
+    _quiet()
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except typer.Exit as e:
+        code = e.exit_code
+    except UserError as e:
+        code = _failed(str(e), debug)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as e:
+        # typer's own usage errors (an unknown command) carry a message and a code of their own.
+        if hasattr(e, "format_message"):
+            code = _failed(e.format_message(), debug)
+        elif debug:
+            raise
+        else:
+            words = f"{type(e).__name__}: {e}"
+            _failed(f"this should not have happened: {words}\nRun it again with --debug", debug)
+            code = 1
+    sys.exit(code)
+
+
+def _failed(message: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _quiet() -> None:
+    """Keep libraries from writing over what is said here, and from reporting anything anywhere."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+if __name__ == "__main__":
+    main()

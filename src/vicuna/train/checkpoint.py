@@ -1,0 +1,178 @@
+"""Checkpoints: whole or absent, and enough to go on bit for bit.
+
+A checkpoint is a folder with the adapter (a plain PEFT adapter that can be used at once), the
+optimiser's moments as safetensors, and `state.json`. It is written aside, synced and renamed; the
+hash of every file is noted, and a damaged one is never resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.cache import file_hash, whole_folder
+from vicuna.errors import UserError
+from vicuna.model import adapter as adapters
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class State:
+    """Everything besides tensors that the next step depends on.
+
+    step: steps done. data_offset: step k takes the data of step k - data_offset. cut: how steps are
+    cut into micro-batches. settings: those that decide the result, for comparison on resume.
+    """
+
+    step: int = 0
+    total: int = 0
+    warmup: int = 0
+    data_offset: int = 0
+    data: str = ""
+    cut: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int = 0
+    best_loss: float | None = None
+    evaluations_without_gain: int = 0
+    loss_scale: float = 1.0
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    last_loss: float | None = None
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save(
+    folder: Path,
+    state: State,
+    peft: Any,
+    optimizer: torch.optim.Optimizer,
+    names: list[str],
+    meta: dict[str, Any],
+) -> Path:
+    """Write `folder/step-000200`; it is whole or absent.
+
+    Args:
+        names: the parameters' names in the optimiser's order.
+
+    Raises: UserError where the disk is full; what was there before stays.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / name_of(state.step)
+    with whole_folder(target) as aside:
+        (aside / "adapter").mkdir()
+        adapters.save(peft, aside / "adapter", meta)
+        save_file(_moments(optimizer, names), str(aside / "optimizer.safetensors"))
+        files = {
+            str(p.relative_to(aside)): file_hash(p) for p in sorted(aside.rglob("*")) if p.is_file()
+        }
+        text = json.dumps({**asdict(state), "files": files}, indent=1)
+        (aside / "state.json").write_text(text)
+    return target
+
+
+def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, state in zip(names, optimizer.state_dict()["state"].values()):
+        for key, value in state.items():
+            tensors[f"{key}:{name}"] = value.detach().to("cpu").contiguous()
+    return tensors
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
+    """Put the moments of a checkpoint into a fresh optimiser.
+
+    Raises: UserError where they belong to other parameters.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(str(checkpoint / "optimizer.safetensors"))
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(names):
+        mine = {k.split(":", 1)[0]: v for k, v in tensors.items() if k.split(":", 1)[1] == name}
+        if tensors and not mine:
+            raise UserError(
+                f"the optimiser's state has nothing for {name}",
+                where=str(checkpoint),
+                fix="lora_target and model must be the checkpoint's; or use --init_adapter.",
+            )
+        if mine:
+            state[i] = mine
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+
+
+# -- finding --------------------------------------------------------------------------------
+
+
+def all_of(folder: Path) -> list[Path]:
+    """Checkpoints under a run's `checkpoints`, by step."""
+    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(found)]
+
+
+def read_state(checkpoint: Path) -> State:
+    """The state of a checkpoint whose files are what was written.
+
+    Raises: UserError where it is damaged.
+    """
+    try:
+        noted = json.loads((checkpoint / "state.json").read_text())
+        files = noted.pop("files")
+        for name, sha256 in files.items():
+            if file_hash(checkpoint / name) != sha256:
+                raise ValueError(f"{name} is not what was written")
+        return State(**noted)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"the checkpoint is damaged: {e}",
+            where=str(checkpoint),
+            fix="Resume from an earlier one: --resume RUN/checkpoints/step-...",
+        ) from e
+
+
+def last_whole(run: Path) -> tuple[Path, State, list[str]]:
+    """The newest undamaged checkpoint of a run, and words about damaged ones that were passed over.
+
+    Raises: UserError where there is none.
+    """
+    warnings: list[str] = []
+    for checkpoint in reversed(all_of(run / "checkpoints")):
+        try:
+            return checkpoint, read_state(checkpoint), warnings
+        except UserError as e:
+            warnings.append(str(e).splitlines()[0])
+    raise UserError(
+        "no whole checkpoint in this run",
+        where=str(run),
+        fix="Start it anew without --resume (and save more often: --save_steps).",
+    )
+
+
+def prune(folder: Path, keep: int, spare: Iterable[str]) -> None:
+    """Remove the oldest checkpoints beyond `keep` (0: none), never one named in `spare`."""
+    present = all_of(folder)
+    if not keep:
+        return
+    for old in present[:-keep]:
+        if old.name not in spare:
+            # Renamed first: a kill in between must not leave half a checkpoint under its name.
+            gone = old.with_name(f".{old.name}.old")
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)

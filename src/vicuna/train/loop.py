@@ -1,0 +1,326 @@
+"""The training loop: packs, gradients, one update; evaluation, samples, checkpoints between them.
+
+Step k is a function of (config, data, k). Everything it depends on is in the adapter's weights, the
+optimiser's moments and `State`, and these three are what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.cache import whole_folder
+from vicuna.data.encode import Example
+from vicuna.data.pack import Pack, build_packs
+from vicuna.errors import UserError
+from vicuna.model import adapter as adapters
+from vicuna.train import checkpoint as checkpoints
+from vicuna.train.reporters import Reporters
+from vicuna.train.setup import Session
+
+FP16_SCALE_GROWS_EVERY = 500
+FP16_SCALE_MAX = 65536.0
+
+
+@dataclass
+class Outcome:
+    """How a run ended. finished: False where it was interrupted and can be resumed."""
+
+    finished: bool
+    reason: str
+    step: int
+    first_eval: float | None = None
+    best_eval: float | None = None
+    last_loss: float | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Training:
+    """One run of the loop over a session."""
+
+    def __init__(self, session: Session) -> None:
+        self.s = session
+        self.state = session.state
+        self.parameters = session.learner.parameters
+        self.reporters = Reporters(session.settings, session.run)
+        self.stop_signal: int | None = None
+        self.first_eval: float | None = None
+        self._eval_packs: list[Pack] | None = None
+        total = self.state.total
+        self.eval_every = session.settings.eval_steps or max(1, math.ceil(total / 10))
+        self.sample_every = session.settings.sample_steps or self.eval_every
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """Train to the end or the first signal; all that was learned is on the disk afterwards."""
+        s, state = self.s, self.state
+        s.run.log(
+            "start",
+            step=state.step,
+            total_steps=state.total,
+            resumed=s.resumed,
+            examples=s.split.train_examples,
+            validation_examples=len(s.split.validation),
+            precision=state.settings["precision"],
+            template=s.renderer.template.name,
+        )
+        for words in s.screen.warnings:
+            s.run.log("warning", step=state.step, message=words)
+        if s.split.validation and not s.resumed:
+            self._evaluate()
+        reason = "done"
+        with self._signals(), s.screen.bar(state.total, state.step) as show:
+            while state.step < state.total:
+                line = self._step()
+                show(state.step, _words(line))
+                if self._between():
+                    reason = "no lower validation loss"
+                    break
+                if self.stop_signal is not None:
+                    return self._interrupted()
+        return self._finish(reason)
+
+    def _step(self) -> dict[str, Any]:
+        """One update over exactly `batch_size` examples."""
+        s, state = self.s, self.state
+        began = time.perf_counter()
+        examples = self._examples(state.step)
+        packs = self._packs(examples)
+        supervised = sum(p.supervised for p in packs)
+        s.learner.dropout.step = state.step
+        s.optimizer.zero_grad(set_to_none=True)
+        loss = s.learner.backward(packs, supervised, state.loss_scale)
+        norm = self._unscale_and_clip()
+        rate = s.schedule.rate(state.step)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            for group in s.optimizer.param_groups:
+                group["lr"] = rate
+            s.optimizer.step()
+        tokens = sum(p.tokens for p in packs)
+        seconds = time.perf_counter() - began
+        state.step += 1
+        state.examples += len(examples)
+        state.tokens += tokens
+        state.seconds += seconds
+        self._note_finite(finite, loss)
+        line: dict[str, Any] = {
+            "step": state.step,
+            "loss": round(loss, 6) if math.isfinite(loss) else None,
+            "learning_rate": rate,
+            "grad_norm": round(norm, 6) if math.isfinite(norm) else None,
+            "examples": len(examples),
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "computed_tokens": sum(len(p.ids) for p in packs),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory_gib": round(peak_memory_gib(s.learner.device), 3),
+            "epoch": round(state.examples / s.split.order.epoch_size, 4),
+        }
+        if state.step % s.settings.logging_steps == 0 or state.step == state.total:
+            self.reporters.log("train", s.run.log("step", **line))
+        return line
+
+    def _examples(self, step: int) -> list[Example]:
+        wanted = self.s.split.order.step(step - self.state.data_offset)
+        return [self.s.split.dataset[int(i)] for i in wanted]
+
+    def _packs(self, examples: list[Example]) -> list[Pack]:
+        cut = self.state.cut
+        return build_packs(
+            examples,
+            self.s.renderer.end_id,
+            cut["tokens"],
+            cut["examples"],
+            self.s.settings.share_prefixes,
+        )
+
+    def _unscale_and_clip(self) -> float:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self.state.loss_scale != 1.0:
+            torch._foreach_div_(gradients, self.state.loss_scale)
+        norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+        limit = self.s.settings.max_grad_norm
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
+        return float(norm)
+
+    def _note_finite(self, finite: bool, loss: float) -> None:
+        """Count steps without a finite gradient; stop with advice when they do not end."""
+        state, settings = self.state, self.s.settings
+        fp16 = state.settings["precision"] == "fp16"
+        if finite:
+            state.last_loss = loss
+            state.nonfinite_in_a_row = 0
+            if fp16 and state.step % FP16_SCALE_GROWS_EVERY == 0:
+                state.loss_scale = min(state.loss_scale * 2, FP16_SCALE_MAX)
+            return
+        state.nonfinite += 1
+        state.nonfinite_in_a_row += 1
+        if fp16:
+            state.loss_scale = max(1.0, state.loss_scale / 2)
+        words = f"update {state.step} skipped: loss or gradient is not finite"
+        self.s.screen.warn(words)
+        self.s.run.log("warning", step=state.step, message=words, loss_scale=state.loss_scale)
+        if state.nonfinite_in_a_row >= settings.max_nonfinite_steps:
+            raise UserError(
+                f"{state.nonfinite_in_a_row} updates in a row without a finite gradient",
+                where=f"step {state.step}",
+                fix="Lower --learning_rate, or use --precision bf16 or fp32. The last whole "
+                "checkpoint is unharmed.",
+            )
+
+    # -- between steps ---------------------------------------------------------------------------
+
+    def _between(self) -> bool:
+        """Evaluate, sample and save where it is time; whether to stop early."""
+        s, state = self.s, self.state
+        last = state.step == state.total
+        stop = False
+        if s.split.validation and (state.step % self.eval_every == 0 or last):
+            stop = self._evaluate()
+        if s.sample_prompts and (state.step % self.sample_every == 0 or last):
+            self._sample()
+        # A whole checkpoint at the end, too: it is what adapter/ is made from.
+        best_now = bool(s.split.validation) and state.best_step == state.step
+        if state.step % s.settings.save_steps == 0 or last or best_now or stop:
+            self._save()
+        return stop and not last
+
+    def _evaluate(self) -> bool:
+        """Mean loss over the held-out examples; whether patience has run out."""
+        s, state = self.s, self.state
+        if self._eval_packs is None:
+            self._eval_packs = self._packs(s.split.validation)
+        began = time.perf_counter()
+        loss, count = s.learner.mean_loss(self._eval_packs)
+        if self.first_eval is None:
+            self.first_eval = loss
+        # The base before the first update is what to beat, not a result.
+        trained = state.step > 0
+        better = trained and (state.best_loss is None or loss < state.best_loss)
+        if better:
+            state.best_loss, state.best_step = loss, state.step
+            state.evaluations_without_gain = 0
+        elif trained:
+            state.evaluations_without_gain += 1
+        event = s.run.log(
+            "eval",
+            step=state.step,
+            loss=round(loss, 6),
+            perplexity=round(math.exp(min(loss, 50.0)), 4),
+            supervised_tokens=count,
+            best=better,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        self.reporters.log("eval", event)
+        s.screen.say(f"step {state.step}: held-out loss {loss:.4f}" + (" (best)" if better else ""))
+        patience = s.settings.early_stopping_patience
+        return bool(patience) and state.evaluations_without_gain >= patience
+
+    def _sample(self) -> None:
+        """Answer the sample prompts with the weights as they are now."""
+        from vicuna.train.samples import answer
+
+        s = self.s
+        for prompt, text in answer(s, s.sample_prompts, s.settings.sample_tokens):
+            s.run.log("sample", step=self.state.step, prompt=prompt, answer=text)
+            s.screen.say(f"step {self.state.step}: {prompt!r} -> {text!r}")
+
+    def _save(self) -> None:
+        s, state = self.s, self.state
+        target = checkpoints.save(
+            s.run.checkpoints, state, s.learner.model, s.optimizer, list(self.parameters), s.meta
+        )
+        s.run.log("checkpoint", step=state.step, path=str(target.relative_to(s.run.path)))
+        spare = [checkpoints.name_of(state.best_step)] if state.best_loss is not None else []
+        checkpoints.prune(s.run.checkpoints, s.settings.save_total_limit, spare)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after the step at hand; the second at once."""
+
+        def note(number: int, _: Any) -> None:
+            if self.stop_signal is not None:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+            self.s.screen.say("stopping after this update (once more to stop at once) ...")
+
+        try:
+            old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs it there has its own way to stop
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _interrupted(self) -> Outcome:
+        state = self.state
+        if not (self.s.run.checkpoints / checkpoints.name_of(state.step)).is_dir():
+            self._save()
+        self._end("interrupted")
+        return Outcome(False, "interrupted", state.step, self.first_eval, state.best_loss)
+
+    def _finish(self, reason: str) -> Outcome:
+        s, state = self.s, self.state
+        best = s.settings.final_adapter == "best" and bool(s.split.validation)
+        source = s.run.checkpoints / checkpoints.name_of(state.best_step if best else state.step)
+        took = state.best_step if best and source.is_dir() else state.step
+        with whole_folder(s.run.adapter) as aside:
+            if took != state.step:
+                for path in (source / "adapter").iterdir():
+                    (aside / path.name).write_bytes(path.read_bytes())
+            else:
+                adapters.save(s.learner.model, aside, s.meta)
+        self._end(reason, adapter_step=took)
+        return Outcome(True, reason, state.step, self.first_eval, state.best_loss, state.last_loss)
+
+    def _end(self, reason: str, **more: Any) -> None:
+        from vicuna.train.plot import plot_loss
+
+        s, state = self.s, self.state
+        s.run.log(
+            "end",
+            step=state.step,
+            reason=reason,
+            loss=state.last_loss,
+            best_loss=state.best_loss,
+            best_step=state.best_step,
+            examples_seen=state.examples,
+            tokens_seen=state.tokens,
+            train_seconds=round(state.seconds, 2),
+            nonfinite_steps=state.nonfinite,
+            **more,
+        )
+        plot_loss(s.run.path)
+        self.reporters.close()
+
+
+def _words(line: dict[str, Any]) -> str:
+    loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+    return f"loss {loss}  {line['tokens_per_second']:.0f} tokens/s  {line['memory_gib']:.1f} GiB"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far: on the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,155 @@
+"""A run's folder: its lock, its log, its config. Names in here are relied on by other tools.
+
+config.yaml   every setting resolved; also what was chosen, the versions, the hardware
+data.json     the data report
+log.jsonl     one object a line: start, step, eval, sample, checkpoint, warning, end
+checkpoints/step-000200/   whole or absent
+adapter/      the result, in PEFT's format
+loss.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from vicuna.cache import disk_error
+from vicuna.errors import UserError
+
+_PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
+
+
+class RunFolder:
+    """The folder of one run, locked while a process works in it.
+
+    Raises: UserError where it cannot be made or another process has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (path / ".lock").open("a+")
+        except OSError as e:
+            raise disk_error(e, path) from e
+        _lock(self._lock, path)
+        self._log: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def used(self) -> bool:
+        """Whether an earlier run has left anything here."""
+        names = ("log.jsonl", "config.yaml", "checkpoints", "adapter")
+        return any((self.path / n).exists() for n in names)
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a small file in one instant."""
+        aside = self.path / f".{name}.part"
+        try:
+            aside.write_text(text, encoding="utf-8", errors="replace")
+            aside.rename(self.path / name)
+        except OSError as e:
+            raise disk_error(e, self.path / name) from e
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+    def write_config(self, settings: dict[str, Any], resolved: dict[str, Any]) -> None:
+        """config.yaml: usable as a recipe as it is."""
+        import yaml
+
+        whole = {**settings, "resolved": resolved, "environment": environment()}
+        self.write("config.yaml", yaml.safe_dump(whole, sort_keys=False, allow_unicode=True))
+
+    # The log.
+
+    def open_log(self, keep_steps: int | None = None) -> None:
+        """Begin a new log, or go on with the old one as it was after step `keep_steps`."""
+        path = self.path / "log.jsonl"
+        kept: list[str] = []
+        if keep_steps is not None and path.is_file():
+            kept = [
+                json.dumps(event, ensure_ascii=False)
+                for event in read_log(path)
+                if event.get("step", 0) <= keep_steps and event.get("event") != "end"
+            ]
+        self.write("log.jsonl", "".join(line + "\n" for line in kept))
+        self._log = path.open("a", encoding="utf-8", errors="replace")
+
+    def log(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Write one event."""
+        line = {"event": event, **fields, "time": round(time.time(), 3)}
+        assert self._log is not None
+        try:
+            self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._log.flush()
+        except OSError as e:
+            raise disk_error(e, self.path / "log.jsonl") from e
+        return line
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._lock.close()
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # no such lock on Windows; two runs in one folder are then not noticed
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        file.seek(0)
+        raise UserError(
+            f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
+            where=str(path),
+            fix="Wait for it, stop it, or choose another --output_dir.",
+        ) from e
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}")
+    file.flush()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a log; a last line that a kill cut off is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for config.yaml."""
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
