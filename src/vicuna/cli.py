@@ -153,7 +153,10 @@ def main() -> NoReturn:
         code = 1
     except Exception as e:
         # typer's own usage errors (an unknown command) carry a message and a code of their own.
-        if hasattr(e, "format_message"):
+        if type(e).__name__ == "NoArgsIsHelpError":
+            print(e, file=sys.stderr)
+            code = EXIT_MISTAKE
+        elif hasattr(e, "format_message"):
             code = _failed(e.format_message(), debug)
         elif debug:
             raise

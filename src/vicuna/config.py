@@ -280,6 +280,46 @@ class GenerateSettings(AnswerSettings):
     json_output: bool = setting(False, "Files", "print one JSON object (--json)")
 
 
+class DataCommandSettings(DataSettings):
+    """The settings of `vicuna data check` and `stats`."""
+
+    json_output: bool = setting(False, "Output", "print one JSON object (--json)")
+
+
+class PreviewSettings(DataSettings):
+    """The settings of `vicuna data preview`."""
+
+    number: int = setting(3, "Output", "how many examples to show", ge=1)
+    start: int = setting(0, "Output", "the first example to show, from 0", ge=0)
+
+
+class ConvertSettings(Settings):
+    """The settings of `vicuna data convert`."""
+
+    to: Literal["alpaca", "chat", "history", "sharegpt", "messages", "pair"] = setting(
+        "messages", "Output", "alpaca, chat, history, sharegpt, messages, pair"
+    )
+    output: str = setting("", "Output", "the file to write, one JSON object a line")
+    force: bool = setting(False, "Output", "replace an existing file")
+    encoding: str = setting("", "Input", "encoding of the files, where it is not found by itself")
+
+
+class DoctorSettings(Settings):
+    """The settings of `vicuna doctor`."""
+
+    model: str = setting("smollm2-135m", "Model", "the base to look at")
+    template: str = setting("auto", "Model", "the template to check it with")
+    json_output: bool = setting(False, "Output", "print one JSON object (--json)")
+
+
+class DemoSettings(Settings):
+    """The settings of `vicuna demo`."""
+
+    output_dir: str = setting("runs/demo", "Demo", "the run's folder; an older demo is replaced")
+    quick: bool = setting(False, "Demo", "a few updates only: to see that everything works")
+    seed: int = setting(42, "Demo", "decides the order of examples and the adapter's first weights")
+
+
 T = TypeVar("T", bound=Settings)
 
 

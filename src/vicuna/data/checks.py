@@ -1,0 +1,258 @@
+"""What parses and still hurts: warnings about a conversation, and duplicates among many.
+
+Everything here runs once for each of up to 700,000 records, so each check first asks the cheapest
+question that can rule it out: is this character in the text at all?
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+
+from vicuna.data.types import Conversation, Problem, Turn
+
+# The reasons a user reads. Stable; a detail may follow after ": ".
+NO_CHINESE = "no Chinese text"
+OTHER_TEMPLATE = "another template's marks in the text"
+MOJIBAKE = "text decoded with the wrong encoding"
+PLACEHOLDER = "placeholder left in the text"
+SHIFTED = "user turn speaks as an assistant, roles may be shifted"
+SAME = "answer identical to the question"
+
+SIGNATURE = 24  # hashes in a MinHash signature
+SHINGLE = 4  # characters in a shingle
+LONGEST = 2000  # normalised characters looked at; of longer texts the first and last halves of it
+SIMILAR = 0.85  # estimated Jaccard similarity from which two records are near duplicates
+
+_CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_NAMES = ("User", "Assistant", "Human", "Bot", "USER", "ASSISTANT", "HUMAN", "用户", "助手")
+_MARK = re.compile(
+    r"<\|[A-Za-z_]{2,24}\|>|\[/?INST\]|<</?SYS>>|</?s>|</?(?:user|bot|human|assistant|system)>"
+    r"|###? ?(?:Instruction|Response|Input|Output|Human|Assistant|User|Bot|指令|输入|输出|回答)"
+    rf"(?:[:：]|[ \t]*$)|^(?:{'|'.join(_NAMES)})[:：]",
+    re.MULTILINE,
+)
+
+# UTF-8 read as Latin-1 or Windows-1252: a lead byte and two continuation bytes, twice; or the
+# curly quotes and dashes that English texts suffer from.
+_LATIN_LEADS = "äåæçèéâãï"
+_TAIL = "[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a€™]"
+_CURLY = "â€[™œ\u009d“˜¦]"
+# UTF-8 read as GBK: these stand for the bytes of ，。 and 的 and occur nowhere else.
+_GBK_LEADS = "锛銆鐨鈥"
+_WRECKS = ("锟斤拷", "烫烫烫", "屯屯屯")
+_MOJIBAKE = re.compile(
+    "|".join(_WRECKS)
+    + f"|(?:[{_LATIN_LEADS}]{_TAIL}{{2}}){{2}}|{_CURLY}"
+    + f"|[{_GBK_LEADS}][^\n]{{0,30}}?[{_GBK_LEADS}]"
+)
+
+_BLANK = re.compile(
+    r"[\[【{<]{1,2}\s?(?:(?:你|您|他|她)的?(?:名字|姓名|全名|地址|电话|邮箱|职位|公司)[^\]】}>\n]{0,6}"
+    r"|(?:请?填写|在此|此处|插入|输入)[^\]】}>\n]{1,10}"
+    r"|(?:公司|学校|客户|收件人|产品|城市|姓|发件人|经理)?(?:名称|名字|姓名|名|地址|日期)"
+    r")\s?[\]】}>]{1,2}"
+    r"|[\[【{]{1,2}\s?(?:(?i:your|insert|enter) [A-Za-z ]{2,24}"
+    r"|(?i:name|company|date|address|first name|last name))\s?[\]】}]{1,2}"
+    r"|(?<![A-Za-z0-9xX*+-])[Xx]{3,5}(?![A-Za-z0-9*+=-])"
+)
+# In code, braces and names between them are no form to fill in.
+_CODE = re.compile(r"```|\b[fF][\"']|\.format\(|[;{]\s*\n|\bdef |=>")
+
+# One search decides whether any of the three above can match. All alternatives begin with a plain
+# character, which lets `re` skip through a text at the speed of a table look-up.
+_ANY = re.compile(
+    "|".join(
+        [*(f"{name}{colon}" for name in _NAMES for colon in ":："), "##", "xxx", "XXX"]
+        + [*_WRECKS, *_LATIN_LEADS, *_GBK_LEADS, "<", r"\[", "【", r"\{"]
+    )
+)
+
+# Asking "as an AI, what do you think" is common; speaking so in the first person is not.
+_SHIFTED = re.compile(
+    r"(?:很?抱歉|对不起)?[，, ]{0,2}(?:作为|身为|我(?:只)?是)(?:一[个名款种])?"
+    r"(?:由\w{2,10}(?:开发|训练)的)?(?:大型)?"
+    r"(?:AI|人工智能|语言模型|自然语言|聊天机器人)[^，,。\n]{0,12}[，,]\s*(?:我|因此我|所以我)"
+    r"|(?:I'm sorry, but )?[Aa]s an (?:AI|artificial intelligence)[a-z ]{0,30}, I "
+)
+
+
+def warnings(conversation: Conversation) -> list[Problem]:
+    """What is worth looking at in a conversation; each kind once, at the first turn that has it."""
+    turns = conversation.turns
+    texts = [f"{t.text}\n{t.input}" if t.input else t.text for t in turns]
+    whole = "\n".join(texts)
+    found: list[tuple[str, str]] = []
+    if whole.isascii() or not _CHINESE.search(whole):
+        found.append(("", NO_CHINESE))
+    if _ANY.search(whole):
+        found += _inside(turns, texts)
+    for i, turn in enumerate(turns):
+        if turn.role == "user":
+            if _SHIFTED.match(texts[i]):
+                found.append((_where(turns, i), SHIFTED))
+                break
+        elif i and texts[i] == texts[i - 1]:
+            found.append((_where(turns, i), SAME))
+            break
+    line = conversation.line
+    return [Problem(line, field, reason, "warned") for field, reason in found] if found else []
+
+
+def _where(turns: list[Turn], i: int) -> str:
+    return f"turn {i + 1} ({turns[i].role})"
+
+
+def _inside(turns: list[Turn], texts: list[str]) -> Iterator[tuple[str, str]]:
+    """What the text of single turns shows, each kind once."""
+    for reason, pattern in ((OTHER_TEMPLATE, _MARK), (MOJIBAKE, _MOJIBAKE), (PLACEHOLDER, _BLANK)):
+        for i, text in enumerate(texts):
+            match = pattern.search(text)
+            if match and not (match[0][0] == "{" and _CODE.search(text)):
+                yield _where(turns, i), f"{reason}: {' '.join(match[0][:24].split())}"
+                break
+
+
+# Hashes
+
+
+def sketch(conversation: Conversation) -> tuple[int, np.ndarray]:
+    """What duplicates are found by, the same in every process and on every machine.
+
+    Returns: a 64-bit hash of the whole conversation; the MinHash signature, uint32 (SIGNATURE,),
+        of the 4-character shingles of its text without case, white space and punctuation.
+    """
+    turns = conversation.turns
+    parts = [f"{t.role}\x1f{t.text}\x1f{t.input}" for t in turns]
+    exact = _hash64("\x1e".join(parts))
+    return exact, _signature("".join([t.text + t.input for t in turns]), exact)
+
+
+def question_hash(conversation: Conversation) -> int:
+    """A 64-bit hash of the first question, white space aside. Decides the validation split."""
+    turns = conversation.turns
+    first = next((t for t in turns if t.role == "user"), turns[0])
+    return _hash64(" ".join(f"{first.text}\n{first.input}".split()))
+
+
+def _hash64(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@cache
+def _letters() -> np.ndarray:
+    """What a UTF-16 unit counts as: lower case, 0 for white space and punctuation. uint16 (65536,)."""
+    letters = np.zeros(1 << 16, np.uint16)
+    for code in range(1 << 16):
+        char = chr(code)
+        if char.isalnum():
+            lower = char.lower()
+            letters[code] = ord(lower) if len(lower) == 1 else code
+    letters[0xD800:0xE000] = np.arange(0xD800, 0xE000)  # halves of emoji and rare characters
+    return letters
+
+
+# The numbers from 0 to 2^32 are a circle; the signature is the first hash met from each of these
+# points on. Each is a MinHash (of the hashes turned by that angle), and one sort finds them all.
+_POINTS = (np.arange(SIGNATURE, dtype=np.uint64) << np.uint64(32)) // np.uint64(SIGNATURE)
+_POINTS = _POINTS.astype(np.uint32)
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(0xD6E8FEB86659FD93))
+
+
+def _signature(text: str, exact: int) -> np.ndarray:
+    if len(text) > 4 * LONGEST:  # so that a book costs no more than a page
+        text = text[: 2 * LONGEST] + text[-2 * LONGEST :]
+    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
+    units = _letters()[units]
+    units = units[units != 0]
+    if len(units) > LONGEST:
+        units = np.concatenate([units[: LONGEST // 2], units[-LONGEST // 2 :]])
+    n = len(units) - SHINGLE + 1
+    if n < 1:  # too short to compare: like nothing but itself
+        shingles = np.array([exact], np.uint64)
+    else:
+        # Four 16-bit units are the 64 bits of a number; windows overlap, a unit apart.
+        shingles = np.ndarray((n,), "<u8", units, strides=(2,))
+    hashes = shingles * _MIX[0]
+    hashes ^= hashes >> _MIX[1]
+    hashes *= _MIX[2]
+    circle = (hashes >> _MIX[1]).astype(np.uint32)
+    circle.sort()
+    at = circle.searchsorted(_POINTS)
+    signature: np.ndarray = circle.take(at, mode="wrap")
+    return signature
+
+
+# Duplicates
+
+
+def find_duplicates(exact: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Duplicates among the sketches of n records.
+
+    Args:
+        exact: uint64 (n,).
+        near: uint32 (n, SIGNATURE).
+
+    Returns: for each record the index of the first one before it with the same hash, or -1; and of
+        one before it that is similar without being the same, or -1. A record that repeats another
+        exactly is not compared further. Both int64 (n,).
+    """
+    n = len(exact)
+    first = np.full(n, -1, np.int64)
+    similar = np.full(n, -1, np.int64)
+    if n < 2:
+        return first, similar
+    order = np.argsort(exact, kind="stable")
+    leader = _leaders(np.asarray(exact)[order], order)
+    first[order] = np.where(leader == order, -1, leader)
+    rows = np.flatnonzero(first < 0)
+    # Records that agree in at least 21 of 24 hashes differ in 3 at most, so of 4 bands at least
+    # one is the same in both: no such pair shares no bucket.
+    misses = SIGNATURE - int(np.ceil(SIMILAR * SIGNATURE))
+    for band in np.array_split(np.arange(SIGNATURE), misses + 1):
+        _compare_band(near, rows, band, similar)
+    return first, similar
+
+
+def _leaders(keys: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """For each of the sorted keys the record that comes first with this key."""
+    begins = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
+    return np.repeat(order[begins], np.diff(np.concatenate([begins, [len(keys)]])))
+
+
+def _compare_band(
+    near: np.ndarray, rows: np.ndarray, band: np.ndarray, similar: np.ndarray
+) -> None:
+    """Compare records of one bucket: each with the bucket's first and the three before it.
+
+    All pairs would be quadratic where thousands share a bucket; these four find every member of a
+    cluster unless several clusters alternate in one bucket.
+    """
+    keys = np.zeros(len(rows), np.uint64)
+    for k, column in enumerate(band):
+        weight = np.uint64(0x9E3779B97F4A7C15 * (2 * k + 1) & 0xFFFFFFFFFFFFFFFF)
+        keys = (keys ^ near[rows, column]) * weight
+        keys ^= keys >> np.uint64(29)
+    order = np.argsort(keys, kind="stable")
+    keys, members = keys[order], rows[order]
+    leader = _leaders(keys, members)
+    _mark_similar(near, members, leader, similar)
+    for back in (1, 2, 3):
+        same = np.flatnonzero(keys[back:] == keys[:-back])
+        _mark_similar(near, members[same + back], members[same], similar)
+
+
+def _mark_similar(
+    near: np.ndarray, later: np.ndarray, earlier: np.ndarray, similar: np.ndarray
+) -> None:
+    """Write `earlier` into `similar` where the signatures of a pair agree well enough."""
+    open_ = np.flatnonzero((later != earlier) & (similar[later] < 0))
+    for chunk in np.array_split(open_, len(open_) // 65536 + 1):  # bounds the memory
+        agree = (near[later[chunk]] == near[earlier[chunk]]).mean(axis=1)
+        hits = chunk[agree >= SIMILAR]
+        similar[later[hits]] = earlier[hits]

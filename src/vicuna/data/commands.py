@@ -1,0 +1,250 @@
+"""`vicuna data check | stats | preview | convert`: look at data before training on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from vicuna import config
+from vicuna.config import DatasetEntry, DataSettings
+from vicuna.data import dataset, formats
+from vicuna.data.encode import END_TOKEN, NO_TARGET, Encoder
+from vicuna.data.read import expand, read
+from vicuna.data.template import Renderer, find
+from vicuna.data.types import Conversation, Problem
+from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
+
+
+def _parse(cls: type[config.T], words: Sequence[str]) -> tuple[config.T, list[str]]:
+    files: list[str] = []
+    settings, _ = config.parse(cls, words, free=files)
+    if not files:
+        raise SettingsError(["which file? Give files, folders, globs or hub ids"])
+    return settings, files
+
+
+def _renderer(settings: DataSettings) -> Renderer:
+    from vicuna.model.base import locate
+    from vicuna.model.vocabulary import load_vocabulary
+
+    vocabulary = load_vocabulary(locate(settings.model, weights=False))
+    return Renderer(find(settings.template, vocabulary), Encoder(vocabulary))
+
+
+def check(words: Sequence[str]) -> int:
+    """Exit code 0 where every file has usable records, 2 where one has none."""
+    settings, files = _parse(config.DataCommandSettings, words)
+    entries = [DatasetEntry(path=f) for f in files]
+    _, report = dataset.load(entries, settings, _renderer(settings))
+    if settings.json_output:
+        print(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(report.rich_table())
+    return 0 if all(f.used for f in report.files) else EXIT_MISTAKE
+
+
+def stats(words: Sequence[str]) -> int:
+    """Token lengths of each file, and what each cutoff would lose."""
+    settings, files = _parse(config.DataCommandSettings, words)
+    renderer = _renderer(settings)
+    # Every length counts here, so nothing is dropped for being long.
+    whole = settings.model_copy(update={"cutoff_len": 1 << 30, "overlong": "drop"})
+    results = []
+    for name in files:
+        found, _ = dataset.load([DatasetEntry(path=name)], whole, renderer)
+        if not len(found):
+            raise UserError("no usable records", where=name, fix="vicuna data check says why.")
+        characters = sum(
+            len(renderer.encoder.decode(found[i].ids)) for i in range(min(len(found), 500))
+        )
+        tokens = sum(len(found[i].ids) for i in range(min(len(found), 500)))
+        results.append(_stats(name, found, tokens / max(1, characters)))
+    if settings.json_output:
+        print(json.dumps({"files": results, "model": settings.model}, ensure_ascii=False))
+    else:
+        _print_stats(results, settings)
+    return 0
+
+
+def _stats(name: str, found: dataset.Dataset, tokens_per_character: float) -> dict[str, Any]:
+    lengths, first = found.column("length"), found.column("first_target")
+    p50, p90, p99 = (int(np.percentile(lengths, q)) for q in (50, 90, 99))
+    return {
+        "path": name,
+        "examples": len(found),
+        "tokens": int(lengths.sum()),
+        "supervised_tokens": int(found.column("targets").sum()),
+        "length": {"p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())},
+        "tokens_per_character": round(tokens_per_character, 3),
+        "cutoffs": {
+            str(c): {
+                "longer": round(float((lengths > c).mean()), 4),
+                "answer_lost": round(float((first >= c).mean()), 4),
+            }
+            for c in dataset.CUTOFFS
+        },
+    }
+
+
+def _print_stats(results: Sequence[dict[str, Any]], settings: DataSettings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for r in results:
+        length = r["length"]
+        console.print(
+            f"{r['path']}: {r['examples']:,} examples, {r['tokens']:,} tokens "
+            f"({r['supervised_tokens']:,} supervised), {r['tokens_per_character']:.2f} tokens a "
+            f"character with {settings.model}\n"
+            f"length p50 {length['p50']}, p90 {length['p90']}, p99 {length['p99']}, "
+            f"longest {length['max']}"
+        )
+        table = Table(box=None, header_style="bold")
+        for title in ("cutoff_len", "longer", "lose the whole answer", "whole"):
+            table.add_column(title, justify="right")
+        for cutoff, lost in r["cutoffs"].items():
+            kept = 1 - lost["longer"]
+            table.add_row(
+                f"{int(cutoff):,}",
+                f"{lost['longer']:.1%}",
+                f"{lost['answer_lost']:.1%}",
+                f"{kept:.1%}",
+            )
+        console.print(table)
+
+
+def preview(words: Sequence[str]) -> int:
+    """Print examples token by token: green is learned, reversed is a control token."""
+    settings, files = _parse(config.PreviewSettings, words)
+    renderer = _renderer(settings)
+    entries = [DatasetEntry(path=f) for f in files]
+    found, _ = dataset.load(entries, settings, renderer)
+    if settings.start >= len(found):
+        raise UserError(f"there are only {len(found)} usable examples", where="start")
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(
+        f"template {renderer.template.name}; [green]learned[/], not learned, "
+        f"[reverse]control token[/]; answers end with {renderer.encoder.token(renderer.end_id)}"
+    )
+    for i in range(settings.start, min(settings.start + settings.number, len(found))):
+        example = found[i]
+        learned = int((example.labels != NO_TARGET).sum())
+        console.rule(f"example {i}: {len(example.ids)} tokens, {learned} learned")
+        console.print(_coloured(example.ids, example.labels, renderer))
+    return 0
+
+
+def _coloured(ids: np.ndarray, labels: np.ndarray, renderer: Renderer) -> Any:
+    """Runs of equal style, so that characters of several tokens are decoded whole."""
+    from rich.text import Text
+
+    encoder = renderer.encoder
+    text = Text()
+    run: list[int] = []
+    style = ""
+
+    def flush() -> None:
+        if run:
+            text.append(encoder.decode(run), style)
+            run.clear()
+
+    for position, token in enumerate(ids.tolist()):
+        learned = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
+        now = "green" if learned else ""
+        if token in encoder.control_ids:
+            flush()
+            text.append(encoder.token(token), "reverse green" if learned else "reverse")
+        else:
+            if now != style:
+                flush()
+            run.append(token)
+        style = now
+        if labels[position] == END_TOKEN:
+            flush()
+            text.append(encoder.token(renderer.end_id), "reverse green dim")
+    flush()
+    return text
+
+
+def convert(words: Sequence[str]) -> int:
+    """Write all usable records of the files in one format."""
+    from pathlib import Path
+
+    settings, files = _parse(config.ConvertSettings, words)
+    if not settings.output:
+        raise SettingsError(["output is missing: give the file to write (--output new.jsonl)"])
+    output = Path(settings.output)
+    if output.exists() and not settings.force:
+        raise UserError("the file exists", where=str(output), fix="Add --force to replace it.")
+    aside = output.with_name(f".{output.name}.part")
+    written = dropped = 0
+    with aside.open("w", encoding="utf-8") as out:
+        for path in (p for name in files for p in expand(name)):
+            problems: list[Problem] = []
+            for raw in read(path, problems, settings.encoding or None):
+                conversation = formats.parse(raw).conversation
+                if conversation is None:
+                    dropped += 1
+                    continue
+                line = json.dumps(as_format(conversation, settings.to), ensure_ascii=False)
+                out.write(line + "\n")
+                written += 1
+            dropped += sum(p.action == "dropped" for p in problems)
+    if not written:
+        aside.unlink()
+        raise UserError("no usable records", where=", ".join(files), fix="See vicuna data check.")
+    aside.rename(output)
+    print(f"{written:,} records written to {output}, {dropped:,} dropped")
+    return 0
+
+
+def as_format(conversation: Conversation, to: str) -> dict[str, Any]:
+    """A conversation as a record of another format.
+
+    Formats of one turn (alpaca, pair) take a longer conversation's last turn and put what came
+    before into `history`, so that nothing is lost.
+    """
+    if conversation.kind == "text":
+        return {"text": conversation.turns[-1].text}
+    turns = conversation.turns
+    system = turns[0].text if turns[0].role == "system" else ""
+    pairs = [(q, a) for q, a in pairwise(turns) if q.role == "user" and a.role == "assistant"]
+
+    def said(q: Any) -> str:
+        return f"{q.text}\n{q.input}" if q.input and q.text else q.text or q.input
+
+    record: dict[str, Any] = {"system": system} if system else {}
+    history = [{"input": said(q), "output": a.text} for q, a in pairs[:-1]]
+    question, answer = pairs[-1]
+    if to == "messages":
+        messages = [{"role": "system", "content": system}] if system else []
+        for q, a in pairs:
+            messages.append({"role": "user", "content": said(q)})
+            messages.append({"role": "assistant", "content": a.text})
+        return {"messages": messages}
+    if to == "sharegpt":
+        said_by = [{"from": "system", "value": system}] if system else []
+        for q, a in pairs:
+            said_by += [{"from": "human", "value": said(q)}, {"from": "gpt", "value": a.text}]
+        return {"conversations": said_by}
+    if to == "chat":
+        return {
+            **record,
+            "input": [said(q) for q, _ in pairs],
+            "output": [a.text for _, a in pairs],
+        }
+    if to == "history" or history:
+        return {**record, "history": history, "input": said(question), "output": answer.text}
+    if to == "alpaca":
+        fields = {"instruction": question.text, "input": question.input, "output": answer.text}
+        return {**record, **fields}
+    return {**record, "prompt": said(question), "response": answer.text}

@@ -1,0 +1,139 @@
+"""From what a user writes as `dataset` to files: a path, a folder, a glob or a hub id."""
+
+from __future__ import annotations
+
+import glob
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from vicuna.cache import file_hash
+from vicuna.errors import UserError
+
+ENDINGS = (
+    *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz"),
+    *(".csv", ".tsv", ".parquet", ".txt"),
+)
+# They stand beside data and describe them.
+NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "requirements.txt")
+
+digest = file_hash
+
+
+def expand(source: str) -> list[Path]:
+    """The files that a data source names, sorted.
+
+    Args:
+        source: a file; a folder (searched whole for known endings, hidden files left out); a glob,
+            `**` included; or, where no such path exists, the hub id of a data set.
+
+    Returns: at least one file.
+
+    Raises: UserError where nothing is there, with the way out.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _in_folder(path, source)
+    if path.exists():
+        return [path]
+    if re.search(r"[*?\[]", source):
+        return _matching(path, source)
+    if _is_hub_id(source):
+        return _in_folder(_download(source), source)
+    raise _missing(path, source)
+
+
+def _known(path: Path) -> bool:
+    return path.name.lower().endswith(ENDINGS) and path.name.lower() not in NOT_DATA
+
+
+def _in_folder(folder: Path, source: str) -> list[Path]:
+    """All files with known endings below a folder."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if _known(path)
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(
+            "no data files in it",
+            where=source,
+            fix=f"Files are recognised by their endings here: {' '.join(ENDINGS)}. "
+            "A file named alone may have any.",
+        )
+    return files
+
+
+def _matching(pattern: Path, source: str) -> list[Path]:
+    """The files that a glob matches: those with known endings, all of them if none has one."""
+    files = [p for p in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if p.is_file()]
+    if not files:
+        raise UserError(
+            "no file matches this pattern",
+            where=source,
+            fix="Check it with ls; folders below are searched only by **, and hidden files never.",
+        )
+    return [path for path in files if _known(path)] or files
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether this is `owner/name` and cannot be meant as a path: no file name, no folder here."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+        return False
+    return not source.lower().endswith(ENDINGS) and not Path(source).parent.exists()
+
+
+def _missing(path: Path, source: str) -> UserError:
+    """What to say of a path that does not exist: the nearest name where it goes wrong."""
+    parent = path
+    while not parent.exists() and parent != parent.parent:
+        wrong, parent = parent, parent.parent
+    if not parent.is_dir():
+        return UserError("no such file", where=source, fix=f"{parent} is a file, not a folder.")
+    try:
+        names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
+    except OSError:
+        names = []
+    if near := get_close_matches(wrong.name, names, n=1):
+        whole = parent / near[0] / path.relative_to(wrong)
+        fix = f"Did you mean {whole if whole.exists() else parent / near[0]}?"
+    else:
+        listed = ", ".join(names[:5]) + (" ..." if names[5:] else "")
+        fix = f"In {parent.resolve()} there is: {listed or 'nothing'}."
+    return UserError("no such file or folder", where=source, fix=fix)
+
+
+def _download(repo: str) -> Path:
+    """The hub's data set in the local cache, its readable files alone."""
+    from huggingface_hub import errors, snapshot_download
+
+    wanted = [f"*{ending}" for ending in ENDINGS]
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
+    except errors.GatedRepoError as e:
+        raise UserError(
+            "this data set asks for consent first",
+            where=repo,
+            fix=f"Accept its terms at https://huggingface.co/datasets/{repo} and `hf auth login`.",
+        ) from e
+    except errors.RepositoryNotFoundError as e:
+        raise UserError(
+            "no such path here, and no such data set on the hub",
+            where=repo,
+            fix="Check the spelling; a private data set needs `hf auth login`.",
+        ) from e
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as e:
+        raise UserError(
+            "no such path here, and the hub cannot be reached",
+            where=repo,
+            fix="Download the files elsewhere and give their folder; or unset HF_HUB_OFFLINE; "
+            "or set HF_ENDPOINT to a mirror (https://hf-mirror.com).",
+        ) from e
+    except Exception as e:  # disk, id, server, or one of the HTTP library's own kinds
+        raise UserError(
+            f"download failed: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
+            where=repo,
+            fix="Try again (what was loaded is kept), or give a folder with the files.",
+        ) from e

@@ -1,0 +1,171 @@
+"""A file of questions to a JSONL file of answers, one line each, continued where it was stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from vicuna.data.template import Renderer
+from vicuna.data.types import Problem, Turn
+from vicuna.errors import UserError
+from vicuna.generate.chat import fit
+from vicuna.generate.decode import decode
+from vicuna.generate.engines.base import Engine
+from vicuna.generate.events import Finished
+from vicuna.generate.questions import Question, questions
+from vicuna.generate.settings import Settings
+
+# What an answer adds to its record.
+_ADDED = ("output", "finish_reason", "dropped_turns", "error")
+
+
+class Tally(NamedTuple):
+    """Records answered now, answered before, and not answerable."""
+
+    answered: int
+    before: int
+    failed: int
+
+
+def answer_file(
+    engine: Engine,
+    renderer: Renderer,
+    settings: Settings,
+    input: Path,
+    output: Path,
+    system: str = "",
+    say: Callable[[str], None] = print,
+) -> Tally:
+    """Answer every record of `input` into `output`.
+
+    A line is the record as it was given, and `output`, `finish_reason`; an answer that the record
+    already had moves to `reference`. A record that asks nothing, or that fits no context, gets a
+    line too, with `finish_reason` "error" and the reason in `error`. Each line is written when its
+    answer is whole, and whole lines are not computed again.
+
+    Args:
+        system: system prompt of the records that bring none.
+        say: told what is skipped, what is wrong, and each answer.
+
+    Raises: UserError where `output` holds answers to something else.
+    """
+    problems: list[Problem] = []
+    records = questions(input, problems)
+    before = _resume(records, input, output)
+    if before:
+        say(f"{output} already has {before} answers: going on after them")
+    answered = failed = 0
+    with _append(output) as file:
+        for question in records:
+            added = _answer(engine, renderer, settings, question, system)
+            line = {**_without_answer(question.given), **added}
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.flush()
+            failed += "error" in added
+            answered += "error" not in added
+            say(f"{input}:{question.line}: {added.get('error') or added['finish_reason']}")
+    for problem in problems:
+        say(f"{input}:{problem.line}: {problem.reason} ({problem.action})")
+    return Tally(answered, before, failed)
+
+
+def _append(path: Path) -> TextIO:
+    try:
+        return path.open("a", encoding="utf-8")
+    except OSError as e:
+        raise UserError(
+            f"cannot write: {e.strerror or e}",
+            where=str(path),
+            fix="Choose a file in a folder that exists and that you may write to.",
+        ) from e
+
+
+def _answer(
+    engine: Engine, renderer: Renderer, settings: Settings, question: Question, system: str
+) -> dict[str, Any]:
+    """What is added to a record."""
+    if not question.turns:
+        return {"output": "", "finish_reason": "error", "error": question.reason}
+    turns = question.turns
+    if system and turns[0].role != "system":
+        turns = [Turn("system", system), *turns]
+    fitted = fit(turns, renderer, engine.context_length, settings.max_new_tokens)
+    try:
+        events = decode(engine, fitted.prompt_ids, settings, renderer)
+    except UserError as e:  # this record is too long; the next may not be
+        return {"output": "", "finish_reason": "error", "error": e.what}
+    *_, last = events
+    assert isinstance(last, Finished)
+    added: dict[str, Any] = {"output": last.text, "finish_reason": last.finish_reason}
+    if fitted.dropped:
+        added["dropped_turns"] = len(fitted.dropped)
+    return added
+
+
+def _without_answer(given: dict[str, Any]) -> dict[str, Any]:
+    """The record with the answer it had, if any, under another name."""
+    kept = {k: v for k, v in given.items() if k not in _ADDED}
+    return {**kept, "reference": given["output"]} if given.get("output") else kept
+
+
+def _resume(records: Iterator[Question], input: Path, output: Path) -> int:
+    """Pass the records that `output` has whole lines for and cut off a line written in part.
+
+    Returns: how many were passed.
+
+    Raises: UserError where the lines do not belong to the records, before anything is changed.
+    """
+    if not output.exists():
+        return 0
+    lines, size = _whole_lines(output)
+    passed = 0
+    with output.open("rb") as file:
+        for question, line in zip(islice(records, lines), file):
+            if not _belongs(line, question):
+                raise _other(input, output, passed + 1)
+            passed += 1
+        if passed < lines or not _begins_object(output, size):
+            raise _other(input, output, passed + 1)
+    with output.open("rb+") as file:
+        file.truncate(size)
+    return passed
+
+
+def _whole_lines(path: Path) -> tuple[int, int]:
+    """Lines that end in a line feed, and their bytes."""
+    count = size = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, size = count + 1, size + len(line)
+    return count, size
+
+
+def _begins_object(path: Path, size: int) -> bool:
+    """Whether what stands behind `size` bytes is nothing or the beginning of a line of ours."""
+    with path.open("rb") as file:
+        file.seek(size)
+        return file.read(1) in (b"", b"{")
+
+
+def _belongs(line: bytes, question: Question) -> bool:
+    """Whether a line of the output is this record's."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    if not isinstance(found, dict) or "finish_reason" not in found:
+        return False
+    given = json.loads(json.dumps(_without_answer(question.given), default=str))
+    return bool({k: v for k, v in found.items() if k not in _ADDED} == given)
+
+
+def _other(input: Path, output: Path, line: int) -> UserError:
+    return UserError(
+        f"this file holds something else than answers to {input}, and is left as it is",
+        where=f"{output}:{line}",
+        fix="Give another --output, or delete the file to answer everything anew.",
+    )

@@ -1,0 +1,107 @@
+"""The history of a conversation: asking, taking back, saving, and fitting it into the context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from vicuna.data.template import Renderer
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+
+
+@dataclass
+class Chat:
+    """A conversation: a system prompt ("" for the template's own) and answered questions.
+
+    `turns` alternates user and assistant and ends with an assistant, except between `ask` and
+    `answer`.
+    """
+
+    system: str = ""
+    turns: list[Turn] = field(default_factory=list)
+
+    def ask(self, text: str) -> list[Turn]:
+        """Add a question; the turns to answer, the system prompt first."""
+        self.turns.append(Turn("user", text))
+        return self.all_turns()
+
+    def answer(self, text: str) -> None:
+        """Add the answer to the last question. Where nothing was said, the question goes too."""
+        if text.strip():
+            self.turns.append(Turn("assistant", text))
+        else:
+            self.turns.pop()
+
+    def undo(self) -> str | None:
+        """Take back the last question and its answer; the question, None where there is none."""
+        if not self.turns:
+            return None
+        question = max(i for i, t in enumerate(self.turns) if t.role == "user")
+        text = self.turns[question].text
+        del self.turns[question:]
+        return text
+
+    def reset(self) -> None:
+        """Forget all turns; the system prompt stays."""
+        self.turns.clear()
+
+    def all_turns(self) -> list[Turn]:
+        """The turns as a template takes them."""
+        return [*([Turn("system", self.system)] if self.system else []), *self.turns]
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation in OpenAI's form."""
+        return [{"role": t.role, "content": t.text} for t in self.all_turns()]
+
+    def save(self, path: Path) -> None:
+        """Append the conversation to a JSONL file, one line that `vicuna train` accepts.
+
+        Raises: UserError where there is nothing to save or the file cannot be written.
+        """
+        if not self.turns:
+            raise UserError("nothing was said yet", where="/save")
+        line = json.dumps({"messages": self.messages()}, ensure_ascii=False)
+        try:
+            with path.expanduser().open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as e:
+            raise UserError(
+                f"cannot write: {e.strerror or e}",
+                where=str(path),
+                fix="Choose a file in a folder that exists and that you may write to.",
+            ) from e
+
+
+class Fitted(NamedTuple):
+    """Turns that fit a context, their prompt, and what was dropped for it, oldest first."""
+
+    turns: list[Turn]
+    prompt_ids: list[int]
+    dropped: list[Turn]
+
+
+def fit(turns: Sequence[Turn], renderer: Renderer, context: int, reserve: int) -> Fitted:
+    """Drop whole oldest questions with their answers until prompt and answer fit the context.
+
+    The system prompt and the last question always stay: a prompt that still is too long is for
+    `decode` to refuse.
+
+    Args:
+        turns: a system turn or none, then user and assistant in turn, ending with a question.
+        context: tokens for prompt and answer together.
+        reserve: tokens kept free for the answer, at most half of the context: a generous
+            `max_new_tokens` must not drive the whole conversation out.
+    """
+    budget = context - min(reserve, context // 2)
+    head = 1 if turns[0].role == "system" else 0
+    first = head
+    while True:
+        kept = [*turns[:head], *turns[first:]]
+        prompt = renderer.prompt(kept)
+        if len(prompt) <= budget or len(turns) - first <= 1:
+            return Fitted(kept, prompt, list(turns[head:first]))
+        first += 2

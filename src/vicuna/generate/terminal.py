@@ -1,0 +1,201 @@
+"""The conversation of `vicuna chat`: reads a line, types the answer, understands a few commands."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from vicuna.data.template import Renderer
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+from vicuna.generate.chat import Chat, fit
+from vicuna.generate.decode import decode
+from vicuna.generate.engines.base import Engine
+from vicuna.generate.events import FinishReason, Piece
+from vicuna.generate.settings import Settings
+
+HELP = """\
+/reset        forget what was said (the system prompt stays)
+/undo         take back the last question and its answer
+/system TEXT  set the system prompt; without TEXT, remove it
+/save FILE    append the conversation to a JSONL file that vicuna train accepts
+/help         this list
+/exit         leave (Ctrl-D too); Ctrl-C stops an answer
+"""
+_COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?", re.DOTALL)
+_NOTES: dict[FinishReason, str] = {
+    "length": "(stopped at {limit} tokens; --max_new_tokens allows more)",
+    "context": "(stopped: the context of {context} tokens is full; /reset starts anew)",
+    "cancelled": "(stopped)",
+    "memory": "(stopped: out of memory; /reset starts anew with a short prompt)",
+}
+
+
+def read_line(prompt: str) -> str:
+    """A line from the keyboard with editing, or from a pipe without showing the prompt."""
+    if not sys.stdin.isatty():
+        return input()
+    import readline  # noqa: F401  line editing that knows wide characters
+
+    return input(prompt)
+
+
+def write(text: str) -> None:
+    """Show text at once, unfinished lines too."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def converse(
+    engine: Engine,
+    renderer: Renderer,
+    settings: Settings,
+    system: str = "",
+    read: Callable[[str], str] = read_line,
+    out: Callable[[str], None] = write,
+) -> Chat:
+    """Talk until the end of the input, Ctrl-C or Ctrl-D at the prompt, or /exit.
+
+    Args:
+        read: shows a prompt and returns a line; raises EOFError at the end.
+        out: shows text as it is, without adding a line's end.
+
+    Returns: the conversation as it stood at the end.
+    """
+    talk = _Talk(engine, renderer, settings, Chat(system), out)
+    while True:
+        try:
+            line = _valid(read("> ")).strip()
+        except (EOFError, KeyboardInterrupt):
+            out("\n")
+            return talk.chat
+        try:
+            if not talk.take(line):
+                return talk.chat
+        except UserError as e:
+            out(f"{e}\n")
+
+
+def _valid(line: str) -> str:
+    """The line without what no tokenizer takes: bytes of a pipe that are not UTF-8."""
+    return line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+class _Talk:
+    """One conversation on the screen."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        renderer: Renderer,
+        settings: Settings,
+        chat: Chat,
+        out: Callable[[str], None],
+    ) -> None:
+        self.engine, self.renderer, self.settings = engine, renderer, settings
+        self.chat, self.out = chat, out
+        self.dropped = 0  # turns that did not fit, as last told
+
+    def take(self, line: str) -> bool:
+        """Obey a command or answer a question; False where it was the last."""
+        if not line:
+            return True
+        # `/etc/hosts` begins a question: only a word alone or before a space is a command.
+        command = _COMMAND.fullmatch(line)
+        if not command:
+            self.answer(line)
+            return True
+        name, rest = command[1], (command[2] or "").strip()
+        if name in ("exit", "quit"):
+            return False
+        commands: dict[str, Callable[[str], str]] = {
+            "help": lambda _: HELP,
+            "reset": self.reset,
+            "undo": self.undo,
+            "system": self.set_system,
+            "save": self.save,
+        }
+        self.out(commands.get(name, lambda _: f"No command /{name}; /help lists them.\n")(rest))
+        return True
+
+    def reset(self, _: str) -> str:
+        self.chat.reset()
+        return "The conversation starts anew.\n"
+
+    def undo(self, _: str) -> str:
+        question = self.chat.undo()
+        return "Nothing to take back.\n" if question is None else f"Taken back: {question}\n"
+
+    def set_system(self, text: str) -> str:
+        self.chat.system = text
+        return "The system prompt is set.\n" if text else "The system prompt is removed.\n"
+
+    def save(self, name: str) -> str:
+        if not name:
+            raise UserError("the file's name is missing", where="/save", fix="/save talk.jsonl")
+        self.chat.save(Path(name))
+        return f"Saved to {name}.\n"
+
+    def answer(self, question: str) -> None:
+        """Type the answer; what was typed until an interruption is kept."""
+        said: list[str] = []
+        try:
+            with _ctrl_c() as cancelled:
+                note = self._type(self.chat.ask(question), said, cancelled)
+        except KeyboardInterrupt:  # a second Ctrl-C, or where no handler can be set
+            note = _NOTES["cancelled"] + "\n"
+        finally:
+            self.chat.answer("".join(said))
+        if not (note or "".join(said).strip()):
+            note = "(the model said nothing)\n"
+        self.out("\n" + note)
+
+    def _type(self, turns: list[Turn], said: list[str], cancelled: Callable[[], bool]) -> str:
+        """Show the pieces of the answer and put them into `said`; a note on how it ended."""
+        context, limit = self.engine.context_length, self.settings.max_new_tokens
+        fitted = fit(turns, self.renderer, context, limit)
+        events = decode(self.engine, fitted.prompt_ids, self.settings, self.renderer, cancelled)
+        self._tell_dropped(len(fitted.dropped))
+        for event in events:
+            if not isinstance(event, Piece):
+                note = _NOTES.get(event.finish_reason, "")
+                return note.format(limit=limit, context=context) + "\n" if note else ""
+            said.append(event.text)
+            self.out(event.text)
+        return ""
+
+    def _tell_dropped(self, turns: int) -> None:
+        if turns > self.dropped:
+            self.out(
+                f"(the oldest {turns // 2} questions and answers no longer fit the context of "
+                f"{self.engine.context_length} tokens and were left out)\n"
+            )
+        self.dropped = turns
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only makes the yielded function true, so that the engine stops
+    between two tokens and keeps what it knows; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def press(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            signal.default_int_handler(number, frame)
+        pressed.set()
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,43 @@
+"""`vicuna train`: from the words behind the command to a finished run and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vicuna import config
+from vicuna.errors import EXIT_INTERRUPTED
+from vicuna.train.screen import Screen
+
+
+def run(words: Sequence[str]) -> int:
+    """Train; returns the exit code.
+
+    Raises: UserError for everything a user can mend.
+    """
+    settings, given = config.parse(config.TrainSettings, words)
+    screen = Screen()
+    # torch and transformers are imported from here on, after the settings are known to be good.
+    from vicuna.train.loop import Outcome, Training
+    from vicuna.train.setup import prepare
+
+    session = prepare(settings, given, screen)
+    try:
+        outcome: Outcome = Training(session).run()
+    except BaseException as e:
+        session.run.log("warning", step=session.state.step, message=f"{type(e).__name__}: {e}")
+        raise
+    finally:
+        session.run.close()
+    folder = session.run.path
+    if not outcome.finished:
+        screen.say(f"stopped after update {outcome.step}; everything up to here is saved")
+        screen.say(f"go on with:  vicuna train --resume {folder}")
+        return EXIT_INTERRUPTED
+    screen.say(f"\ndone after {outcome.step} updates ({outcome.reason})")
+    if outcome.best_eval is not None:
+        before = f"{outcome.first_eval:.4f} -> " if outcome.first_eval is not None else ""
+        screen.say(f"held-out loss {before}{outcome.best_eval:.4f}")
+    screen.say(f"adapter    {session.run.adapter}")
+    screen.say(f"loss plot  {folder / 'loss.png'}")
+    screen.say(f"talk:      vicuna chat --adapter {folder}")
+    return 0

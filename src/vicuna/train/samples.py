@@ -1,0 +1,25 @@
+"""Answers to the sample prompts during training: what the model says, not only what it loses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from vicuna.data.types import Turn
+from vicuna.generate.decode import complete
+from vicuna.generate.engines.torch import TorchEngine
+from vicuna.generate.settings import Settings
+from vicuna.train.setup import Session
+
+
+def answer(session: Session, prompts: Sequence[str], tokens: int) -> Iterator[tuple[str, str]]:
+    """(prompt, greedy answer) with the weights as they are now. Greedy: no random state is used."""
+    learner = session.learner
+    learner.plain_attention()
+    try:
+        engine = TorchEngine(learner.model, session.context)
+        settings = Settings(max_new_tokens=tokens)
+        for prompt in prompts:
+            ids = session.renderer.prompt([Turn("user", prompt)])
+            yield prompt, complete(engine, ids, settings, session.renderer).text
+    finally:
+        learner.packed_attention()

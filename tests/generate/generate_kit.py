@@ -1,0 +1,147 @@
+"""What the tests of generation share: two tokenizers, a tiny random Llama, and an engine that says
+what it is told to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from vicuna.data.encode import Encoder, Vocabulary
+from vicuna.data.template import Renderer, find
+from vicuna.generate.engines.base import Cancelled, never
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, again and again and again.",
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。" * 3,
+    "你好，我是助手。今天天气很好，我们去公园吧。😀😀 naïve café",
+]
+SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def byte_level() -> Tokenizer:
+    """Like GPT-2, Llama 3 and Qwen: bytes, and some merges of them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """Like Llama 1 and 2: characters, a space before the first word, bytes for what is rare."""
+    pieces = [*SPECIALS, "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    letters = sorted({c for line in CORPUS[1:] for c in line if c not in " 😀"} | set("abc"))
+    pieces += ["▁", *letters, "ab", "▁a", "▁ab"]
+    vocab = {p: i for i, p in enumerate(dict.fromkeys(pieces))}
+    merges = [("a", "b"), ("▁", "a"), ("▁a", "b")]
+    model = models.BPE(
+        vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([*SPECIALS, "<unk>"])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
+    )
+    return tokenizer
+
+
+def vocabulary(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Vocabulary:
+    specials = {t["content"]: t["id"] for t in json.loads(tokenizer.to_str())["added_tokens"]}
+    return Vocabulary(
+        tokenizer_json=tokenizer.to_str(),
+        bos_id=specials["<s>"],
+        eos_id=specials["</s>"],
+        pad_id=specials["</s>"],
+        bos_token="<s>",
+        eos_token="</s>",
+        end_ids=(specials["</s>"], *ends),
+        special_tokens=specials,
+    )
+
+
+def make_renderer(tokenizer: Tokenizer, template: str, ends: Sequence[int] = ()) -> Renderer:
+    words = vocabulary(tokenizer, ends)
+    return Renderer(find(template, words), Encoder(words))
+
+
+def tiny_llama(vocab_size: int, seed: int = 0, **changes: Any) -> Any:
+    """A Llama of two layers with weights large enough that its answers wander."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**shape, **changes})).eval()
+
+
+class ScriptedEngine:
+    """Says what it is told to: each prompt takes the next script of token ids.
+
+    hook: called before each token with the number of tokens said; may raise.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        scripts: Sequence[Sequence[int]],
+        context_length: int = 10_000,
+        hook: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.vocab_size, self.context_length, self.hook = vocab_size, context_length, hook
+        self.scripts = [list(s) for s in scripts]
+        self.prompts: list[list[int]] = []
+        self.stepped: list[int] = []
+
+    def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
+        if cancel():
+            raise Cancelled
+        self.prompts.append(list(prompt_ids))
+        self.said = 0
+        self.now = self.scripts.pop(0)
+        return self._next()
+
+    def step(self, token_id: int) -> Tensor:
+        self.stepped.append(token_id)
+        return self._next()
+
+    def _next(self) -> Tensor:
+        self.hook(self.said)
+        scores = torch.full((self.vocab_size,), -10.0)
+        scores[self.now[self.said]] = 10.0
+        self.said += 1
+        return scores
+
+
+def saying(renderer: Renderer, *answers: str, **options: Any) -> ScriptedEngine:
+    """An engine that gives these answers, each ended by the template's end token."""
+    encoder = renderer.encoder
+    scripts = [[*encoder.text(a), renderer.end_id] for a in answers]
+    return ScriptedEngine(encoder.vocab_size, scripts, **options)

@@ -1,0 +1,140 @@
+"""Text comes piece by piece, whole, and stop strings stay hidden."""
+
+from __future__ import annotations
+
+import pytest
+from generate_kit import byte_level, sentencepiece, vocabulary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vicuna.data.encode import Encoder
+from vicuna.generate.stream import StopStrings, TextStream
+
+ENCODERS = {
+    "byte-level": Encoder(vocabulary(byte_level())),
+    "sentencepiece": Encoder(vocabulary(sentencepiece())),
+}
+# Any text, with a lean towards what takes several tokens; U+FFFD itself is tested by itself.
+TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁"),
+        st.sampled_from("你好𠮷龘😀👩\u200d🚀🇨🇳 \n\tab"),
+    ),
+    max_size=40,
+)
+every_encoder = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
+
+
+def pieces(encoder: Encoder, ids: list[int]) -> list[str]:
+    stream = TextStream(encoder)
+    return [*(stream.push(i) for i in ids), stream.finish()]
+
+
+@every_encoder
+@settings(max_examples=150, deadline=None)
+@given(text=TEXT)
+def test_pieces_are_the_text(encoder: Encoder, text: str) -> None:
+    parts = pieces(encoder, encoder.text(text))
+    assert "".join(parts) == text.removeprefix(" ")
+    assert not any("\ufffd" in p for p in parts)
+
+
+@every_encoder
+@settings(max_examples=100, deadline=None)
+@given(text=TEXT)
+def test_pieces_equal_decoding_at_once(encoder: Encoder, text: str) -> None:
+    ids = encoder.text(text, first=True)
+    whole = encoder.decode(ids)
+    if encoder is ENCODERS["byte-level"]:
+        whole = whole.removeprefix(" ")
+    assert "".join(pieces(encoder, ids)) == whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, ENCODERS["byte-level"].vocab_size - 1), max_size=30))
+def test_any_bytes_equal_decoding_at_once(ids: list[int]) -> None:
+    """Also bytes that are no text: what a model says at random."""
+    encoder = ENCODERS["byte-level"]
+    whole = encoder.decode(ids).removeprefix(" ")
+    shown = "".join(pieces(encoder, ids))
+    assert whole in (shown, shown + "\ufffd")  # an unfinished last character is left out
+
+
+@every_encoder
+def test_half_a_character_is_never_shown(encoder: Encoder) -> None:
+    ids = encoder.text("好😀")
+    assert len(ids) >= 4
+    parts = pieces(encoder, ids[:-1])
+    assert "".join(parts) == "好"
+    assert pieces(encoder, ids)[len(ids) - 1] == "😀"
+
+
+@every_encoder
+def test_a_broken_character_does_not_stop_the_text(encoder: Encoder) -> None:
+    half = encoder.text("😀")[:2]
+    assert "".join(pieces(encoder, [*half, *encoder.text("好")])).endswith("好")
+
+
+@every_encoder
+def test_the_replacement_character_itself(encoder: Encoder) -> None:
+    assert "".join(pieces(encoder, encoder.text("a\ufffdb"))) == "a\ufffdb"
+
+
+@every_encoder
+def test_only_the_first_space_goes(encoder: Encoder) -> None:
+    assert "".join(pieces(encoder, encoder.text("  ab ab"))) == " ab ab"
+
+
+@every_encoder
+def test_control_tokens_are_not_shown(encoder: Encoder) -> None:
+    controls = sorted(encoder.control_ids)
+    a = encoder.text("a")
+    assert "".join(pieces(encoder, [*controls, *a, *controls, *a])) == "aa"
+
+
+def test_each_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Encoder(vocabulary(byte_level()))
+    stream = TextStream(encoder)
+    lengths: list[int] = []
+    decode = encoder.decode
+    monkeypatch.setattr(encoder, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    for token in encoder.text("床前明月光" * 200):
+        stream.push(token)
+    assert max(lengths) <= 2
+    assert len(lengths) <= encoder.vocab_size
+
+
+# -- stop strings ----
+
+SHORT = st.text("ab😀", min_size=1, max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    text=st.text("ab😀", max_size=25),
+    stops=st.lists(SHORT, max_size=4),
+    cuts=st.lists(st.integers(0, 25), max_size=8),
+)
+def test_stop_strings_never_leak(text: str, stops: list[str], cuts: list[int]) -> None:
+    edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
+    holder = StopStrings(stops)
+    shown = ""
+    for begin, end in zip(edges, edges[1:]):
+        shown += holder.push(text[begin:end])
+        assert text.startswith(shown)
+        if not holder.found:  # nothing that may yet become a stop string is out
+            read = text[:end]
+            open_at = [i for i in range(end) for s in stops if s.startswith(read[i:])]
+            assert len(shown) <= min(open_at, default=end)
+    shown += holder.finish()
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    assert holder.found == bool(ends)
+    assert shown == (text[: min(ends)[1]] if ends else text)
+    assert not any(s in shown for s in stops)
+
+
+def test_text_is_held_back_only_while_it_must_be() -> None:
+    holder = StopStrings(["User:"])
+    assert [holder.push(c) for c in "a U se"] == ["a", " ", "", "U ", "s", "e"]
+    assert holder.push(" User") == " "
+    assert holder.finish() == "User"
