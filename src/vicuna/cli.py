@@ -139,8 +139,9 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
     _quiet()
     try:
-        app(standalone_mode=False)
-        code = 0
+        # Outside standalone mode typer hands the exit code of a command back.
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
     except typer.Exit as e:
         code = e.exit_code
     except UserError as e:
@@ -181,6 +182,11 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.warnoptions:
+        import warnings
+
+        # Deprecations inside libraries are not the user's business.
+        warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

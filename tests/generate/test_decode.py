@@ -137,9 +137,9 @@ def test_length_shows_what_was_held_back(renderer: Renderer) -> None:
 
 
 def test_length_in_the_middle_of_a_character(renderer: Renderer) -> None:
-    done = run(saying(renderer, "好😀"), [5], renderer, max_new_tokens=4)
+    done = run(saying(renderer, "好🚀"), [5], renderer, max_new_tokens=3)
     assert done.finish_reason == "length"
-    assert "\ufffd" not in done.text
+    assert done.text == "好"
 
 
 def test_context_full(model: Any) -> None:
@@ -150,7 +150,7 @@ def test_context_full(model: Any) -> None:
 
 
 def test_prompt_longer_than_the_context(model: Any) -> None:
-    with pytest.raises(UserError, match="16 tokens.*context only 16") as caught:
+    with pytest.raises(UserError, match=r"16 tokens.*context only 16") as caught:
         decode(TorchEngine(model, 16), list(range(16)), Settings(), RENDERER)
     assert "Shorten" in caught.value.fix
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from generate_kit import byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
@@ -62,16 +64,16 @@ def test_any_bytes_equal_decoding_at_once(ids: list[int]) -> None:
 
 @every_encoder
 def test_half_a_character_is_never_shown(encoder: Encoder) -> None:
-    ids = encoder.text("好😀")
+    ids = encoder.text("好🚀")
     assert len(ids) >= 4
     parts = pieces(encoder, ids[:-1])
     assert "".join(parts) == "好"
-    assert pieces(encoder, ids)[len(ids) - 1] == "😀"
+    assert pieces(encoder, ids)[len(ids) - 1] == "🚀"
 
 
 @every_encoder
 def test_a_broken_character_does_not_stop_the_text(encoder: Encoder) -> None:
-    half = encoder.text("😀")[:2]
+    half = encoder.text("🚀")[:2]
     assert "".join(pieces(encoder, [*half, *encoder.text("好")])).endswith("好")
 
 
@@ -119,7 +121,7 @@ def test_stop_strings_never_leak(text: str, stops: list[str], cuts: list[int]) -
     edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     holder = StopStrings(stops)
     shown = ""
-    for begin, end in zip(edges, edges[1:]):
+    for begin, end in pairwise(edges):
         shown += holder.push(text[begin:end])
         assert text.startswith(shown)
         if not holder.found:  # nothing that may yet become a stop string is out

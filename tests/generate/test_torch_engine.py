@@ -53,7 +53,7 @@ def test_a_further_turn_computes_only_its_tokens(engine: TorchEngine, model: Any
     assert near(other, fresh(model, [8, 2, 9]))
 
 
-def test_scores_are_float32_of_the_last_position(model: Any) -> None:
+def test_scores_are_float32_of_the_last_position() -> None:
     scores = TorchEngine(tiny_llama(50).bfloat16(), 64).prefill([3, 4])
     assert (scores.dtype, scores.shape) == (torch.float32, (50,))
 

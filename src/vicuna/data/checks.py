@@ -146,7 +146,7 @@ def _hash64(text: str) -> int:
 
 @cache
 def _letters() -> np.ndarray:
-    """What a UTF-16 unit counts as: lower case, 0 for white space and punctuation. uint16 (65536,)."""
+    """What a UTF-16 unit counts as: lower case, 0 for white space and punctuation: (65536,)."""
     letters = np.zeros(1 << 16, np.uint16)
     for code in range(1 << 16):
         char = chr(code)

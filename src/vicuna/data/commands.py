@@ -13,7 +13,8 @@ from vicuna import config
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import dataset, formats
 from vicuna.data.encode import END_TOKEN, NO_TARGET, Encoder
-from vicuna.data.read import expand, read
+from vicuna.data.read import read
+from vicuna.data.sources import expand
 from vicuna.data.template import Renderer, find
 from vicuna.data.types import Conversation, Problem
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
@@ -60,10 +61,9 @@ def stats(words: Sequence[str]) -> int:
         found, _ = dataset.load([DatasetEntry(path=name)], whole, renderer)
         if not len(found):
             raise UserError("no usable records", where=name, fix="vicuna data check says why.")
-        characters = sum(
-            len(renderer.encoder.decode(found[i].ids)) for i in range(min(len(found), 500))
-        )
-        tokens = sum(len(found[i].ids) for i in range(min(len(found), 500)))
+        first = [found[i].ids.tolist() for i in range(min(len(found), 500))]
+        characters = sum(len(renderer.encoder.decode(ids)) for ids in first)
+        tokens = sum(len(ids) for ids in first)
         results.append(_stats(name, found, tokens / max(1, characters)))
     if settings.json_output:
         print(json.dumps({"files": results, "model": settings.model}, ensure_ascii=False))

@@ -18,8 +18,8 @@ from vicuna.data import checks
 from vicuna.data.encode import Example
 from vicuna.data.order import Group, Order, split_validation
 from vicuna.data.prepare import Recipe, prepare_file
-from vicuna.data.read import expand
 from vicuna.data.report import DataReport, FileReport
+from vicuna.data.sources import expand
 from vicuna.data.store import Store
 from vicuna.data.template import Renderer
 from vicuna.errors import UserError

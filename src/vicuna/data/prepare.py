@@ -129,7 +129,7 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
         report.file_problem(problem, is_record=problem.action == "dropped")
     writer.finish(
         np.concatenate(exact) if exact else np.zeros(0, np.uint64),
-        np.concatenate(near) if near else np.zeros((0, 24), np.uint32),
+        np.concatenate(near) if near else np.zeros((0, checks.SIGNATURE), np.uint32),
         report.to_json(),
     )
 
@@ -211,7 +211,7 @@ class Work:
             np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
             index_rows(examples, lines, questions),
             np.array([s[0] for s in sketches], np.uint64),
-            np.array([s[1] for s in sketches], np.uint32).reshape(len(sketches), -1),
+            np.array([s[1] for s in sketches], np.uint32).reshape(-1, checks.SIGNATURE),
             report,
         )
 

@@ -18,7 +18,7 @@ from vicuna.generate.sampling import Chooser
 from vicuna.generate.settings import Settings
 from vicuna.generate.stream import StopStrings, TextStream
 
-__all__ = ["Event", "Finished", "Piece", "Settings", "decode"]
+__all__ = ["Event", "Finished", "Piece", "Settings", "complete", "decode"]
 
 
 def decode(
@@ -48,6 +48,16 @@ def decode(
             "or use a model with a longer context.",
         )
     return _events(engine, prompt_ids, settings, renderer, cancel)
+
+
+def complete(
+    engine: Engine, prompt_ids: Sequence[int], settings: Settings, renderer: Renderer
+) -> Finished:
+    """The whole answer at once; arguments and errors are those of `decode`."""
+    for event in decode(engine, prompt_ids, settings, renderer):
+        if isinstance(event, Finished):
+            return event
+    raise AssertionError("an answer always ends with Finished")
 
 
 def _events(

@@ -172,10 +172,12 @@ class _Talk:
 
     def _tell_dropped(self, turns: int) -> None:
         if turns > self.dropped:
-            self.out(
-                f"(the oldest {turns // 2} questions and answers no longer fit the context of "
-                f"{self.engine.context_length} tokens and were left out)\n"
+            many = turns > 2
+            what = (
+                f"{turns // 2} oldest questions with their answers" if many else "oldest question"
             )
+            what += " no longer fit" if many else " with its answer no longer fits"
+            self.out(f"(the {what} the context of {self.engine.context_length} tokens)\n")
         self.dropped = turns
 
 

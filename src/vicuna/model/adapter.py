@@ -40,7 +40,8 @@ class LoraSettings:
 class AdapterFiles:
     """An adapter as read from disk: PEFT's settings, tensors under PEFT's keys, and what was noted.
 
-    meta: `vicuna.json`'s content, empty for adapters of other origin. notes: what had to be guessed
+    meta: `vicuna.json`'s content, empty for adapters of other origin. base_name: the base as PEFT's
+    config names it. notes: what had to be guessed
     or repaired, in words.
     """
 
@@ -49,6 +50,7 @@ class AdapterFiles:
     tensors: dict[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    base_name: str = ""
 
 
 # -- the base an adapter belongs to ----
@@ -242,7 +244,8 @@ def read_adapter(adapter: str) -> AdapterFiles:
     )
     meta_path = folder / META
     meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else {}
-    return AdapterFiles(folder, lora, tensors, meta, notes)
+    name = str(config.get("base_model_name_or_path") or "")
+    return AdapterFiles(folder, lora, tensors, meta, notes, name)
 
 
 def _read_tensors(folder: Path, notes: list[str]) -> dict[str, Tensor]:

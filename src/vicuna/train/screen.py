@@ -14,7 +14,7 @@ class Screen:
     """Prints to the terminal, or plain lines where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:

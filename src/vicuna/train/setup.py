@@ -20,7 +20,7 @@ from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, load
+from vicuna.model import dropout, fused, load
 from vicuna.model.base import locate
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
@@ -387,6 +387,7 @@ def _learner(
         peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     learner = Learner(peft, device)
     learner.dropout.seed = settings.seed
+    fused.install(peft)
     if settings.lora_dropout:
         dropout.install(peft, settings.lora_dropout, learner.dropout)
     learner.packed_attention()
