@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -63,8 +62,9 @@ _BLANK = re.compile(
 # In code, braces and names between them are no form to fill in.
 _CODE = re.compile(r"```|\b[fF][\"']|\.format\(|[;{]\s*\n|\bdef |=>")
 
-# One search decides whether any of the three above can match. All alternatives begin with a plain
-# character, which lets `re` skip through a text at the speed of a table look-up.
+_PATTERNS = ((OTHER_TEMPLATE, _MARK), (MOJIBAKE, _MOJIBAKE), (PLACEHOLDER, _BLANK))
+# Where one of the three can match at all. All alternatives begin with a plain character, which lets
+# `re` skip through a text at the speed of a table look-up.
 _ANY = re.compile(
     "|".join(
         [*(f"{name}{colon}" for name in _NAMES for colon in ":："), "##", "xxx", "XXX"]
@@ -107,14 +107,19 @@ def _where(turns: list[Turn], i: int) -> str:
     return f"turn {i + 1} ({turns[i].role})"
 
 
-def _inside(turns: list[Turn], texts: list[str]) -> Iterator[tuple[str, str]]:
+def _inside(turns: list[Turn], texts: list[str]) -> list[tuple[str, str]]:
     """What the text of single turns shows, each kind once."""
-    for reason, pattern in ((OTHER_TEMPLATE, _MARK), (MOJIBAKE, _MOJIBAKE), (PLACEHOLDER, _BLANK)):
-        for i, text in enumerate(texts):
-            match = pattern.search(text)
-            if match and not (match[0][0] == "{" and _CODE.search(text)):
-                yield _where(turns, i), f"{reason}: {' '.join(match[0][:24].split())}"
-                break
+    found: dict[str, tuple[str, str]] = {}
+    for i, text in enumerate(texts):
+        for hit in _ANY.finditer(text):
+            for reason, pattern in _PATTERNS:
+                if reason in found:
+                    continue
+                match = pattern.match(text, hit.start())
+                if match and not (match[0][0] == "{" and _CODE.search(text)):
+                    detail = " ".join(match[0][:24].split())
+                    found[reason] = (_where(turns, i), f"{reason}: {detail}")
+    return list(found.values())
 
 
 # Hashes

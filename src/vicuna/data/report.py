@@ -1,105 +1,167 @@
-"""What happened to every record: used, repaired, dropped, warned of, and where.
+"""What happened to every record: counts while reading, one table and one JSON at the end.
 
-Nothing is lost in silence: `records == used + dropped` always holds, and each problem has a line.
+Always `records == used + dropped`, for a file and for any part of it. A record is dropped once,
+however many problems it has; `repaired` counts used records with at least one repair.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from array import array
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vicuna.data.checks import NO_CHINESE
-from vicuna.data.types import Parsed, Problem
+from vicuna.data.formats import ONE_TURN
+from vicuna.data.types import Action, Parsed, Problem
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# Below this share of rows without Chinese nothing is said: quotations and code are normal.
+# Below this share, rows without Chinese (numbers, code, a translation) are what one expects.
 WORTH_SAYING = 0.05
-PLACES = 3
+PLACES = 3  # examples of a reason in the table
+_SHARE = re.compile(r"(\d+) of (\d+) records have no Chinese text")
+_ORDER: tuple[Action, ...] = ("dropped", "repaired", "warned")
 
 
-@dataclass
 class FileReport:
-    """The counts of one file. Picklable: worker processes send theirs back to be merged."""
+    """What became of the records of one file, or of a part of it.
 
-    path: str
-    formats: Counter[str] = field(default_factory=Counter)
-    used: int = 0
-    dropped: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    without_chinese: int = 0
-    _repaired: set[int] = field(default_factory=set)
+    Problems lie in two arrays and a table of their distinct words: 12 bytes each, because a file
+    may have 700,000. It pickles as it is.
+    """
 
-    @property
-    def records(self) -> int:
-        return self.used + self.dropped
-
-    @property
-    def repaired(self) -> int:
-        """Records used after at least one repair."""
-        return len(self._repaired)
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.formats: dict[str, int] = {}
+        self.records = self.used = self.repaired = self.dropped = 0
+        self._parsed = 0  # records that became a conversation, dropped later or not
+        self._lines = array("q")
+        self._words = array("I")  # index into the distinct (field, reason, action)
+        self._table: dict[tuple[str, str, Action], int] = {}
+        self._repaired_at: dict[int, int] = {}  # line: used records there with a repair
 
     def add(self, parsed: Parsed) -> None:
-        """Count one record."""
-        self.formats[parsed.format] += 1
+        """Count a record and what was found in it."""
+        self.records += 1
+        self.formats[parsed.format] = self.formats.get(parsed.format, 0) + 1
         if parsed.conversation is None:
             self.dropped += 1
-            self.problems += parsed.problems
-            return
-        self.used += 1
+        else:
+            self.used += 1
+            self._parsed += 1
+        if parsed.problems:
+            self._add_problems(parsed)
+
+    def _add_problems(self, parsed: Parsed) -> None:
+        repaired = None
         for problem in parsed.problems:
-            if problem.reason == NO_CHINESE:
-                self.without_chinese += 1
-                continue
-            self.problems.append(problem)
+            self._note(problem)
             if problem.action == "repaired":
-                self._repaired.add(problem.line)
+                repaired = problem.line
+        if repaired is not None and parsed.conversation is not None:
+            self.repaired += 1
+            self._repaired_at[repaired] = self._repaired_at.get(repaired, 0) + 1
 
     def file_problem(self, problem: Problem, is_record: bool) -> None:
-        """Note what the reader found; a cut-off line is a record, an encoding is not."""
-        self.problems.append(problem)
+        """Note what the reader found.
+
+        Args:
+            is_record: a record was lost by it (a cut-off last line), so it counts as dropped;
+                otherwise it concerns the file (its encoding, a comma too many).
+        """
+        self._note(problem)
         if is_record:
+            self.records += 1
             self.dropped += 1
+            self.formats["unknown"] = self.formats.get("unknown", 0) + 1
 
     def drop_used(self, line: int, field: str, reason: str) -> None:
-        """A later stage drops a record that was counted as used."""
-        self.problems.append(Problem(line, field, reason, "dropped"))
+        """Drop a record that was counted as used, because a later stage cannot use it.
+
+        Call it on the report that counted the record, or on one that was merged from it.
+        """
+        self._note(Problem(line, field, reason, "dropped"))
+        if not self.used:
+            return
         self.used -= 1
         self.dropped += 1
-        self._repaired.discard(line)
+        if self.repaired and self._repaired_at.get(line, 0):
+            self._repaired_at[line] -= 1
+            self.repaired -= 1
+        self.repaired = min(self.repaired, self.used)
 
     def warn(self, line: int, field: str, reason: str) -> None:
-        """A later stage warns of a record."""
-        self.problems.append(Problem(line, field, reason, "warned"))
+        """Note something about a record that is used as it is."""
+        self._note(Problem(line, field, reason, "warned"))
 
     def merge(self, other: FileReport) -> None:
         """Add the counts of another part of the same file."""
-        self.formats += other.formats
+        self.records += other.records
         self.used += other.used
+        self.repaired += other.repaired
         self.dropped += other.dropped
-        self.problems += other.problems
-        self.without_chinese += other.without_chinese
-        self._repaired |= other._repaired
+        self._parsed += other._parsed
+        for name, count in other.formats.items():
+            self.formats[name] = self.formats.get(name, 0) + count
+        for line, count in other._repaired_at.items():
+            self._repaired_at[line] = self._repaired_at.get(line, 0) + count
+        index = [self._table.setdefault(words, len(self._table)) for words in other._table]
+        self._lines.extend(other._lines)
+        self._words.extend(array("I", (index[i] for i in other._words)))
+
+    def _note(self, problem: Problem) -> None:
+        words = (problem.field, problem.reason, problem.action)
+        self._lines.append(problem.line)
+        self._words.append(self._table.setdefault(words, len(self._table)))
+
+    # What it says
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All problems in order of line, without those that are no news about this file."""
+        return list(self._said())
+
+    def _said(self) -> Iterator[Problem]:
+        distinct = list(self._table)
+        silent = self._silent()
+        lines, words = self._lines, self._words
+        for i in sorted(range(len(lines)), key=lines.__getitem__):
+            field, reason, action = distinct[words[i]]
+            if reason not in silent:
+                yield Problem(lines[i], field, reason, action)
+
+    def _silent(self) -> frozenset[str]:
+        """Reasons that say something only beside other records of the same file."""
+        silent = set()
+        if not self._share():
+            silent.add(NO_CHINESE)
+        if "chat" not in self.formats:
+            silent.add(ONE_TURN)
+        return frozenset(silent)
+
+    def _share(self) -> str:
+        """How many records have no Chinese; "" where none has any, or where they are few."""
+        key: tuple[str, str, Action] = ("", NO_CHINESE, "warned")
+        if key not in self._table:
+            return ""
+        without = self._words.count(self._table[key])
+        if without >= self._parsed or without <= WORTH_SAYING * self._parsed:
+            return ""
+        return f"{without} of {self._parsed} records have no Chinese text"
 
     def notes(self) -> list[str]:
-        """What is to be said about the file as a whole."""
+        """What concerns the file as a whole."""
         if not self.records:
             return [f"{self.path}: no rows"]
-        notes = []
-        if not self.used:
-            notes.append(f"{self.path}: no usable rows")
-        share = self.without_chinese / max(1, self.used)
-        if WORTH_SAYING < share < 1:
-            notes.append(
-                f"{self.path}: {self.without_chinese} of {self.used} records have no Chinese text"
-            )
+        notes = [] if self.used else ["no usable rows"]
+        if share := self._share():
+            notes.append(share)
         return notes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, problems in order of their lines."""
+        """The report as plain data."""
         return {
             "path": self.path,
             "formats": dict(self.formats),
@@ -107,79 +169,111 @@ class FileReport:
             "used": self.used,
             "repaired": self.repaired,
             "dropped": self.dropped,
-            "without_chinese": self.without_chinese,
-            "problems": [p._asdict() for p in sorted(self.problems, key=lambda p: p.line)],
+            "problems": [p._asdict() for p in self._said()],
             "notes": self.notes(),
         }
 
     @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> FileReport:
-        """The report that `to_json` wrote."""
-        problems = [Problem(**p) for p in saved["problems"]]
-        gone = {p.line for p in problems if p.action == "dropped"}
-        return cls(
-            path=saved["path"],
-            formats=Counter(saved["formats"]),
-            used=saved["used"],
-            dropped=saved["dropped"],
-            problems=problems,
-            without_chinese=saved["without_chinese"],
-            _repaired={p.line for p in problems if p.action == "repaired"} - gone,
-        )
+    def from_json(cls, data: dict[str, Any]) -> FileReport:
+        """The report that `to_json` wrote; records can still be dropped and warned of."""
+        report = cls(data["path"])
+        report.formats = dict(data["formats"])
+        report.records, report.used = data["records"], data["used"]
+        report.repaired, report.dropped = data["repaired"], data["dropped"]
+        report._parsed = report.used
+        for note in data["notes"]:
+            if share := _SHARE.fullmatch(note):
+                report._parsed = int(share[2])
+        dropped: set[int] = set()
+        repaired: set[int] = set()
+        for item in data["problems"]:
+            problem = Problem(item["line"], item["field"], item["reason"], item["action"])
+            report._note(problem)
+            # Repairs of a record name a field; those without one concern the file.
+            if problem.action == "repaired" and problem.field:
+                repaired.add(problem.line)
+            elif problem.action == "dropped":
+                dropped.add(problem.line)
+        # Many records may share a line (an array without line breaks): then it is only known that
+        # some of them were repaired.
+        for line in repaired - dropped:
+            report._repaired_at[line] = 1
+        if len(repaired) == 1 and report.repaired:
+            report._repaired_at[repaired.pop()] = report.repaired
+        return report
+
+    def rich_table(self) -> RenderableType:
+        """Numbers and reasons for the terminal."""
+        return DataReport([self]).rich_table()
 
 
-@dataclass
 class DataReport:
     """The reports of all files of a run."""
 
-    files: list[FileReport] = field(default_factory=list)
+    def __init__(self, files: Iterable[FileReport] = ()) -> None:
+        self.files = list(files)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as plain data: `data.json`, and `vicuna data check --json`."""
         return {"files": [f.to_json() for f in self.files]}
 
-    def rich_table(self) -> RenderableType:
-        """One table of the files' numbers, one of the reasons with the first places, the notes."""
-        from rich.console import Group
-        from rich.markup import escape
-        from rich.table import Table
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> DataReport:
+        """The report that `to_json` wrote."""
+        return cls(FileReport.from_json(f) for f in data["files"])
 
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("file", "formats", "records", "used", "repaired", "dropped"):
-            right = title in ("records", "used", "repaired", "dropped")
-            table.add_column(title, justify="right" if right else "left")
-        for f in self.files:
-            formats = ", ".join(f"{n:,} {name}" for name, n in f.formats.most_common())
-            numbers = (f"{n:,}" for n in (f.records, f.used, f.repaired, f.dropped))
-            table.add_row(escape(f.path), formats, *numbers)
-        parts: list[RenderableType] = [table]
+    def notes(self) -> list[str]:
+        """What concerns files as a whole, each with its file's name."""
+        return [_with_path(f.path, note) for f in self.files for note in f.notes()]
+
+    def rich_table(self) -> RenderableType:
+        """A row of numbers for each file, then a row for each reason, then the notes."""
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self._numbers()]
         reasons = self._reasons()
         if reasons.row_count:
-            parts += ["", reasons]
-        parts += [f"[yellow]note:[/] {escape(n)}" for f in self.files for n in f.notes()]
+            parts.append(reasons)
+        parts += [Text(note, style="yellow") for note in self.notes()]
         return Group(*parts)
 
-    def _reasons(self) -> Any:
-        from rich.markup import escape
+    def _numbers(self) -> Any:
         from rich.table import Table
+        from rich.text import Text
 
-        counts: Counter[tuple[str, str]] = Counter()
-        places: dict[tuple[str, str], list[str]] = {}
+        table = Table("file", "formats")
+        for name in ("records", "used", "repaired", "dropped"):
+            table.add_column(name, justify="right")
         for f in self.files:
-            for p in f.problems:
-                key = (p.action, p.reason.partition(": ")[0])
-                counts[key] += 1
-                first = places.setdefault(key, [])
-                if len(first) < PLACES:
-                    detail = p.reason.partition(": ")[2]
-                    words = f"{Path(f.path).name}:{p.line} {p.field}".rstrip()
-                    first.append(f"{words} ({detail})" if detail else words)
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("what", "why", "how often", "where (first places)"):
-            table.add_column(title, justify="right" if title == "how often" else "left")
-        order = {"dropped": 0, "repaired": 1, "warned": 2}
-        colours = {"dropped": "red", "repaired": "cyan", "warned": "yellow"}
-        for (action, reason), n in sorted(counts.items(), key=lambda c: (order[c[0][0]], -c[1])):
-            more = ", ..." if n > PLACES else ""
-            where = escape(", ".join(places[action, reason]) + more)
-            table.add_row(f"[{colours[action]}]{action}[/]", escape(reason), f"{n:,}", where)
+            formats = ", ".join(f"{count:,} {name}" for name, count in f.formats.items())
+            numbers = (f.records, f.used, f.repaired, f.dropped)
+            table.add_row(Text(f.path), formats, *(f"{n:,}" for n in numbers))
         return table
+
+    def _reasons(self) -> Any:
+        """One row an action and reason, most frequent first within an action."""
+        from rich.table import Table
+        from rich.text import Text
+
+        counts: dict[tuple[Action, str], int] = {}
+        places: dict[tuple[Action, str], list[str]] = {}
+        for f in self.files:
+            name = re.split(r"[/\\]", f.path)[-1]
+            for problem in f._said():
+                key = (problem.action, problem.reason.split(": ")[0])
+                counts[key] = counts.get(key, 0) + 1
+                if counts[key] <= PLACES:
+                    place = f"{name}:{problem.line} {problem.field}".rstrip()
+                    places.setdefault(key, []).append(place)
+        table = Table("action", "reason")
+        table.add_column("count", justify="right")
+        table.add_column("first places")
+        for action, reason in sorted(counts, key=lambda k: (_ORDER.index(k[0]), -counts[k])):
+            first = Text("\n".join(places[action, reason]))
+            table.add_row(action, Text(reason), f"{counts[action, reason]:,}", first)
+        return table
+
+
+def _with_path(path: str, note: str) -> str:
+    return note if note.startswith(f"{path}: ") else f"{path}: {note}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vicuna.data.types import Turn
+from vicuna.errors import UserError
 from vicuna.generate.decode import complete
 from vicuna.generate.engines.torch import TorchEngine
 from vicuna.generate.settings import Settings
@@ -20,6 +21,11 @@ def answer(session: Session, prompts: Sequence[str], tokens: int) -> Iterator[tu
         settings = Settings(max_new_tokens=tokens)
         for prompt in prompts:
             ids = session.renderer.prompt([Turn("user", prompt)])
-            yield prompt, complete(engine, ids, settings, session.renderer).text
+            try:
+                text = complete(engine, ids, settings, session.renderer).text
+            except UserError as e:
+                # A prompt that is too long, or scores that are not finite: training goes on.
+                text = f"(no answer: {e.what})"
+            yield prompt, text
     finally:
         learner.packed_attention()

@@ -119,19 +119,29 @@ def prepare(settings: TrainSettings, given: dict[str, Any], screen: Screen) -> S
     settings, origin = _origin(settings, given, screen)
     _check(settings)
     run = RunFolder(Path(settings.output_dir))
+    try:
+        return _build(settings, given, origin, run, screen)
+    except BaseException:
+        run.close()
+        raise
+
+
+def _build(
+    settings: TrainSettings, given: dict[str, Any], origin: Origin, run: RunFolder, screen: Screen
+) -> Session:
+    """The session; nothing of an older run is touched before all checks are passed."""
     if run.used() and origin.kind != "resume":
         raise UserError(
             "this folder already holds a run",
             where=str(run.path),
             fix="Add --resume to go on with it, or choose another --output_dir.",
         )
-    run.open_log(origin.state.step if origin.kind == "resume" and origin.state else None)
     folder = locate(settings.model)
     vocabulary = load_vocabulary(folder)
     encoder = Encoder(vocabulary)
     template = _template(settings, given, origin, encoder)
     renderer = Renderer(template, encoder)
-    split = _data(settings, renderer, run, screen)
+    split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")
     learner, context = _learner(settings, origin, folder, split, screen)
     chosen = load.choose(settings.precision, learner.device)
     names = list(learner.parameters)
@@ -150,6 +160,8 @@ def prepare(settings: TrainSettings, given: dict[str, Any], screen: Screen) -> S
         "template": template.to_dict(),
         "base": {"name": _base_name(settings.model), **adapters.identify(folder)},
     }
+    run.write_json("data.json", datasets.describe(split))
+    run.open_log(state.step if origin.kind == "resume" else None)
     run.write_config(
         settings.model_dump(mode="json"),
         {
@@ -331,8 +343,9 @@ def _template(
 
 
 def _data(
-    settings: TrainSettings, renderer: Renderer, run: RunFolder, screen: Screen
+    settings: TrainSettings, renderer: Renderer, run: RunFolder, screen: Screen, keep: bool
 ) -> datasets.Split:
+    """The data; its report is written before anything can go wrong with it, unless `keep`."""
     with screen.working("reading data") as say:
         found, report = datasets.load(settings.dataset, settings, renderer, say)
         held_out = None
@@ -340,12 +353,12 @@ def _data(
             held_out, val_report = datasets.load(settings.val_dataset, settings, renderer, say)
             report.files += val_report.files
     screen.report(report)
-    run.write_json("data.json", report.to_json())
+    if not keep:
+        run.write_json("data.json", report.to_json())
     split = datasets.split(
         found, report, settings.dataset, settings.val_size, settings.batch_size, settings.seed,
         held_out,
     )  # fmt: skip
-    run.write_json("data.json", datasets.describe(split))
     for note in split.notes:
         screen.say(note)
     return split

@@ -1,0 +1,208 @@
+"""A kill at any instant, and the resumed run ends in the same bits as one that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_kit import events, same, train, weights, write_data
+
+from vicuna import cache
+from vicuna.errors import SettingsError, UserError
+from vicuna.train import checkpoint as checkpoints
+
+
+@pytest.fixture(scope="module")
+def words(tiny: Path, data: Path) -> list[str]:
+    return (
+        f"--model {tiny} --dataset {data} --batch_size 8 --max_steps 8 --save_steps 2 "
+        "--val_size 6 --eval_steps 4 --save_total_limit 0"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    train(*words, "--output_dir", str(run))
+    return run
+
+
+def cut_after(whole: Path, step: int, target: Path) -> Path:
+    """The folder as a kill after `step` and some more work would have left it."""
+    shutil.copytree(whole, target)
+    shutil.rmtree(target / "adapter")
+    for checkpoint in checkpoints.all_of(target / "checkpoints"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+    with (target / "log.jsonl").open("a") as log:
+        log.write('{"event": "step", "step":')
+    return target
+
+
+@pytest.mark.parametrize("step", [2, 4, 6])
+def test_resumed_runs_end_in_the_same_bits(whole: Path, tmp_path: Path, step: int) -> None:
+    run = cut_after(whole, step, tmp_path / "run")
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(whole))
+    assert [e["step"] for e in events(run, "step")] == list(range(1, 9))
+    old, new = ({e["step"]: e["loss"] for e in events(r, "step")} for r in (whole, run))
+    assert old == new
+
+
+def test_resume_takes_a_checkpoint_or_the_output_dir(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 6, tmp_path / "run")
+    train("--resume", str(run / "checkpoints/step-000002"))
+    assert same(weights(run), weights(whole))
+    again = cut_after(whole, 4, tmp_path / "again")
+    train("--output_dir", str(again), "--resume")
+    assert same(weights(again), weights(whole))
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 6, tmp_path / "run")
+    damaged = run / "checkpoints/step-000006/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    train("--resume", str(run))
+    assert same(weights(run), weights(whole))
+    with pytest.raises(UserError, match="damaged"):
+        checkpoints.read_state(
+            Path(shutil.copytree(run / "checkpoints/step-000004", tmp_path / "x")).parent / "no"
+        )
+
+
+def test_changed_settings_are_refused_by_name(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    with pytest.raises(SettingsError) as caught:
+        train("--resume", str(run), "--learning_rate", "1e-5", "--batch_size", "4")
+    assert "learning_rate was 0.0003" in str(caught.value)
+    assert "batch_size was 8" in str(caught.value)
+    train("--resume", str(run), "--learning_rate", "1e-5", "--allow_changes", "learning_rate")
+    assert not same(weights(run), weights(whole))
+
+
+def test_changed_data_is_refused(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    other = write_data(tmp_path / "other.jsonl", 30, shift=500)
+    with pytest.raises(SettingsError, match="data was the checkpoint's records"):
+        train("--resume", str(run), "--dataset", str(other))
+    train("--resume", str(run), "--dataset", str(other), "--allow_changes", "data")
+
+
+def test_the_same_data_under_another_name_is_the_same_data(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    moved = Path(shutil.copy(data, tmp_path / "moved.jsonl"))
+    train("--resume", str(run), "--dataset", str(moved))
+    assert same(weights(run), weights(whole))
+
+
+def test_data_can_start_again_from_the_beginning(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    train("--resume", str(run), "--from_data_beginning")
+    state = checkpoints.read_state(run / "checkpoints/step-000008")
+    assert state.data_offset == 4
+    assert not same(weights(run), weights(whole))
+
+
+def test_a_finished_run_resumes_to_itself(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(whole))
+
+
+def test_continue_from_carries_optimiser_and_schedule_on(
+    whole: Path, tiny: Path, tmp_path: Path
+) -> None:
+    new = write_data(tmp_path / "new.jsonl", 24, shift=900)
+    run = tmp_path / "run"
+    train("--continue_from", str(whole), "--dataset", str(new), "--output_dir", str(run),
+          "--num_train_epochs", "2")  # fmt: skip
+    steps = events(run, "step")
+    # The old run was finished at 8 of 8; the new data takes 24 * 2 / 8 = 6 steps.
+    assert [e["step"] for e in steps] == list(range(9, 15))
+    assert steps[0]["learning_rate"] == pytest.approx(3e-4 * (1 - (8 - 1) / (14 - 1)))
+    assert checkpoints.read_state(run / "checkpoints/step-000014").data_offset == 8
+
+
+def test_continue_from_can_skip_what_the_old_run_took(whole: Path, tmp_path: Path) -> None:
+    new = write_data(tmp_path / "new.jsonl", 24, shift=900)
+    run = tmp_path / "run"
+    train("--continue_from", str(whole), "--dataset", str(new), "--output_dir", str(run),
+          "--max_steps", "10", "--from_data_beginning", "false")  # fmt: skip
+    assert checkpoints.read_state(run / "checkpoints/step-000010").data_offset == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["step", "checkpoint"])
+def test_kill_9_in_the_middle(words: list[str], whole: Path, tmp_path: Path, moment: str) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "vicuna", "train", *words, "--output_dir", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 300
+    mark = '"step": 5' if moment == "step" else "checkpoints/step-000004"
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and mark in log.read_text():
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "vicuna", "train", "--resume", str(run)],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert same(weights(run), weights(whole))
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(words: list[str], whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "vicuna", "train", *words, "--output_dir", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    log = run / "log.jsonl"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.is_file() and '"event": "step"' in log.read_text():
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.002)
+    output, _ = process.communicate()
+    if process.returncode == 130:  # else the run was faster than the signal
+        assert f"vicuna train --resume {run}" in output
+        assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(whole))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    real = cache.sync
+    written: list[Path] = []
+
+    def full(path: Path) -> None:
+        if path.name == "optimizer.safetensors":
+            written.append(path)
+            if len(written) == 2:
+                raise OSError(28, "No space left on device")
+        real(path)
+
+    monkeypatch.setattr(cache, "sync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(*words, "--output_dir", str(run))
+    monkeypatch.undo()
+    assert [p.name for p in checkpoints.all_of(run / "checkpoints")] == ["step-000002"]
+    assert not list((run / "checkpoints").glob(".*"))
+    os.environ["VICUNA_CACHE"] = str(tmp_path / "cache")
+    train("--resume", str(run))
+    assert same(weights(run), weights(whole))
