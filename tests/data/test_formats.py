@@ -226,8 +226,8 @@ def test_tool_calls_drop_the_record() -> None:
 
 
 def test_empty_conversations() -> None:
-    assert dropped(of({"conversations": []}))[1] == formats.EMPTY_CONVERSATION
-    assert dropped(of({"input": [], "output": []}))[1] == formats.EMPTY_CONVERSATION
+    assert dropped(of({"conversations": []})) == ("conversations", formats.EMPTY_CONVERSATION)
+    assert dropped(of({"input": [], "output": []})) == ("output", formats.EMPTY_CONVERSATION)
     assert dropped(of(said("gpt", A)))[1] == formats.NO_QUESTION
     assert dropped(of({"conversations": [Q, A]})) == ("conversations[0]", formats.NOT_A_TURN)
 
@@ -344,8 +344,8 @@ def test_a_later_empty_answer_cuts_the_chat(empty: Any) -> None:
 
 KEYS = st.sampled_from(
     textrules.names(
-        "instruction input output history conversations messages from value role content text prompt "
-        "response question answer system tool_calls A b 问题 Input"
+        "instruction input output history conversations messages from value role content text "
+        "prompt response question answer system tool_calls A b 问题 Input"
     )
 )
 WORDS = st.text(max_size=6) | st.sampled_from([Q, A, "", " ", "<无输出>", "\ud800", "\u200b", "[]"])
@@ -364,10 +364,27 @@ VALUES = st.recursive(
     max_leaves=12,
 )
 RECORDS = VALUES | st.dictionaries(KEYS, WORDS | TURNS | st.lists(WORDS, max_size=4), max_size=5)
+# Mostly sound, so that conversations come out and the rules for turns are met in every order.
+WORD = st.sampled_from([Q, A, Q2, A2, " 好\r\n", "\u200b天", ""])
+MANY = st.lists(WORD, min_size=1, max_size=5)
+SPOKEN = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from([*["user", "assistant"] * 4, "system"]), "content": WORD}
+    ),
+    max_size=7,
+)
+ROWS = (
+    st.fixed_dictionaries({"input": MANY, "output": MANY})
+    | st.fixed_dictionaries({"instruction": WORD, "input": WORD, "output": WORD, "system": WORD})
+    | st.fixed_dictionaries(
+        {"history": st.lists(st.tuples(WORD, WORD).map(list)), "input": WORD, "output": WORD}
+    )
+    | st.fixed_dictionaries({"messages": SPOKEN}, optional={"system": WORD})
+)
 
 
-@settings(max_examples=400, deadline=None)
-@given(RECORDS, st.booleans())
+@settings(max_examples=600, deadline=None)
+@given(RECORDS | ROWS, st.booleans())
 def test_any_json_gives_a_sound_conversation_or_a_reason(value: Any, as_text: bool) -> None:
     if not as_text and not isinstance(value, dict):
         return

@@ -285,8 +285,8 @@ def _chat(r: dict[str, Any], note: Note) -> Iterator[_Said]:
     answers = _one_or_many(r, "output", note)
     if len(answers) > len(questions):
         raise Unusable("output", f"{MORE_ANSWERS}: {len(answers)} and {len(questions)}")
-    if questions and not answers:
-        raise Unusable("output", NO_ANSWER)
+    if not answers:
+        raise Unusable("output", NO_ANSWER if questions else EMPTY_CONVERSATION)
     for i, (question, answer) in enumerate(zip(questions, answers)):
         yield _Said("user", question, f"input[{i}]")
         yield _Said("assistant", answer, f"output[{i}]")
@@ -306,7 +306,10 @@ def _one_or_many(r: dict[str, Any], key: str, note: Note) -> list[Any]:
 
 def _turn_list(r: dict[str, Any], note: Note) -> Iterator[_Said]:
     key = _turns_key(r) or ""
-    return _items(_as_list(r[key]) or [], key, note)
+    items = _as_list(r[key])
+    if not items:
+        raise Unusable(key, EMPTY_CONVERSATION)
+    return _items(items, key, note)
 
 
 def _history(r: dict[str, Any], note: Note) -> Iterator[_Said]:

@@ -242,7 +242,9 @@ class DataReport:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("file", "formats")
+        table = Table()
+        table.add_column("file", overflow="fold")
+        table.add_column("formats")
         for name in ("records", "used", "repaired", "dropped"):
             table.add_column(name, justify="right")
         for f in self.files:
