@@ -56,7 +56,8 @@ def run(words: Sequence[str]) -> int:
         screen.say(f"stopped; go on with:  vicuna train --resume {folder}")
         return 130
     before, after = outcome.first_eval, outcome.best_eval
-    assert before is not None and after is not None
+    assert before is not None
+    assert after is not None
     screen.say(f"\nheld-out loss: {before:.4f} before, {after:.4f} after {outcome.step} updates")
     screen.say(f"adapter:       {session.run.adapter}")
     screen.say(f"loss plot:     {folder / 'loss.png'}")

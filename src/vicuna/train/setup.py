@@ -268,7 +268,7 @@ def _must_be_run(run: Path) -> None:
 def _run_and_checkpoint(place: str) -> tuple[Path, Path]:
     """(run, checkpoint) of a run folder, a checkpoint folder, or a hub id that holds a run."""
     path = Path(place)
-    if not path.exists() and place.count("/") == 1:
+    if not path.exists() and place.count("/") == 1 and not path.parent.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
