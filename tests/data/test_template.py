@@ -228,11 +228,7 @@ def test_targets_are_the_answers_and_their_ends(name: str, kind: str, c: Convers
             (len(r.prompt(c.turns[:at])) - 1, run)
             for at, run in zip(
                 wanted,
-                [
-                    run
-                    for e in examples(r, c, taught)
-                    for _, run in taught_runs(e, r.end_id)
-                ],
+                [run for e in examples(r, c, taught) for _, run in taught_runs(e, r.end_id)],
                 strict=True,
             )
         ]
@@ -473,7 +469,9 @@ def plain_tokenizer() -> Any:
 
 @pytest.mark.parametrize("turns", CHAT_CASES, ids=["one", "two", "system", "three"])
 @pytest.mark.parametrize("name", list(JINJA))
-def test_auto_prompts_equal_transformers(name: str, turns: list[Turn], plain_tokenizer: Any) -> None:
+def test_auto_prompts_equal_transformers(
+    name: str, turns: list[Turn], plain_tokenizer: Any
+) -> None:
     if name == "gemma" and turns[0].role == "system":
         turns = [Turn("user", f"{turns[0].text}\n\n{turns[1].text}"), *turns[2:]]
     ours = renderer(name)

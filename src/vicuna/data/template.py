@@ -124,8 +124,11 @@ class Template:
     def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
         shape = _shape(turns)
         last = len(shape.inputs) - 1
-        slots = [*self._skeleton(shape), Slot("assistant", turn=last), *self._closing()]
+        slots = [*self._skeleton(shape), self._answer(last), *self._closing()]
         return self._fill(_number_ends(slots), turns, taught)
+
+    def _answer(self, turn: int) -> Slot:
+        return Slot("assistant", turn=turn)
 
     def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
         if turns[0].role == "system" or not self.default_system:
@@ -227,7 +230,7 @@ def _guard(literals: Sequence[str]) -> re.Pattern[str] | None:
         for part in re.split(r"\n|<\|.*?\|>", literal):
             brackets.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z]+>>", part))
             word = part.strip()
-            if word.endswith(":") and len(word) <= 40:
+            if word.endswith((":", "：")) and len(word) <= 40:
                 lines.add(word)
     parts = [f"^(?:{'|'.join(map(re.escape, sorted(lines)))})"] if lines else []
     # A space after the opening bracket would change the mark itself: split it instead.
@@ -373,6 +376,7 @@ class ChatTemplate(Template):
         self.controls = sorted(set(controls) | {eos_token}, key=len, reverse=True)
         self._compiled = _compile(source)
         self.end_token, self._tail = self._find_end()
+        self._lead = self._find_lead()
         super().__init__()
 
     def to_dict(self) -> dict[str, Any]:
@@ -438,6 +442,20 @@ class ChatTemplate(Template):
         slots = [*lead, Slot("end"), *([Slot("mark", rest)] if rest else [])]
         return ("eos" if found[2] == self.eos_token else found[2]), slots
 
+    def _find_lead(self) -> str:
+        """White space that stands before an answer but not at the end of its prompt.
+
+        It belongs to the answer (Llama 2's space), as in the literal templates.
+        """
+        prompt = self._try_render(Shape(False, (False,)), answered=False)
+        before = self._try_render(Shape(False, (False,)), answered=True)
+        before = before.split(_hole("assistant", 0))[0]
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        return "" if lead.strip() else lead
+
+    def _answer(self, turn: int) -> Slot:
+        return Slot("assistant", self._lead, turn)
+
     def _closing(self) -> list[Slot]:
         return list(self._tail)
 
@@ -455,7 +473,11 @@ class ChatTemplate(Template):
                 kind = part
             elif i % 3 == 2:
                 turn = int(part) if kind != "system" else -1
-                slots.append(Slot(kind, turn=turn))  # type: ignore[arg-type]
+                if kind == "assistant" and slots[-1].text.endswith(self._lead):
+                    before = slots.pop().text.removesuffix(self._lead)
+                    slots += [Slot("mark", before), self._answer(turn)]
+                else:
+                    slots.append(Slot(kind, turn=turn))  # type: ignore[arg-type]
             elif part:
                 after_answer = bool(slots) and slots[-1].kind == "assistant"
                 slots += _split_end(part, end) if after_answer else [Slot("mark", part)]
