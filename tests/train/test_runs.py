@@ -193,3 +193,13 @@ def test_the_data_report_is_in_the_folder(reference: Path) -> None:
     assert report["files"][0]["records"] == 40
     assert report["examples"] == 34
     assert report["validation_examples"] == 6
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "nf4"])
+def test_every_precision_trains(tiny: Path, data: Path, tmp_path: Path, precision: str) -> None:
+    run = tmp_path / "r"
+    train("--model", str(tiny), "--dataset", str(data), "--max_steps", "4", "--batch_size", "8",
+          "--val_size", "6", "--precision", precision, "--output_dir", str(run))  # fmt: skip
+    losses = [e["loss"] for e in events(run, "eval")]
+    assert losses[-1] < losses[0]
+    assert all(e["grad_norm"] > 0 for e in events(run, "step"))

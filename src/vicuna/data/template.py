@@ -210,7 +210,7 @@ def _number_ends(slots: Sequence[Slot]) -> list[Slot]:
     for i, slot in enumerate(numbered):
         if slot.kind == "assistant":
             turn = slot.turn
-        elif slot.kind == "end":
+        elif slot.kind in ("end", "silent_end"):
             numbered[i] = replace(slot, turn=turn)
             if i and numbered[i - 1].kind == "mark":
                 numbered[i - 1] = replace(numbered[i - 1], turn=turn)

@@ -12,8 +12,8 @@ Action = Literal["dropped", "repaired", "warned"]
 class Raw(NamedTuple):
     """One record as it stands in a file, not parsed yet where it is text.
 
-    `line` is 1-based: the line the record starts on (for CSV and Parquet, the row, header not
-    counted). `value` is JSON text, or a dict for tabular files.
+    `line` is 1-based: the line the record starts on (for Parquet, its row).
+    `value` is JSON text, or a dict for tabular files.
     """
 
     line: int

@@ -1,0 +1,257 @@
+"""Texts to ids: no dummy space inside a conversation, no control token from anybody's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+from generate_kit import byte_level, sentencepiece, vocabulary
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kit import metaspace
+from tokenizers import Tokenizer
+
+from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder, Segment
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "bytes": byte_level,
+    "prepend": sentencepiece,
+    "metaspace": metaspace,
+}
+ENCODERS = {name: Encoder(vocabulary(make())) for name, make in KINDS.items()}
+dummy = pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+every = pytest.mark.parametrize("kind", list(KINDS))
+
+BOS, END = Segment("bos"), Segment("end", "", True)
+
+
+def mark(text: str, supervised: bool = False) -> Segment:
+    return Segment("mark", text, supervised)
+
+
+def said(text: str, supervised: bool = False) -> Segment:
+    return Segment("text", text, supervised)
+
+
+def spelled(encoder: Encoder, segments: Sequence[Segment]) -> list[str]:
+    e = encoder.encode(segments, encoder.vocabulary.eos_id)
+    return [encoder.token(i) for i in e.ids]
+
+
+# -- the dummy space ----
+
+
+@dummy
+@pytest.mark.parametrize("before", [[], [BOS], [mark("")], [BOS, mark(""), said("")]])
+def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -> None:
+    bos = ["<s>"] if BOS in before else []
+    for piece in (mark("ab"), said("ab")):
+        assert spelled(ENCODERS[kind], [*before, piece]) == [*bos, "▁ab"]
+
+
+@dummy
+@pytest.mark.parametrize("before", [mark("好"), said("好")])
+def test_later_words_do_not(kind: str, before: Segment) -> None:
+    for piece in (mark("ab"), said("ab")):
+        assert spelled(ENCODERS[kind], [BOS, before, piece, said("ab")]) == [
+            "<s>",
+            "▁",
+            "好",
+            "ab",
+            "ab",
+        ]
+
+
+@dummy
+def test_words_after_an_end_do_not_unless_it_is_a_new_beginning(kind: str) -> None:
+    assert spelled(ENCODERS[kind], [said("a"), END, said("ab")]) == ["▁a", "</s>", "ab"]
+    assert spelled(ENCODERS[kind], [said("a"), END, BOS, said("ab")]) == [
+        "▁a",
+        "</s>",
+        "<s>",
+        "▁ab",
+    ]
+
+
+@dummy
+def test_a_real_space_is_kept_everywhere(kind: str) -> None:
+    assert spelled(ENCODERS[kind], [BOS, mark("好"), said(" ab")]) == ["<s>", "▁", "好", "▁ab"]
+
+
+@dummy
+def test_first_words_are_as_the_whole_tokenizer_would_have_them(kind: str) -> None:
+    whole = KINDS[kind]().encode("ab 好", add_special_tokens=False).ids
+    assert ENCODERS[kind].text("ab 好", first=True) == whole
+
+
+@every
+def test_control_tokens_in_marks_are_parsed(kind: str) -> None:
+    encoder = ENCODERS[kind]
+    found = spelled(encoder, [mark("<|im_start|>"), said("a"), mark("<|im_end|>")])
+    assert found[0] == "<|im_start|>"
+    assert found[-1] == "<|im_end|>"
+
+
+# -- BOS ----
+
+
+def test_bos_is_nothing_where_the_tokenizer_puts_none() -> None:
+    encoder = Encoder(replace(vocabulary(byte_level()), bos_id=None))
+    assert encoder.encode([BOS, said("ab")], 1).ids.tolist() == encoder.text("ab")
+
+
+@every
+def test_bos_stands_once_in_front(kind: str) -> None:
+    encoder = ENCODERS[kind]
+    ids = encoder.encode([BOS, said("<s>好")], 1).ids.tolist()
+    assert ids[0] == encoder.vocabulary.bos_id
+    assert ids.count(ids[0]) == 1
+
+
+def test_a_post_processor_adds_nothing() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_level()
+    bos = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    encoder = Encoder(vocabulary(tokenizer))
+    assert encoder.text("好") == ENCODERS["bytes"].text("好")
+    assert encoder.mark("好") == ENCODERS["bytes"].mark("好")
+
+
+def test_saved_truncation_and_padding_do_nothing() -> None:
+    tokenizer = byte_level()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=50)
+    encoder = Encoder(vocabulary(tokenizer))
+    assert encoder.text("好" * 20) == ENCODERS["bytes"].text("好" * 20)
+
+
+# -- there and back ----
+
+anything = st.one_of(
+    st.text(max_size=30),
+    st.sampled_from(["床前明月光", "𠮷😀👩‍👩‍👧", "two  spaces", "\n\t x", "<s>", "a</s>b", "<|im_end|>"]),
+)
+
+
+@every
+@settings(max_examples=60, deadline=None)
+@given(text=anything)
+def test_texts_survive_a_round_trip(kind: str, text: str) -> None:
+    encoder = ENCODERS[kind]
+    assert encoder.decode(encoder.text(text, first=True)) == text
+
+
+@every
+@settings(max_examples=60, deadline=None)
+@given(parts=st.lists(anything, min_size=1, max_size=4))
+def test_no_text_is_a_control_token(kind: str, parts: list[str]) -> None:
+    encoder = ENCODERS[kind]
+    for first in (True, False):
+        assert not set(encoder.text("".join(parts), first)) & encoder.control_ids
+
+
+@every
+@settings(max_examples=40, deadline=None)
+@given(texts=st.lists(st.lists(anything, min_size=1, max_size=3), max_size=4))
+def test_many_at_once_are_as_one_by_one(kind: str, texts: list[list[str]]) -> None:
+    encoder = ENCODERS[kind]
+    rendered = [[BOS, *map(said, row), END] for row in texts]
+    for one, e in zip(rendered, encoder.encode_many(rendered, 1), strict=True):
+        assert e.ids.tolist() == encoder.encode(one, 1).ids.tolist()
+        assert e.labels.tolist() == encoder.encode(one, 1).labels.tolist()
+
+
+@every
+def test_segments_are_encoded_each_by_itself(kind: str) -> None:
+    encoder = ENCODERS[kind]
+    parts = [mark("好a"), said("b"), said("ab")]
+    whole = encoder.encode([BOS, *parts], 1).ids.tolist()
+    for n in range(len(parts) + 1):
+        ids = encoder.encode([BOS, *parts[:n]], 1).ids.tolist()
+        assert whole[: len(ids)] == ids
+
+
+def test_added_words_that_are_no_control_tokens_stay_whole() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["小羊驼"])
+    encoder = Encoder(vocabulary(tokenizer))
+    assert len(encoder.text("小羊驼")) == 1
+
+
+@pytest.mark.parametrize("forged", ["[INST]", "<<SYS>>", "<tool_call>", "<|user|>"])
+def test_added_words_that_look_like_control_tokens_count_as_such(forged: str) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([forged])
+    encoder = Encoder(vocabulary(tokenizer))
+    assert encoder.token_id(forged) in encoder.control_ids
+    assert encoder.token_id(forged) in encoder.mark(forged)
+    assert encoder.token_id(forged) not in encoder.text(forged)
+
+
+def test_decoding_leaves_control_tokens_out() -> None:
+    encoder = ENCODERS["bytes"]
+    assert encoder.decode([0, *encoder.text("好"), 1]) == "好"
+    assert encoder.token_id("好") is None
+
+
+# -- labels ----
+
+
+def labelled(*segments: Segment) -> list[tuple[str, int]]:
+    encoder = ENCODERS["prepend"]
+    e = encoder.encode(segments, encoder.vocabulary.eos_id)
+    return [(encoder.token(i), int(label)) for i, label in zip(e.ids, e.labels)]
+
+
+def test_the_position_before_a_taught_token_predicts_it() -> None:
+    assert labelled(BOS, said("好"), said("你天", True), END) == [
+        ("<s>", NO_TARGET),
+        ("▁", NO_TARGET),
+        ("好", NEXT_TOKEN),
+        ("你", NEXT_TOKEN),
+        ("天", NEXT_TOKEN),
+        ("</s>", NO_TARGET),
+    ]
+
+
+def test_a_silent_end_is_learned_where_the_answer_ends_and_stands_nowhere() -> None:
+    assert labelled(mark("好"), said("你", True), Segment("silent_end", "", True), mark("天")) == [
+        ("▁", NO_TARGET),
+        ("好", NEXT_TOKEN),
+        ("你", END_TOKEN),
+        ("天", NO_TARGET),
+    ]
+
+
+def test_a_silent_end_that_is_not_taught_does_nothing() -> None:
+    plain = labelled(mark("好"), said("你"), mark("天"))
+    assert labelled(mark("好"), said("你"), Segment("silent_end"), mark("天")) == plain
+
+
+def test_an_empty_answer_teaches_its_end_alone() -> None:
+    assert [n for _, n in labelled(mark("好"), said("", True), END)] == [0, NEXT_TOKEN, 0]
+    silent = labelled(mark("好"), said("", True), Segment("silent_end", "", True))
+    assert [n for _, n in silent] == [0, END_TOKEN]
+
+
+def test_a_cut_answer_is_not_taught_an_end() -> None:
+    assert labelled(mark("好"), said("你天", True))[-1] == ("天", NO_TARGET)
+
+
+def test_what_is_taught_first_of_all_has_no_position_to_be_predicted_from() -> None:
+    assert [n for _, n in labelled(said("你", True))] == [NEXT_TOKEN, NO_TARGET]
+
+
+def test_nothing_encodes_to_nothing() -> None:
+    e = ENCODERS["bytes"].encode([mark(""), said("")], 1)
+    assert (len(e.ids), len(e.labels)) == (0, 0)
+
+
+def test_the_digest_tells_vocabularies_apart_but_not_chat_templates() -> None:
+    known = vocabulary(byte_level())
+    assert known.digest() == replace(known, chat_template="{{ x }}").digest()
+    assert known.digest() != replace(known, eos_id=3).digest()
+    assert known.digest() != vocabulary(sentencepiece()).digest()
