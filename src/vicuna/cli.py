@@ -35,7 +35,7 @@ _ANY: dict[str, Any] = {
 
 def _words(context: typer.Context, settings: str, usage: str) -> list[str]:
     """What stands behind a command; answers --help from the settings themselves."""
-    words = [w for w in context.args if w != "--debug"]
+    words = context.args
     if "--help" in words or "-h" in words:
         from vicuna import config
         from vicuna.help import show
@@ -137,6 +137,7 @@ def version() -> None:
 def main() -> NoReturn:
     """Run a command; a user's mistake becomes a message and exit code 2, never a traceback."""
     debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
+    sys.argv = [word for word in sys.argv if word != "--debug"]
     _quiet()
     try:
         # Outside standalone mode typer hands the exit code of a command back.

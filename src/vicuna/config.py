@@ -67,6 +67,8 @@ def _entry(value: Any) -> Any:
     """`path` or `path@weight=2,max_samples=100` from the command line."""
     if not isinstance(value, str):
         return value
+    if "@" in value and Path(value).exists():
+        return {"path": value}
     path, _, options = value.partition("@")
     fields: dict[str, Any] = {"path": path}
     for option in filter(None, options.split(",")):

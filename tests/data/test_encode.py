@@ -46,8 +46,8 @@ def spelled(encoder: Encoder, segments: Sequence[Segment]) -> list[str]:
 @pytest.mark.parametrize("before", [[], [BOS], [mark("")], [BOS, mark(""), said("")]])
 def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -> None:
     bos = ["<s>"] if BOS in before else []
-    for piece in (mark("ab"), said("ab")):
-        assert spelled(ENCODERS[kind], [*before, piece]) == [*bos, "▁ab"]
+    for piece in (mark("a"), said("a")):
+        assert spelled(ENCODERS[kind], [*before, piece]) == [*bos, "▁a"]
 
 
 @dummy
@@ -66,17 +66,17 @@ def test_later_words_do_not(kind: str, before: Segment) -> None:
 @dummy
 def test_words_after_an_end_do_not_unless_it_is_a_new_beginning(kind: str) -> None:
     assert spelled(ENCODERS[kind], [said("a"), END, said("ab")]) == ["▁a", "</s>", "ab"]
-    assert spelled(ENCODERS[kind], [said("a"), END, BOS, said("ab")]) == [
+    assert spelled(ENCODERS[kind], [said("a"), END, BOS, said("a")]) == [
         "▁a",
         "</s>",
         "<s>",
-        "▁ab",
+        "▁a",
     ]
 
 
 @dummy
 def test_a_real_space_is_kept_everywhere(kind: str) -> None:
-    assert spelled(ENCODERS[kind], [BOS, mark("好"), said(" ab")]) == ["<s>", "▁", "好", "▁ab"]
+    assert spelled(ENCODERS[kind], [BOS, mark("好"), said(" a")]) == ["<s>", "▁", "好", "▁a"]
 
 
 @dummy
@@ -132,7 +132,9 @@ def test_saved_truncation_and_padding_do_nothing() -> None:
 
 anything = st.one_of(
     st.text(max_size=30),
-    st.sampled_from(["床前明月光", "𠮷😀👩‍👩‍👧", "two  spaces", "\n\t x", "<s>", "a</s>b", "<|im_end|>"]),
+    st.sampled_from(
+        ["床前明月光", "𠮷😀👩‍👩‍👧", "two  spaces", "\n\t x", "<s>", "a</s>b", "<|im_end|>"]
+    ),
 )
 
 

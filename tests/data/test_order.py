@@ -9,11 +9,15 @@ from hypothesis import strategies as st
 
 from vicuna.data.order import Group, Order, mix, permutation, split_validation
 
-sizes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=3)
+sizes = st.lists(
+    st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0, 1.5, 3.0])),
+    min_size=1,
+    max_size=3,
+)
 
 GOLDEN_PERMUTATION = [9, 10, 11, 0, 4, 1, 6, 5, 7, 8, 3, 2]
 GOLDEN_STEP = [9, 7, 4, 0, 1]
-GOLDEN_HASHES = ['0xe220a8397b1dcdaf', '0x910a2dec89025cc1', '0xe4d971771b652c20']
+GOLDEN_HASHES = ["0xe220a8397b1dcdaf", "0x910a2dec89025cc1", "0xe4d971771b652c20"]
 
 
 def groups_of(shapes: list[tuple[int, float]]) -> list[Group]:
@@ -58,7 +62,9 @@ def test_a_step_may_span_epochs() -> None:
 
 def test_the_batch_size_does_not_change_the_sequence() -> None:
     sequences = [
-        np.concatenate([order_of((11, 1.0), (5, 2.0), batch_size=b).step(k) for k in range(60 // b)])
+        np.concatenate(
+            [order_of((11, 1.0), (5, 2.0), batch_size=b).step(k) for k in range(60 // b)]
+        )
         for b in (1, 3, 4, 60)
     ]
     assert all(np.array_equal(s, sequences[0]) for s in sequences)
@@ -122,7 +128,12 @@ def hashes(n: int, questions: int, seed: int = 0) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 40), st.integers(0, 99), st.floats(0, 0.99) | st.integers(1, 90))
+@given(
+    st.integers(1, 80),
+    st.integers(1, 40),
+    st.integers(0, 99),
+    st.floats(0, 0.99) | st.integers(1, 90),
+)
 def test_all_answers_to_a_question_fall_on_one_side(
     n: int, questions: int, seed: int, val_size: float
 ) -> None:
@@ -150,4 +161,7 @@ def test_added_data_moves_nothing_by_more_than_the_split_itself() -> None:
 
 def test_the_split_depends_on_the_seed() -> None:
     distinct = mix(np.arange(100, dtype=np.uint64))
-    assert split_validation(distinct, 20, 1)[1].tolist() != split_validation(distinct, 20, 2)[1].tolist()
+    assert (
+        split_validation(distinct, 20, 1)[1].tolist()
+        != split_validation(distinct, 20, 2)[1].tolist()
+    )

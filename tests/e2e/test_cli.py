@@ -119,7 +119,7 @@ def test_chat_talks_and_leaves(place: Path) -> None:
         said="你好\n/undo\n/help\n/exit\n",
     )
     assert done.returncode == 0, done.stderr
-    assert "\ufffd" not in done.stdout
+    assert "Taken back: 你好" in done.stdout
 
 
 def test_data_check_says_what_is_wrong(place: Path) -> None:

@@ -94,7 +94,6 @@ def recipe_for(settings: DataSettings, renderer: Renderer, max_samples: int = 0)
         train_turns=settings.train_turns,
         split_at=settings.cutoff_len if settings.overlong == "split" else 0,
         max_samples=max_samples or settings.max_samples,
-        strict=settings.strict,
         encoding=settings.encoding,
     )
 
@@ -120,6 +119,8 @@ def load(
             report = FileReport.from_json({**store.report, "path": str(path)})
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)
             _warn_duplicates(store, report)
+            if settings.strict:
+                _refuse_dropped(path, report)
             sources.append(Source(path, store, keep, n, report))
     return Dataset(sources, settings.cutoff_len), DataReport([s.report for s in sources])
 
@@ -134,37 +135,44 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
         good &= ~long
     elif overlong == "cut":
         good &= ~lost
-    used_lines = set(index["line"][good].tolist())
+    used = set(index["record"][good].tolist())
     seen: set[int] = set()
     for i in np.flatnonzero(~good | long):
-        line, n = int(index["line"][i]), int(index["length"][i])
-        if line in seen:
+        record, line, n = (int(index[c][i]) for c in ("record", "line", "length"))
+        if record in seen:
             continue
-        seen.add(line)
+        seen.add(record)
         if good[i]:
             report.warn(line, "", f"cut to cutoff_len: {n} tokens")
-        elif index["targets"][i] == 0:
-            if line not in used_lines:
-                report.drop_used(line, "", "nothing to learn")
-        elif line in used_lines:
+        elif record in used:
             report.warn(line, "", f"a turn is too long: {n} tokens")
+        elif index["targets"][i] == 0:
+            report.drop_used(line, "", "nothing to learn")
         else:
             answer = "; no token of the answer would be left after cutting" if lost[i] else ""
             report.drop_used(line, "", f"too long: {n} tokens, cutoff_len is {cutoff}{answer}")
     return np.flatnonzero(good)
 
 
+def _refuse_dropped(path: Path, report: FileReport) -> None:
+    """What `strict` asks for: stop at the first record that cannot be used."""
+    dropped = [p for p in report.problems if p.action == "dropped"]
+    if dropped:
+        first = min(dropped, key=lambda p: p.line)
+        field = f" (field {first.field})" if first.field else ""
+        raise UserError(
+            first.reason + field,
+            where=f"{path}:{first.line}",
+            fix="Mend the record, or leave out --strict to go on without it.",
+        )
+
+
 def _warn_duplicates(store: Store, report: FileReport) -> None:
     """Duplicates within one file; what repeats between files is often meant."""
-    if len(store.exact) < 2:
-        return
-    lines = np.unique(store.index["line"])
-    if len(lines) != len(store.exact):
-        return  # a split dropped whole records: positions no longer tell lines
     exact, near = checks.find_duplicates(store.exact, store.near)
     for found, reason in ((exact, "exact duplicate"), (near, "near duplicate")):
         for i in np.flatnonzero(found >= 0):
-            report.warn(int(lines[i]), "", f"{reason}: of line {int(lines[found[i]])}")
+            report.warn(int(store.lines[i]), "", f"{reason}: of line {store.lines[found[i]]}")
 
 
 def cutoff_words(lengths: np.ndarray, first_targets: np.ndarray, cutoff: int) -> str:
@@ -230,14 +238,19 @@ def split(
                 fix="Hold out fewer.",
             )
     order = Order(dataset.groups(entries, training), batch_size, seed)
-    digest = hashlib.sha256((dataset.digest() + str(training.tobytes())).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(dataset.digest().encode())
+    for group in order.groups:
+        digest.update(group.indices.tobytes() + f";{group.weight};".encode())
+    digest.update(held_out.digest().encode() if held_out is not None else b"")
     index = [s.store.index for s in dataset.sources]
     words = cutoff_words(
         np.concatenate([i["length"] for i in index]),
         np.concatenate([i["first_target"] for i in index]),
         dataset.cutoff,
     )
-    return Split(dataset, order, validation, len(training), digest, report, [words])
+    return Split(
+        dataset, order, validation, len(training), digest.hexdigest()[:32], report, [words]
+    )
 
 
 def describe(split: Split) -> dict[str, Any]:

@@ -108,8 +108,11 @@ def build_packs(
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].ids.tobytes())
     trimmed = {i: trim(examples[i]) for i in order}
-    families = _families([i for i in order if len(trimmed[i].ids)], trimmed, budget, max_examples)
+    used = [i for i in order if len(trimmed[i].ids)]
+    families = _families(used, trimmed, budget, max_examples) if share else [[i] for i in used]
     bins = _best_fit(families, trimmed, budget, max_examples, share)
+    if share:
+        bins = [part for members in bins for part in _within(members, trimmed, budget)]
     return [_lay(members, examples, trimmed, end_id, share) for members in bins]
 
 
@@ -179,6 +182,33 @@ def _best_fit(
         bins[b] += family
         room[b] -= size
     return bins
+
+
+def _within(members: list[int], trimmed: dict[int, Trimmed], budget: int) -> list[list[int]]:
+    """Halve a bin until its rows as `_grow` lays them, not as `_best_fit` guessed, fit."""
+    members = sorted(members, key=lambda i: trimmed[i].ids.tobytes())
+    lcp = [_common(trimmed[a].ids, trimmed[b].ids) for a, b in pairwise(members)]
+    if len(members) == 1 or _rows([len(trimmed[i].ids) for i in members], lcp, 0) <= budget:
+        return [members]
+    half = len(members) // 2
+    halves = (members[:half], members[half:])
+    return [part for h in halves for part in _within(h, trimmed, budget)]
+
+
+def _rows(lengths: list[int], lcp: list[int], depth: int) -> int:
+    """The rows that `_grow` lays down."""
+    total = start = 0
+    for stop in range(1, len(lengths) + 1):
+        if stop < len(lengths) and lcp[stop - 1] >= depth + MIN_SHARED:
+            continue
+        inner = lcp[start : stop - 1]
+        if inner:
+            agreed = min(inner)
+            total += agreed - depth + _rows(lengths[start:stop], inner, agreed)
+        else:
+            total += lengths[start] - depth
+        start = stop
+    return total
 
 
 @dataclass(slots=True)

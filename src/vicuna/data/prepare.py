@@ -29,10 +29,9 @@ from vicuna.data.report import FileReport
 from vicuna.data.store import Store, StoreWriter, index_rows
 from vicuna.data.template import Renderer, TrainTurns, from_dict
 from vicuna.data.types import Conversation, Problem, Raw, Turn
-from vicuna.errors import UserError
 
 # Counts up when anything here changes what a record becomes.
-FORMAT = 1
+FORMAT = 2
 CHUNK = 512
 # Below this, starting worker processes costs more than it saves.
 SMALL = 8 << 20
@@ -48,7 +47,6 @@ class Recipe:
     train_turns: TrainTurns = "all"
     split_at: int = 0  # split conversations longer than this many tokens; 0 never
     max_samples: int = 0
-    strict: bool = False
     encoding: str = ""
 
     def key(self, content: str) -> str:
@@ -73,6 +71,7 @@ class Batch:
     ids: np.ndarray
     labels: np.ndarray
     index: np.ndarray
+    lines: np.ndarray
     exact: np.ndarray
     near: np.ndarray
     report: FileReport
@@ -87,28 +86,13 @@ def prepare_file(path: Path, recipe: Recipe, progress: Progress | None = None) -
     Args:
         progress: called with the number of records done so far.
 
-    Raises: UserError where `strict` is set and a record is bad, or the disk is full.
+    Raises: UserError where the disk is full.
     """
     target = cache_dir("data", recipe.key(file_hash(path)))
     if not (target / "report.json").is_file():
         with whole_folder(target) as aside:
             _make(path, recipe, aside, progress or (lambda _: None))
-    store = Store(target)
-    if recipe.strict:
-        _raise_first(path, store.report)
-    return store
-
-
-def _raise_first(path: Path, report: dict[str, Any]) -> None:
-    for problem in report["problems"]:
-        if problem["action"] == "dropped":
-            raise UserError(
-                f"{problem['reason']} (field {problem['field']})"
-                if problem["field"]
-                else problem["reason"],
-                where=f"{path}:{problem['line']}",
-                fix="Mend the record, or leave out --strict to go on without it.",
-            )
+    return Store(target)
 
 
 def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
@@ -119,7 +103,7 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
     found: list[Problem] = []
     done = 0
     for batch in _work_through(path, read(path, found, recipe.encoding or None), recipe):
-        writer.add(batch.ids, batch.labels, batch.index)
+        writer.add(batch.ids, batch.labels, batch.index, batch.lines)
         exact.append(batch.exact)
         near.append(batch.near)
         report.merge(batch.report)
@@ -204,12 +188,15 @@ class Work:
                 parsed.problems += checks.warnings(parsed.conversation)
                 conversations.append(parsed.conversation)
             report.add(parsed)
-        examples, lines, questions = self._encode(conversations, report)
+        examples, owners = self._encode(conversations, report)
+        lines = [c.line for c in conversations]
+        questions = [checks.question_hash(c) for c in conversations]
         sketches = [checks.sketch(c) for c in conversations]
         return Batch(
             np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32),
             np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
-            index_rows(examples, lines, questions),
+            index_rows(examples, owners, lines, questions),
+            np.array(lines, np.int32),
             np.array([s[0] for s in sketches], np.uint64),
             np.array([s[1] for s in sketches], np.uint32).reshape(-1, checks.SIGNATURE),
             report,
@@ -217,7 +204,8 @@ class Work:
 
     def _encode(
         self, conversations: Sequence[Conversation], report: FileReport
-    ) -> tuple[list[Example], list[int], list[int]]:
+    ) -> tuple[list[Example], list[int]]:
+        """Examples, and which conversation each comes from."""
         template, end = self.renderer.template, self.renderer.end_id
         rendered = []
         owners: list[int] = []
@@ -227,9 +215,7 @@ class Work:
                 owners.append(n)
         encoded = self.renderer.encoder.encode_many(rendered, end)
         examples: list[Example] = []
-        lines: list[int] = []
-        questions: list[int] = []
-        hashes = [checks.question_hash(c) for c in conversations]
+        records: list[int] = []
         split: set[int] = set()
         for n, example in zip(owners, encoded):
             conversation = conversations[n]
@@ -241,16 +227,17 @@ class Work:
                 split.add(n)
                 parts = self._split(conversation, example, limit, report)
             examples += parts
-            lines += [conversation.line] * len(parts)
-            questions += [hashes[n]] * len(parts)
-        return examples, lines, questions
+            records += [n] * len(parts)
+        return examples, records
 
     def _split(
         self, conversation: Conversation, example: Example, limit: int, report: FileReport
     ) -> list[Example]:
         """An overlong conversation as several, cut between turns; a text in windows."""
         if conversation.kind == "text":
-            return _windows(example, limit)
+            windows = _windows(example, limit)
+            report.warn(conversation.line, "", f"split into {len(windows)} examples")
+            return windows
         parts: list[Example] = []
         lost = 0
         for turns in self._spans(conversation, limit):

@@ -1,7 +1,8 @@
 """Examples on disk: token ids and labels of one file's records, read back without copying.
 
 A store is a folder: `ids.bin` (int32), `labels.bin` (uint8), `index.npy` (one row an example),
-`exact.npy` and `near.npy` (for duplicates), `report.json` (what happened to each record).
+`lines.npy`, `exact.npy`, `near.npy` (one row a used record; the latter two to find duplicates),
+`report.json` (what happened to each record).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ INDEX = np.dtype(
         ("first_target", np.int32),
         ("targets", np.int32),
         ("line", np.int32),
+        ("record", np.int32),
         ("question", np.uint64),
     ]
 )
@@ -34,14 +36,24 @@ class StoreWriter:
         self._ids = (folder / "ids.bin").open("wb")
         self._labels = (folder / "labels.bin").open("wb")
         self._index: list[np.ndarray] = []
-        self._offset = 0
+        self._lines: list[np.ndarray] = []
+        self._offset = self._records = 0
 
-    def add(self, ids: np.ndarray, labels: np.ndarray, index: np.ndarray) -> None:
-        """A batch of examples; the offsets in `index` count from the batch's beginning."""
+    def add(
+        self, ids: np.ndarray, labels: np.ndarray, index: np.ndarray, lines: np.ndarray
+    ) -> None:
+        """A batch of examples; offsets and records in `index` count from the batch's beginning.
+
+        Args:
+            lines: int32, the line of each record of the batch.
+        """
         self._ids.write(ids.tobytes())
         self._labels.write(labels.tobytes())
         index = index.copy()
         index["offset"] += self._offset
+        index["record"] += self._records
+        self._lines.append(lines)
+        self._records += len(lines)
         self._index.append(index)
         self._offset += len(ids)
 
@@ -51,6 +63,8 @@ class StoreWriter:
         self._labels.close()
         index = np.concatenate(self._index) if self._index else np.zeros(0, INDEX)
         np.save(self.folder / "index.npy", index)
+        lines = np.concatenate(self._lines) if self._lines else np.zeros(0, np.int32)
+        np.save(self.folder / "lines.npy", lines)
         np.save(self.folder / "exact.npy", exact)
         np.save(self.folder / "near.npy", near)
         text = json.dumps(report, ensure_ascii=False)
@@ -63,6 +77,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index: np.ndarray = np.load(folder / "index.npy")
+        self.lines: np.ndarray = np.load(folder / "lines.npy")
         self.exact: np.ndarray = np.load(folder / "exact.npy", mmap_mode="r")
         self.near: np.ndarray = np.load(folder / "near.npy", mmap_mode="r")
         self._ids = _map(folder / "ids.bin", np.int32)
@@ -99,13 +114,21 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, mode="r")
 
 
-def index_rows(examples: list[Example], lines: list[int], questions: list[int]) -> np.ndarray:
-    """Index rows of a batch, offsets from its beginning."""
+def index_rows(
+    examples: list[Example], records: list[int], lines: list[int], questions: list[int]
+) -> np.ndarray:
+    """Index rows of a batch, offsets from its beginning.
+
+    Args:
+        records: for each example, which of the batch's records it comes from.
+        lines, questions: for each record, its line and its question's hash.
+    """
     rows = np.zeros(len(examples), INDEX)
     offset = 0
     for k, example in enumerate(examples):
         where = np.flatnonzero(example.labels != NO_TARGET)
         first = int(where[0]) + 1 if len(where) else len(example.ids)
-        rows[k] = (offset, len(example.ids), first, len(where), lines[k], questions[k])
+        r = records[k]
+        rows[k] = (offset, len(example.ids), first, len(where), lines[r], r, questions[r])
         offset += len(example.ids)
     return rows

@@ -158,6 +158,7 @@ class Template:
         system = turns[0].text if turns[0].role == "system" else ""
         questions = [t for t in turns if t.role == "user"]
         answers = [t for t in turns if t.role == "assistant"]
+        placed = {slot.turn for slot in slots if slot.kind == "input"}
         segments: list[Segment] = []
         for slot in slots:
             supervised = slot.turn in taught
@@ -169,16 +170,17 @@ class Template:
                 text = slot.text + self.harmless(answers[slot.turn].text)
                 segments.append(Segment("text", text, supervised))
             else:
-                segments.append(Segment("text", self._said(slot, system, questions)))
+                segments.append(Segment("text", self._said(slot, system, questions, placed)))
         return segments
 
-    def _said(self, slot: Slot, system: str, questions: Sequence[Turn]) -> str:
+    def _said(self, slot: Slot, system: str, questions: Sequence[Turn], placed: set[int]) -> str:
+        """What stands in a slot; an input without a place of its own follows its question."""
         if slot.kind == "system":
             return self.harmless(system)
         turn = questions[slot.turn]
         if slot.kind == "input":
             return self.harmless(turn.input)
-        if turn.input and not self.separate_input:
+        if turn.input and slot.turn not in placed:
             return self.harmless(f"{turn.text}\n{turn.input}" if turn.text else turn.input)
         return self.harmless(turn.text)
 

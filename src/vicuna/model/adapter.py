@@ -264,7 +264,7 @@ def _read_tensors(folder: Path, notes: list[str]) -> dict[str, Tensor]:
                 notes.append(f"old format {name}")
         except Exception as e:  # damaged files raise many kinds
             raise UserError(
-                f"cannot read the weights: {str(e).splitlines()[0]}",
+                f"cannot read the weights: {(str(e).splitlines() or [type(e).__name__])[0]}",
                 where=str(path),
                 fix="The file is damaged or not a plain list of tensors; fetch it again.",
             ) from e

@@ -86,9 +86,7 @@ def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
     if chosen.precision in ("int8", "nf4"):
         extra = {"quantization_config": _quantization(chosen), "device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=chosen.dtype, attn_implementation="sdpa", **extra
-        )
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=chosen.dtype, **extra)
     except torch.cuda.OutOfMemoryError as e:
         raise UserError(
             f"the base does not fit the GPU in {chosen.precision}",

@@ -161,7 +161,7 @@ def last_whole(run: Path) -> tuple[Path, State, list[str]]:
     raise UserError(
         "no whole checkpoint in this run",
         where=str(run),
-        fix="Start it anew without --resume (and save more often: --save_steps).",
+        fix="All of its checkpoints are damaged: start a new run in another --output_dir.",
     )
 
 

@@ -7,7 +7,6 @@ optimiser's moments and `State`, and these three are what a checkpoint holds.
 from __future__ import annotations
 
 import math
-import resource
 import signal
 import sys
 import time
@@ -30,6 +29,14 @@ from vicuna.train.setup import Session
 
 FP16_SCALE_GROWS_EVERY = 500
 FP16_SCALE_MAX = 65536.0
+
+
+# What helps most comes first; the first two do not change the result.
+_LESS_MEMORY = (
+    "Go on with a smaller cut: vicuna train --resume {run} --micro_batch_tokens {half}\n"
+    "or add --gradient_checkpointing. A new run also fits with --precision nf4 (a quarter of the "
+    "weights' memory), a smaller --cutoff_len, or fewer layers in --lora_target."
+)
 
 
 @dataclass
@@ -55,6 +62,7 @@ class Training:
         self.reporters = Reporters(session.settings, session.run)
         self.stop_signal: int | None = None
         self.first_eval: float | None = None
+        self.first_step = session.state.step
         self._eval_packs: list[Pack] | None = None
         total = self.state.total
         self.eval_every = session.settings.eval_steps or max(1, math.ceil(total / 10))
@@ -100,7 +108,14 @@ class Training:
         supervised = sum(p.supervised for p in packs)
         s.learner.dropout.step = state.step
         s.optimizer.zero_grad(set_to_none=True)
-        loss = s.learner.backward(packs, supervised, state.loss_scale)
+        try:
+            loss = s.learner.backward(packs, supervised, state.loss_scale)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"out of memory in update {state.step + 1}; the last checkpoint is unharmed",
+                where=f"micro_batch_tokens {state.cut['tokens']}",
+                fix=_LESS_MEMORY.format(run=s.run.path, half=max(64, state.cut["tokens"] // 2)),
+            ) from e
         norm = self._unscale_and_clip()
         rate = s.schedule.rate(state.step)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -144,7 +159,7 @@ class Training:
             self.s.renderer.end_id,
             cut["tokens"],
             cut["examples"],
-            self.s.settings.share_prefixes,
+            bool(cut["share"]),
         )
 
     def _unscale_and_clip(self) -> float:
@@ -208,8 +223,8 @@ class Training:
         loss, count = s.learner.mean_loss(self._eval_packs)
         if self.first_eval is None:
             self.first_eval = loss
-        # The base before the first update is what to beat, not a result.
-        trained = state.step > 0
+        # What the run began with is what to beat, not a result.
+        trained = state.step > self.first_step
         better = trained and (state.best_loss is None or loss < state.best_loss)
         if better:
             state.best_loss, state.best_step = loss, state.step
@@ -283,6 +298,10 @@ class Training:
         best = s.settings.final_adapter == "best" and bool(s.split.validation)
         source = s.run.checkpoints / checkpoints.name_of(state.best_step if best else state.step)
         took = state.best_step if best and source.is_dir() else state.step
+        if best and state.best_step and not source.is_dir():
+            s.screen.warn(
+                f"the best checkpoint (step {state.best_step}) is not in this run's folder"
+            )
         with whole_folder(s.run.adapter) as aside:
             if took != state.step:
                 for path in (source / "adapter").iterdir():
@@ -322,5 +341,11 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory held so far: on the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

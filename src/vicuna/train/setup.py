@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ _OWN = {
 }
 
 
+# Settings that are meant for one call of the command and must not come back with config.yaml.
+_ONCE = ("resume", "allow_changes", "continue_from", "from_data_beginning")
+
+
 @dataclass
 class Session:
     """All that the training loop works with."""
@@ -145,7 +150,7 @@ def _build(
     learner, context = _learner(settings, origin, folder, split, screen)
     chosen = load.choose(settings.precision, learner.device)
     names = list(learner.parameters)
-    state, schedule = _state(settings, origin, split, chosen.precision, learner.device)
+    state, schedule = _state(settings, given, origin, split, chosen.precision, learner.device)
     optimizer = torch.optim.AdamW(
         list(learner.parameters.values()),
         lr=settings.learning_rate,
@@ -161,9 +166,10 @@ def _build(
         "base": {"name": _base_name(settings.model), **adapters.identify(folder)},
     }
     run.write_json("data.json", datasets.describe(split))
-    run.open_log(state.step if origin.kind == "resume" else None)
+    _set_aside_later(run, state.step, screen)
+    run.open_log(state.step if origin.state and origin.kind == "resume" else None)
     run.write_config(
-        settings.model_dump(mode="json"),
+        settings.model_dump(mode="json", exclude=set(_ONCE)),
         {
             "total_steps": state.total,
             "warmup_steps": state.warmup,
@@ -177,7 +183,7 @@ def _build(
     )
     session = Session(
         settings, run, screen, renderer, split, learner, optimizer, schedule, state, meta,
-        resumed=origin.kind == "resume", context=context,
+        resumed=origin.kind == "resume" and origin.state is not None, context=context,
     )  # fmt: skip
     session.sample_prompts = _sample_prompts(settings)
     _announce(session, chosen)
@@ -224,6 +230,9 @@ def _origin(
         settings = settings.model_copy(update={**named, "lora_target": list(lora.target)})
         for note in files.notes:
             screen.warn(note)
+        name = files.meta.get("base", {}).get("name") or files.base_name
+        if "model" not in given and name:
+            settings = settings.model_copy(update={"model": name})
         return settings, Origin("adapter", adapter=files)
     return settings, Origin()
 
@@ -236,12 +245,18 @@ def _resume(
             raise SettingsError(["resume: which run? Give --output_dir RUN, or --resume RUN"])
         run = Path(settings.output_dir)
         _must_be_run(run)
+        if not checkpoints.all_of(run / "checkpoints"):
+            screen.warn("no checkpoint in this run yet: it starts from its beginning")
+            merged = {**_old_settings(run), **given, "output_dir": str(run)}
+            return config.build(TrainSettings, merged), Origin("resume")
         checkpoint, state, warnings = checkpoints.last_whole(run)
         for words in warnings:
             screen.warn(words)
     else:
         run, checkpoint = _run_and_checkpoint(settings.resume)
         state = checkpoints.read_state(checkpoint)
+        if not Path(settings.resume).exists() and not settings.output_dir:
+            raise SettingsError(["resume from the hub needs a place to go on: give --output_dir"])
     merged = {**_old_settings(run), "from_data_beginning": None, **given}
     # A checkpoint of another place (a copy, the hub) goes on in the folder that was asked for.
     merged["output_dir"] = given.get("output_dir") or str(run)
@@ -292,6 +307,18 @@ def _old_settings(run: Path) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k in TrainSettings.model_fields}
 
 
+def _set_aside_later(run: RunFolder, step: int, screen: Screen) -> None:
+    """Checkpoints beyond the one that is resumed belong to a branch that is given up: keep them,
+    but where no later resume takes them for this run's."""
+    later = [p for p in checkpoints.all_of(run.checkpoints) if int(p.name[5:]) > step]
+    if later:
+        aside = run.checkpoints / time.strftime("abandoned-%Y%m%d-%H%M%S")
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        screen.say(f"later checkpoints were moved to {aside}")
+
+
 # -- checks that need no data --------------------------------------------------------------------
 
 
@@ -308,6 +335,11 @@ def _check(settings: TrainSettings) -> None:
         f"report_to is {w}, but must be one of {', '.join(known)}"
         for w in settings.report_to
         if w not in known
+    ]
+    mistakes += [
+        f"report_to: {w} is not installed (pip install {w})"
+        for w in settings.report_to
+        if w in known[:3] and find_spec(w) is None
     ]
     allowed = (*DECISIVE, "data")
     mistakes += [
@@ -378,6 +410,7 @@ def _learner(
         model = load.load_base(folder, chosen, device)
         context = load.context_length(model)
         longest = int(split.dataset.column("length").clip(max=settings.cutoff_len).max())
+        longest = max([longest, *(len(e.ids) for e in split.validation)])
         if longest > context:
             raise UserError(
                 f"examples of up to {longest} tokens, but the base was made for {context}",
@@ -395,6 +428,7 @@ def _learner(
             peft = adapters.attach_saved(model, origin.adapter, settings.lora_dropout)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
+        peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     if settings.gradient_checkpointing:
         peft.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -417,13 +451,19 @@ def _base_name(model: str, folder: Path | None = None) -> str:
 
 
 def _state(
-    settings: TrainSettings, origin: Origin, split: datasets.Split, precision: str, device: Any
+    settings: TrainSettings,
+    given: dict[str, Any],
+    origin: Origin,
+    split: datasets.Split,
+    precision: str,
+    device: Any,
 ) -> tuple[State, Schedule]:
     wanted = settings.model_dump(include=set(DECISIVE), mode="json") | {"precision": precision}
     own_steps = settings.max_steps or split.order.steps(settings.num_train_epochs)
     cut = {
         "tokens": settings.micro_batch_tokens or ROWS[device.type],
         "examples": settings.micro_batch_size,
+        "share": int(settings.share_prefixes),
     }
     old = origin.state
     if origin.kind == "resume" and old is not None:
@@ -434,7 +474,7 @@ def _state(
             state.warmup = warmup_steps(own_steps, settings.warmup_ratio, settings.warmup_steps)
         if settings.from_data_beginning:
             state.data_offset = state.step
-        if settings.micro_batch_tokens or settings.micro_batch_size:
+        if {"micro_batch_tokens", "micro_batch_size", "share_prefixes"} & set(given):
             state.cut = cut
     elif origin.kind == "continue" and old is not None:
         total = continued_total(old.total, old.step, own_steps)
@@ -482,7 +522,7 @@ def _sample_prompts(settings: TrainSettings) -> list[str]:
     prompts: list[str] = []
     for prompt in settings.sample_prompts:
         path = Path(prompt)
-        if len(prompt) < 240 and path.suffix in (".txt", ".jsonl") and path.is_file():
+        if len(prompt) < 240 and path.suffix == ".txt" and path.is_file():
             prompts += [p for p in path.read_text(encoding="utf-8").splitlines() if p.strip()]
         else:
             prompts.append(prompt)

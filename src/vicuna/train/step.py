@@ -34,6 +34,9 @@ class Learner:
         causal = get_base() if get_base else self.model
         self.decoder = causal.get_decoder()
         self.head = causal.get_output_embeddings()
+        # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.
+        chosen = self.decoder.config._attn_implementation
+        self.plain = "sdpa" if chosen == attention.NAME else chosen
         config = causal.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None)
@@ -53,7 +56,7 @@ class Learner:
 
     def plain_attention(self) -> None:
         """Switch the decoder back to ordinary attention, for generation."""
-        self.decoder.config._attn_implementation = "sdpa"
+        self.decoder.config._attn_implementation = self.plain
 
     def loss_sum(self, pack: Pack) -> Tensor:
         """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
