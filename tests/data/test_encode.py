@@ -9,9 +9,9 @@ import pytest
 from generate_kit import byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import metaspace
 from tokenizers import Tokenizer
 
+from kit import metaspace
 from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder, Segment
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from kit import shake, tiny_model, with_adapter
 from safetensors.torch import load_file, save_file
 
+from kit import shake, tiny_model, with_adapter
 from vicuna.errors import UserError
 from vicuna.model.adapter import (
     LoraSettings,

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from kit import save_tokenizer, tiny_model
 
+from kit import save_tokenizer, tiny_model
 from vicuna.errors import UserError
 from vicuna.model.base import locate
 from vicuna.model.load import Chosen, load_base

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from kit import tiny_model, with_adapter
 
+from kit import tiny_model, with_adapter
 from vicuna.data.order import mix as numpy_mix
 from vicuna.model.dropout import DropoutState, PrefixDropout, install, mix
 

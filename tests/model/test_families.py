@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kit import END, FAMILIES, VOCAB, random_examples, tiny_model
 
+from kit import END, FAMILIES, VOCAB, random_examples, tiny_model
 from vicuna.data.pack import build_packs
 from vicuna.errors import UserError
 from vicuna.model import fused

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from kit import tiny_model, with_adapter
 from torch import nn
 
+from kit import tiny_model, with_adapter
 from vicuna.model import fused
 from vicuna.model.adapter import LoraSettings, attach
 

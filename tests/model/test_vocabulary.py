@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from generate_kit import byte_level, sentencepiece, vocabulary
-from kit import metaspace, save_tokenizer
 from tokenizers import Tokenizer
 
+from kit import metaspace, save_tokenizer
 from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import find
 from vicuna.errors import UserError

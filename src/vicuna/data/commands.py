@@ -12,7 +12,7 @@ import numpy as np
 from vicuna import config
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import dataset, formats
-from vicuna.data.encode import END_TOKEN, NO_TARGET, Encoder
+from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder
 from vicuna.data.read import read
 from vicuna.data.sources import expand
 from vicuna.data.template import Renderer, find
@@ -61,15 +61,25 @@ def stats(words: Sequence[str]) -> int:
         found, _ = dataset.load([DatasetEntry(path=name)], whole, renderer)
         if not len(found):
             raise UserError("no usable records", where=name, fix="vicuna data check says why.")
-        first = [found[i].ids.tolist() for i in range(min(len(found), 500))]
-        characters = sum(len(renderer.encoder.decode(ids)) for ids in first)
-        tokens = sum(len(ids) for ids in first)
+        tokens, characters = _answer_lengths(found, renderer)
         results.append(_stats(name, found, tokens / max(1, characters)))
     if settings.json_output:
         print(json.dumps({"files": results, "model": settings.model}, ensure_ascii=False))
     else:
         _print_stats(results, settings)
     return 0
+
+
+def _answer_lengths(found: dataset.Dataset, renderer: Renderer) -> tuple[int, int]:
+    """(tokens, characters) of the first answers: the template's own words do not count."""
+    tokens = characters = 0
+    for i in range(min(len(found), 500)):
+        example = found[i]
+        learned = example.ids[1:][example.labels[:-1] == NEXT_TOKEN].tolist()
+        answer = [t for t in learned if t not in renderer.encoder.control_ids]
+        tokens += len(answer)
+        characters += len(renderer.encoder.decode(answer))
+    return tokens, characters
 
 
 def _stats(name: str, found: dataset.Dataset, tokens_per_character: float) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Vocabula
 from vicuna.data.read import read
 from vicuna.data.report import FileReport
 from vicuna.data.store import Store, StoreWriter, index_rows
-from vicuna.data.template import Renderer, TrainTurns, from_dict
+from vicuna.data.template import Renderer, from_dict
+from vicuna.data.template_base import TrainTurns
 from vicuna.data.types import Conversation, Problem, Raw, Turn
 
 # Counts up when anything here changes what a record becomes.

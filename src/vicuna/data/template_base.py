@@ -1,0 +1,235 @@
+"""Templates: the one rule that turns a conversation into segments, for training and for inference.
+
+A template knows two things: how the prompt of turn n looks (`_prompt`), and what closes an answer
+(`_closing`). Training is built from the very same prompt, so what the model sees when it answers is
+what it saw when it learned. Two kinds: literal strings (`template.py`) and the tokenizer's own chat
+template (`chat_template.py`).
+
+Where a template renders past turns just as it rendered them when they were current, one example
+teaches all turns. Where it does not (history inside an instruction, thinking removed from past
+turns), every supervised turn becomes an example of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vicuna.data.encode import Segment
+from vicuna.data.types import Conversation, Turn
+
+TrainTurns = Literal["all", "last"]
+FIELD = re.compile(r"\{(bos|end|system|text|input)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a skeleton: a literal mark, a control token, or what was said in a turn.
+
+    turn: which question or answer (0-based) a `user`, `input` or `assistant` slot belongs to.
+    """
+
+    kind: Literal["mark", "bos", "end", "silent_end", "system", "user", "input", "assistant"]
+    text: str = ""
+    turn: int = -1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a prompt's literals: system prompt or not, and which questions have an input."""
+
+    system: bool
+    inputs: tuple[bool, ...]
+
+
+class Template:
+    """Common to both kinds: from skeletons to segments."""
+
+    name: str
+    end_token: str  # the control token that ends an answer, "eos" for the tokenizer's own
+    default_system: str = ""
+    default_system_input: str = ""
+    separate_input: bool = False
+
+    def __init__(self) -> None:
+        self._skeletons: dict[Shape, list[Slot]] = {}
+        self._guard = _guard(self._literals())
+
+    # What a kind of template must say.
+
+    def _prompt(self, shape: Shape) -> list[Slot]:
+        raise NotImplementedError
+
+    def _closing(self) -> list[Slot]:
+        raise NotImplementedError
+
+    def _literals(self) -> list[str]:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as plain data, to be written into an adapter."""
+        raise NotImplementedError
+
+    # What both can do.
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def stable(self) -> bool:
+        """Whether past turns are rendered as they were when they were current."""
+        one = self._flat(self._skeleton(Shape(False, (False,))) + [Slot("assistant", turn=0)])
+        two = self._flat(self._skeleton(Shape(False, (False, False))))
+        return two.startswith(one)
+
+    def prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        """Segments of a prompt: `turns` ends with the user's question."""
+        return self._fill(self._skeleton(shape_of(self._with_system(turns))), turns, frozenset())
+
+    def examples(
+        self, conversation: Conversation, train_turns: TrainTurns = "all"
+    ) -> list[list[Segment]]:
+        """Segments of the training example(s) of one conversation.
+
+        One example, all of its supervised answers in it, where the template is stable; else one
+        for each supervised answer.
+        """
+        turns = conversation.turns
+        if conversation.kind == "text":
+            return [
+                [Segment("bos"), Segment("text", turns[-1].text, True), Segment("end", "", True)]
+            ]
+        turns = self._with_system(turns)
+        answers = sum(t.role == "assistant" for t in turns)
+        if self.stable:
+            taught = frozenset(range(answers) if train_turns == "all" else [answers - 1])
+            return [self._example(turns, taught)]
+        first = 0 if train_turns == "all" else answers - 1
+        head = 1 if turns[0].role == "system" else 0
+        return [
+            self._example(turns[: head + 2 * (k + 1)], frozenset([k]))
+            for k in range(first, answers)
+        ]
+
+    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
+        shape = shape_of(turns)
+        last = len(shape.inputs) - 1
+        slots = [*self._skeleton(shape), self._answer(last), *self._closing()]
+        return self._fill(number_ends(slots), turns, taught)
+
+    def _answer(self, turn: int) -> Slot:
+        return Slot("assistant", turn=turn)
+
+    def _with_system(self, turns: Sequence[Turn]) -> list[Turn]:
+        if turns[0].role == "system" or not self.default_system:
+            return list(turns)
+        has_input = self.separate_input and bool(turns[0].input)
+        system = self.default_system_input if has_input else ""
+        return [Turn("system", system or self.default_system), *turns]
+
+    def _skeleton(self, shape: Shape) -> list[Slot]:
+        if shape not in self._skeletons:
+            self._skeletons[shape] = self._prompt(shape)
+        return self._skeletons[shape]
+
+    @staticmethod
+    def _flat(slots: Sequence[Slot]) -> str:
+        """A skeleton as one string, ends left out, to compare what surrounds the turns."""
+        return "".join(
+            s.text if s.kind == "mark" else f"\x00{s.kind}{s.turn}\x00"
+            for s in slots
+            if s.kind not in ("end", "silent_end")
+        )
+
+    def _fill(
+        self, slots: Sequence[Slot], turns: Sequence[Turn], taught: frozenset[int]
+    ) -> list[Segment]:
+        turns = self._with_system(turns)
+        system = turns[0].text if turns[0].role == "system" else ""
+        questions = [t for t in turns if t.role == "user"]
+        answers = [t for t in turns if t.role == "assistant"]
+        placed = {slot.turn for slot in slots if slot.kind == "input"}
+        segments: list[Segment] = []
+        for slot in slots:
+            supervised = slot.turn in taught
+            if slot.kind == "mark":
+                segments.append(Segment("mark", slot.text, supervised))
+            elif slot.kind in ("bos", "end", "silent_end"):
+                segments.append(Segment(slot.kind, "", supervised))
+            elif slot.kind == "assistant":
+                text = slot.text + self.harmless(answers[slot.turn].text)
+                segments.append(Segment("text", text, supervised))
+            else:
+                segments.append(Segment("text", self._said(slot, system, questions, placed)))
+        return segments
+
+    def _said(self, slot: Slot, system: str, questions: Sequence[Turn], placed: set[int]) -> str:
+        """What stands in a slot; an input without a place of its own follows its question."""
+        if slot.kind == "system":
+            return self.harmless(system)
+        turn = questions[slot.turn]
+        if slot.kind == "input":
+            return self.harmless(turn.input)
+        if turn.input and slot.turn not in placed:
+            return self.harmless(f"{turn.text}\n{turn.input}" if turn.text else turn.input)
+        return self.harmless(turn.text)
+
+    def harmless(self, text: str) -> str:
+        """The text with this template's plain-word role marks made unable to open a turn."""
+        return self._guard.sub(r" \g<0>", text) if self._guard else text
+
+
+def shape_of(turns: Sequence[Turn]) -> Shape:
+    return Shape(turns[0].role == "system", tuple(bool(t.input) for t in turns if t.role == "user"))
+
+
+def number_ends(slots: Sequence[Slot]) -> list[Slot]:
+    """Give every answer an end and let what stands between answer and end belong to the turn.
+
+    An answer in the past that the template leaves without an end gets a silent one.
+    """
+    numbered: list[Slot] = []
+    for i, slot in enumerate(slots):
+        numbered.append(slot)
+        if slot.kind != "assistant":
+            continue
+        ahead = i + 1
+        if ahead < len(slots) and slots[ahead].kind == "mark" and _ends_at(slots, ahead + 1):
+            ahead += 1
+        if not _ends_at(slots, ahead):
+            numbered.append(Slot("silent_end", turn=slot.turn))
+    turn = -1
+    for i, slot in enumerate(numbered):
+        if slot.kind == "assistant":
+            turn = slot.turn
+        elif slot.kind in ("end", "silent_end"):
+            numbered[i] = replace(slot, turn=turn)
+            if i and numbered[i - 1].kind == "mark":
+                numbered[i - 1] = replace(numbered[i - 1], turn=turn)
+            turn = -1
+    return numbered
+
+
+def _ends_at(slots: Sequence[Slot], i: int) -> bool:
+    return i < len(slots) and slots[i].kind in ("end", "silent_end")
+
+
+def _guard(literals: Sequence[str]) -> re.Pattern[str] | None:
+    """A pattern of the role marks that are plain words: `### Response:`, `User:`, `[INST]`."""
+    lines: set[str] = set()
+    brackets: set[str] = set()
+    for literal in literals:
+        for part in re.split(r"\n|<\|.*?\|>", literal):
+            brackets.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z]+>>", part))
+            word = part.strip()
+            if word.endswith((":", "：")) and len(word) <= 40:
+                lines.add(word)
+    parts = [f"^(?:{'|'.join(map(re.escape, sorted(lines)))})"] if lines else []
+    # A space after the opening bracket would change the mark itself: split it instead.
+    parts += [f"(?<={re.escape(b[0])}){re.escape(b[1:])}" for b in sorted(brackets)]
+    return re.compile("|".join(parts), re.M) if parts else None
