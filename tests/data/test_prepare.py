@@ -17,6 +17,7 @@ from vicuna.data import dataset, prepare
 from vicuna.data.pack import targets_of
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
+from vicuna.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -151,3 +152,18 @@ def test_the_cutoff_is_explained_in_words() -> None:
         "cutoff_len 256: 39% of examples are longer, 0% would lose the whole answer; "
         "1,024 keeps 97%"
     )
+
+
+def test_records_on_one_line_are_counted_one_by_one(tmp_path: Path, renderer: Renderer) -> None:
+    path = tmp_path / "one_line.json"
+    path.write_text(json.dumps([LONG, LONG, SHORT, SHORT, LONG], ensure_ascii=False))
+    found, report = load(path, renderer, cutoff_len=128)
+    assert len(found) == 2
+    assert (report["records"], report["used"], report["dropped"]) == (5, 2, 3)
+    assert sum("duplicate" in p["reason"] for p in report["problems"]) == 3
+
+
+def test_strict_stops_at_an_overlong_record(tmp_path: Path, renderer: Renderer) -> None:
+    path = write(tmp_path / "a.jsonl", [SHORT, LONG])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: too long"):
+        load(path, renderer, cutoff_len=128, strict=True)

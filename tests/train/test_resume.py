@@ -206,3 +206,32 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     os.environ["VICUNA_CACHE"] = str(tmp_path / "cache")
     train("--resume", str(run))
     assert same(weights(run), weights(whole))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 0, tmp_path / "run")
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(whole))
+
+
+def test_later_checkpoints_of_an_abandoned_branch_are_kept_aside(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = cut_after(whole, 6, tmp_path / "run")
+    train("--resume", str(run / "checkpoints/step-000002"))
+    (aside,) = (run / "checkpoints").glob("abandoned-*")
+    assert sorted(p.name for p in aside.iterdir()) == ["step-000004", "step-000006"]
+
+
+def test_config_yaml_of_a_resumed_run_is_a_clean_recipe(whole: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    train("--resume", str(run))
+    text = (run / "config.yaml").read_text()
+    assert "resume:" not in text
+    assert "allow_changes" not in text
+
+
+def test_weights_of_sources_are_part_of_the_data(whole: Path, data: Path, tmp_path: Path) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    with pytest.raises(SettingsError, match="data was"):
+        train("--resume", str(run), "--dataset", f"{data}@weight=2")
