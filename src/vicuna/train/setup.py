@@ -240,10 +240,11 @@ def _origin(
 def _resume(
     settings: TrainSettings, given: dict[str, Any], screen: Screen
 ) -> tuple[TrainSettings, Origin]:
-    if settings.resume == "last":
-        if not settings.output_dir:
+    named = Path(settings.resume)
+    if settings.resume == "last" or (named / "config.yaml").is_file():
+        if settings.resume == "last" and not settings.output_dir:
             raise SettingsError(["resume: which run? Give --output_dir RUN, or --resume RUN"])
-        run = Path(settings.output_dir)
+        run = Path(settings.output_dir) if settings.resume == "last" else named
         _must_be_run(run)
         if not checkpoints.all_of(run / "checkpoints"):
             screen.warn("no checkpoint in this run yet: it starts from its beginning")
