@@ -119,14 +119,13 @@ def test_rows_with_equal_prefixes_have_equal_hashes_and_no_others(
 
 @settings(max_examples=60, deadline=None)
 @given(examples=sets(), data=st.data(), **limits)
-def test_the_order_of_the_examples_changes_nothing(
+def test_the_order_of_the_examples_does_not_matter(
     examples: list[Example], data: st.DataObject, budget: int, max_examples: int, share: bool
 ) -> None:
     other = data.draw(st.permutations(examples))
     one = build_packs(examples, END, budget, max_examples, share)
     two = build_packs(other, END, budget, max_examples, share)
     assert held(one) == held(two)
-    assert sum(len(p.ids) for p in one) == sum(len(p.ids) for p in two)
 
 
 def answers(n: int, common: int, own: int = 20) -> list[Example]:
