@@ -36,7 +36,8 @@ def run(words: Sequence[str]) -> int:
         "seed": settings.seed,
     }
     if settings.quick:
-        recipe |= {"max_steps": 3, "eval_steps": 3}
+        few = {"path": str(samples / "heldout_zh.jsonl"), "max_samples": 8}
+        recipe |= {"max_steps": 3, "eval_steps": 3, "val_dataset": [few]}
     training = config.build(config.TrainSettings, recipe)
     screen.say("Training the embedded base (SmolLM2-135M-Instruct, English) on the sample data.\n")
     from vicuna.train.loop import Training
