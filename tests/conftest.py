@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,12 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "generate")]
-USERS_CACHE = os.environ.get("VICUNA_CACHE")
+
+
+def pytest_collection_finish() -> None:
+    """One thread: tiny models gain nothing from more, and lose much on a busy machine."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,12 +24,3 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VICUNA_CACHE", str(cache))
         yield cache
-
-
-@pytest.fixture
-def users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache outside the tests, where the embedded base may lie converted already."""
-    if USERS_CACHE is None:
-        monkeypatch.delenv("VICUNA_CACHE", raising=False)
-    else:
-        monkeypatch.setenv("VICUNA_CACHE", USERS_CACHE)

@@ -207,3 +207,50 @@ def test_evaluation_has_the_loss_of_training() -> None:
     found, count = learner.mean_loss(build_packs(examples, END, 200))
     assert found == pytest.approx(loss, rel=1e-5)
     assert count == sum(len(targets_of(e, END)[0]) for e in examples)
+
+
+@pytest.mark.parametrize("family", ["llama, grouped, tied", "mistral, sliding window", "gemma3"])
+def test_a_changed_example_changes_no_others_gradient_behind_a_shared_prefix(family: str) -> None:
+    learner, examples = make(family), make_examples()
+    changed = Example(examples[0].ids.copy(), examples[0].labels)
+    changed.ids[25:] = (changed.ids[25:] + 7) % 190 + 3
+    rest = []
+    for first in (examples[0], changed):
+        together = packed(learner, [first, *examples[1:]], 10_000)[1]
+        alone = packed(learner, [first], 10_000)[1]
+        counts = [sum(len(targets_of(e, END)[0]) for e in es) for es in ([first], examples)]
+        rest.append({k: together[k] - alone[k] * (counts[0] / counts[1]) for k in together})
+    assert furthest(rest[0], rest[1]) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama, grouped, tied", "gemma2, capped scores"])
+@pytest.mark.parametrize("use_fused", [False, True], ids=["peft layers", "fused layers"])
+def test_checkpointing_goes_with_every_layer_and_family(family: str, use_fused: bool) -> None:
+    learner, examples = make(family), make_examples(2)
+    loss, wanted = one_by_one(learner, examples)
+    learner.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    learner.model.train()
+    if use_fused:
+        fused.install(learner.model)
+    packed_loss, found = packed(learner, examples, 200)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert furthest(found, wanted) < 1e-5
+
+
+def test_a_loss_scale_only_scales_the_gradient() -> None:
+    learner, examples = make("llama, grouped, tied"), make_examples()
+    loss, wanted = packed(learner, examples, 10_000)
+    packs = build_packs(examples, END, 10_000)
+    assert learner.backward(packs, sum(p.supervised for p in packs), 8.0) == pytest.approx(loss)
+    assert furthest({k: g / 8 for k, g in gradients(learner).items()}, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama, grouped, tied", "gemma2, capped scores"])
+def test_plain_attention_is_what_the_model_was_loaded_with(family: str) -> None:
+    learner = make(family)
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        before = learner.model(ids).logits
+        learner.packed_attention()
+        learner.plain_attention()
+        assert torch.equal(learner.model(ids).logits, before)
