@@ -23,6 +23,7 @@ from vicuna.data.encode import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.errors import UserError
 from vicuna.model import adapter as adapters
+from vicuna.model import load
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.reporters import Reporters
 from vicuna.train.setup import Session
@@ -175,7 +176,7 @@ class Training:
     def _note_finite(self, finite: bool, loss: float) -> None:
         """Count steps without a finite gradient; stop with advice when they do not end."""
         state, settings = self.state, self.s.settings
-        fp16 = state.settings["precision"] == "fp16"
+        fp16 = load.Chosen(state.settings["precision"], "").dtype is torch.float16
         if finite:
             state.last_loss = loss
             state.nonfinite_in_a_row = 0

@@ -485,7 +485,9 @@ def _state(
     else:
         warmup = warmup_steps(own_steps, settings.warmup_ratio, settings.warmup_steps)
         state = State(total=own_steps, warmup=warmup, cut=cut)
-        state.loss_scale = INITIAL_FP16_SCALE if precision == "fp16" else 1.0
+        # nf4 and int8 compute in fp16, too, where the chip has no bf16 (Turing, Volta).
+        fp16 = load.Chosen(precision, "").dtype is torch.float16
+        state.loss_scale = INITIAL_FP16_SCALE if fp16 else 1.0
     state.settings, state.data = wanted, split.digest
     schedule = Schedule(
         settings.lr_scheduler_type, settings.learning_rate, state.total, state.warmup
