@@ -95,7 +95,7 @@ def _compare(session: Any, screen: Screen, held_out: Path, tokens: int) -> None:
     from vicuna.data.formats import parse
     from vicuna.data.read import read
     from vicuna.generate.decode import complete
-    from vicuna.generate.engines.torch import TorchEngine
+    from vicuna.generate.engines.torch import open_engine
     from vicuna.generate.settings import Settings
 
     records = [parse(raw).conversation for raw, _ in zip(read(held_out, []), range(QUESTIONS))]
@@ -110,7 +110,7 @@ def _compare(session: Any, screen: Screen, held_out: Path, tokens: int) -> None:
         question = record.turns[:-1]
         answers = []
         for with_adapter in (False, True):
-            engine = TorchEngine(learner.model, session.context)
+            engine = open_engine(learner.model, session.context)
             ids = session.renderer.prompt(question)
             if with_adapter:
                 answers.append(complete(engine, ids, choice, session.renderer).text)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vicuna.data.pack import Segment
+from vicuna.model.parts import Heads
 
 NAME = "vicuna_packed"
 
@@ -25,6 +27,7 @@ class Layout:
 
     segments: list[Segment]
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _additive: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def mask(self, above: int, own: int, window: int | None, device: torch.device) -> torch.Tensor:
         """True where row i of a segment may look: bool (own, above + own).
@@ -40,6 +43,17 @@ class Layout:
                 allowed &= columns > rows - window
             self._masks[key] = allowed
         return self._masks[key]
+
+    def additive(self, above: int, own: int, window: int | None, like: torch.Tensor) -> Tensor:
+        """The same as a summand of the scores, in the type and on the device of `like`."""
+        key = (above, own, window)
+        if key not in self._additive:
+            allowed = self.mask(above, own, window, like.device)
+            minus = torch.full((), float("-inf"), dtype=like.dtype, device=like.device)
+            self._additive[key] = torch.zeros_like(allowed, dtype=like.dtype).masked_fill_(
+                ~allowed, minus
+            )
+        return self._additive[key]
 
 
 def packed_attention(
@@ -120,6 +134,106 @@ def _softcapped(
     scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.float().softmax(-1).to(v.dtype) @ v
+
+
+# -- attention over q, k and v side by side --------------------------------------------------------
+
+
+def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    """Attention of a layer over a pack.
+
+    Args:
+        qkv: (T, (H + 2 K) D), the heads of q, k and v side by side, rotated.
+
+    Returns: (T, H D).
+    """
+    if qkv.device.type in ("cpu", "meta"):
+        result: Tensor = _CpuSegments.apply(qkv, heads, layout)
+        return result
+    widths = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
+    q, k, v = (
+        part.unflatten(1, (-1, heads.size)).transpose(0, 1)[None] for part in qkv.split(widths, 1)
+    )
+    parts = [_segment(q, k, v, s, layout, heads.scale, heads.window, None) for s in layout.segments]
+    return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1)
+
+
+class _CpuSegments(torch.autograd.Function):
+    """Segment by segment through PyTorch's flash attention for CPUs (FlashAttention-2, arXiv
+    2307.08691), called directly: q, k, v and the result stay in one buffer each, and so do their
+    gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+        rows = qkv.shape[0]
+        out = qkv.new_empty(rows, heads.query, heads.size)
+        lses = []
+        q, k, v = _views(qkv, heads)
+        for s in layout.segments:
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, s.start : s.stop], _gather(k, s), _gather(v, s), 0.0, causal,
+                attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            out[s.start : s.stop] = o[0].transpose(0, 1)
+            lses.append(lse)
+        ctx.heads, ctx.layout = heads, layout
+        ctx.save_for_backward(qkv, out, *lses)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        qkv, out, *lses = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)[None]
+        result = out.transpose(0, 1)[None]
+        shared = any(s.above for s in layout.segments)
+        dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
+        q, k, v = _views(qkv, heads)
+        dq, dk, dv = _views(dqkv, heads)
+        for s, lse in zip(layout.segments, lses):
+            own = slice(s.start, s.stop)
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
+                lse, 0.0, causal, attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            dq[:, :, own] = gq
+            for total, part in ((dk, gk), (dv, gv)):
+                start = 0
+                for a, b in (*s.above, (s.start, s.stop)):
+                    piece = part[:, :, start : start + b - a]
+                    if shared:
+                        total[:, :, a:b] += piece
+                    else:
+                        total[:, :, a:b] = piece
+                    start += b - a
+        return dqkv, None, None
+
+
+def _views(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """q (1, H, T, D), k and v (1, K, T, D) as views of one buffer."""
+    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)[None]
+    stop = heads.query + heads.key
+    return split[:, : heads.query], split[:, heads.query : stop], split[:, stop:]
+
+
+def _gather(x: Tensor, s: Segment) -> Tensor:
+    """The rows of k or v that a segment sees: those above it, then its own."""
+    if not s.above:
+        return x[:, :, s.start : s.stop]
+    return torch.cat([x[:, :, a:b] for a, b in (*s.above, (s.start, s.stop))], 2)
+
+
+def _mask_of(
+    s: Segment, window: int | None, layout: Layout, like: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
+    own = s.stop - s.start
+    above = sum(b - a for a, b in s.above)
+    if above == 0 and (window is None or own <= window):
+        return None, True
+    return layout.additive(above, own, window, like), False
 
 
 def register() -> None:

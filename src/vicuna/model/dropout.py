@@ -34,11 +34,13 @@ class DropoutState:
     """What all dropouts of a model share: set before each forward pass.
 
     rows: int64, a hash of the tokens up to each position, in the shape of the input ids.
+    active: whether any dropout is installed.
     """
 
     seed: int = 0
     step: int = 0
     rows: Tensor | None = None
+    active: bool = False
 
 
 class PrefixDropout(nn.Module):
@@ -53,12 +55,16 @@ class PrefixDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         assert self.state.rows is not None, "set the rows' hashes before a forward pass"
+        return self.masked(x, self.state.rows)
+
+    def masked(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x: (..., D) with the mask of `rows`, int64 hashes in its leading shape."""
         key = torch.tensor([_i64(self.state.seed), self.state.step, self.layer], device=x.device)
         salt = mix(mix(mix(key[0]) ^ key[1]) ^ key[2])
         columns = mix(torch.arange(x.shape[-1], device=x.device))
-        bits = mix((self.state.rows ^ salt)[..., None] ^ columns)
-        # The upper 53 bits as a number in [0, 1), exact in float64.
-        uniform = ((bits >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2.0**-53
+        bits = mix((rows ^ salt)[..., None] ^ columns)
+        # The upper 24 bits as a number in [0, 1), exact in float32.
+        uniform = ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
         kept = (uniform >= self.p).to(x.dtype)
         return x * kept / (1.0 - self.p)
 
@@ -68,6 +74,7 @@ def install(model: nn.Module, p: float, state: DropoutState) -> None:
     from peft.tuners.lora import LoraLayer
 
     layers = (m for m in model.modules() if isinstance(m, LoraLayer))
+    state.active = p > 0
     for number, module in enumerate(layers):
         for name in module.lora_dropout:
             module.lora_dropout[name] = PrefixDropout(p, number, state)

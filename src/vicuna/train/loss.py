@@ -30,42 +30,53 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         needs_gradient: bool,
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        # Apple's GPU has no float64.
+        wide = torch.float32 if hidden.device.type == "mps" else torch.float64
+        total = torch.zeros((), dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if needs_gradient else None
+        # One buffer for all chunks: a fresh one each time costs the system more than the product.
+        buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = (hidden[rows] @ head.t()).float()
+            target, weight = targets[rows, None], weights[rows]
+            raw = torch.mm(hidden[rows], head.t(), out=buffer[: target.shape[0]])
+            logits = raw.float()
             if bias is not None:
-                logits += bias.float()
+                logits += bias
             if logit_scale != 1.0:
                 logits *= logit_scale
+            slope = None
             if softcap is not None:
                 logits.div_(softcap).tanh_()
                 slope = 1 - logits * logits
                 logits.mul_(softcap)
-            target, weight = targets[rows, None], weights[rows]
-            normaliser = logits.logsumexp(-1)
-            losses = normaliser - logits.gather(1, target)[:, 0]
-            total += (losses * weight).sum(dtype=torch.float64).cpu()
+            wanted = logits.gather(1, target)
+            highest = logits.amax(-1, keepdim=True)
+            probabilities = logits.sub_(highest).exp_()
+            sums = probabilities.sum(-1, keepdim=True)
+            losses = (highest - wanted + sums.log())[:, 0]
+            total += (losses * weight).sum(dtype=wide)
             if gradient is None:
                 continue
-            probabilities = logits.sub_(normaliser[:, None]).exp_()
-            probabilities.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-            probabilities *= weight[:, None]
-            if softcap is not None:
+            probabilities *= weight[:, None] / sums
+            probabilities.scatter_add_(1, target, -weight[:, None])
+            if slope is not None:
                 probabilities *= slope
             if logit_scale != 1.0:
                 probabilities *= logit_scale
-            gradient[rows] = probabilities.to(hidden.dtype) @ head
+            if probabilities is not raw:
+                raw.copy_(probabilities)
+            torch.mm(raw, head, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total.to(torch.float32).to(hidden.device)
+        return total.to(torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         scale = outputs[0].to(gradient.dtype)
-        return (gradient * scale, *([None] * 8))
+        # Nobody else sees this gradient, and it is used once.
+        return (gradient.mul_(scale), *([None] * 8))
 
 
 def cross_entropy_sum(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.decode import complete
-from vicuna.generate.engines.torch import TorchEngine
+from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.settings import Settings
 from vicuna.train.setup import Session
 
@@ -17,7 +17,7 @@ def answer(session: Session, prompts: Sequence[str], tokens: int) -> Iterator[tu
     learner = session.learner
     learner.plain_attention()
     try:
-        engine = TorchEngine(learner.model, session.context)
+        engine = open_engine(learner.model, session.context)
         settings = Settings(max_new_tokens=tokens)
         for prompt in prompts:
             ids = session.renderer.prompt([Turn("user", prompt)])

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vicuna.data.pack import Pack
-from vicuna.model import attention
+from vicuna.model import attention, parts
+from vicuna.model.decoder import Checkpointing, Decoder
 from vicuna.model.dropout import DropoutState
 from vicuna.train.loss import cross_entropy_sum
 
@@ -28,10 +29,21 @@ class Learner:
     model: Any
     device: torch.device
     dropout: DropoutState = field(default_factory=DropoutState)
+    checkpointing: Checkpointing = "none"
 
     def __post_init__(self) -> None:
         get_base = getattr(self.model, "get_base_model", None)
         causal = get_base() if get_base else self.model
+        found = parts.find(causal)
+        # Our own forward where the model is of the family we know, else transformers' with PEFT's
+        # layers; why is for the user to see.
+        self.fast: Decoder | None = None
+        self.declined = ""
+        if isinstance(found, str):
+            self.declined = found
+            self._checkpoint_plainly(causal)
+        else:
+            self.fast = Decoder(found, self.checkpointing)
         self.decoder = causal.get_decoder()
         self.head = causal.get_output_embeddings()
         # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.
@@ -58,21 +70,35 @@ class Learner:
         """Switch the decoder back to ordinary attention, for generation."""
         self.decoder.config._attn_implementation = self.plain
 
-    def loss_sum(self, pack: Pack) -> Tensor:
-        """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
-        ids = torch.from_numpy(pack.ids).to(self.device)[None]
-        positions = torch.from_numpy(pack.positions).to(self.device)[None]
-        self.dropout.rows = torch.from_numpy(pack.prefix_hashes).to(self.device)[None]
-        hidden = self.decoder(
-            input_ids=ids,
-            position_ids=positions,
+    def _checkpoint_plainly(self, causal: Any) -> None:
+        if self.checkpointing != "none":
+            causal.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def hidden(self, pack: Pack) -> Tensor:
+        """The last hidden states of a pack's rows with a target: (N, D)."""
+        ids = torch.from_numpy(pack.ids).to(self.device)
+        positions = torch.from_numpy(pack.positions).to(self.device)
+        rows = torch.from_numpy(pack.target_rows).to(self.device)
+        layout = attention.Layout(pack.segments)
+        hashes = torch.from_numpy(pack.prefix_hashes).to(self.device)
+        if self.fast is not None:
+            dropping = self.model.training and self.dropout.active
+            return self.fast(ids, positions, layout, rows, hashes if dropping else None)
+        self.dropout.rows = hashes[None]
+        output = self.decoder(
+            input_ids=ids[None],
+            position_ids=positions[None],
             attention_mask=None,
             use_cache=False,
-            packed=attention.Layout(pack.segments),
-        ).last_hidden_state[0]
-        rows = torch.from_numpy(pack.target_rows).to(self.device)
+            packed=layout,
+        )
+        states: Tensor = output.last_hidden_state[0]
+        return states[rows]
+
+    def loss_sum(self, pack: Pack) -> Tensor:
+        """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
         return cross_entropy_sum(
-            hidden[rows],
+            self.hidden(pack),
             self.head.weight,
             torch.from_numpy(pack.target_ids).to(self.device),
             torch.from_numpy(pack.weights).to(self.device),

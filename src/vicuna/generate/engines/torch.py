@@ -1,135 +1,242 @@
-"""The PyTorch engine: any causal language model of transformers, also with a LoRA unmerged.
+"""The PyTorch engine: our own forward pass over a tree of tokens, a LoRA unmerged.
 
-The sequence's keys and values stay in one cache. A new prompt keeps of it what both begin with, so
-a further turn of a chat computes only its new tokens; also after `/undo`.
+For models of the family that `model.parts` knows, on any device and in any precision the trainer
+loads; `torch_plain` serves the others. What a further turn of a chat has in common with the tree is
+not computed again, also after `/undo` and along the answer of a beam.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.kv_tree import Tree
+from vicuna.model import blocks, parts
+from vicuna.model.decoder import Layer
+from vicuna.model.parts import Heads
 
 # Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
 CHUNK = 512
+MAX_ROWS = 64
+
+
+def open_engine(model: Any, context_length: int) -> Any:
+    """The engine for a causal LM of transformers, or a PEFT model around one."""
+    from vicuna.generate.engines.torch_plain import PlainEngine
+
+    found = parts.find(causal_of(model), training=False)
+    if isinstance(found, str):
+        return PlainEngine(model, context_length)
+    return TorchEngine(model, context_length)
+
+
+def causal_of(model: Any) -> Any:
+    """The causal language model itself, also where PEFT is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def switch_adapter(model: Any, name: str | None, strength: float) -> None:
+    """Make another adapter of a PEFT model the active one, scaled by `strength`, or none."""
+    if name is None:
+        model.base_model.disable_adapter_layers()
+        return
+    model.base_model.enable_adapter_layers()
+    model.set_adapter(name)
+    for module in model.modules():
+        if hasattr(module, "set_scale") and name in getattr(module, "lora_A", {}):
+            module.set_scale(name, strength)
 
 
 class TorchEngine:
-    """An `Engine` over a transformers model, wherever its weights lie.
+    """An `Engine` over a model whose parts are known.
 
     Args:
-        model: a causal LM of transformers, or a PEFT model around one.
+        model: a causal LM of transformers, or a PEFT model around one. Its weights are used where
+            they lie; layers may lie on different devices.
         context_length: tokens that a prompt and its answer may have together.
+
+    Raises: ValueError where the model is not of the known family.
     """
+
+    max_rows = MAX_ROWS
 
     def __init__(self, model: Any, context_length: int) -> None:
         self.model = model
         self.context_length = context_length
-        self._causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        keeps_last = "logits_to_keep" in inspect.signature(self._causal.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keeps_last else {}
+        causal = causal_of(model)
+        found = parts.find(causal, training=False)
+        if isinstance(found, str):
+            raise ValueError(found)
+        self._parts = found
+        self._head = causal.get_output_embeddings()
+        self._layers = [Layer(block, found.eps) for block in found.blocks]
+        self._places = [layer.mlp.norm.device for layer in self._layers]
+        self.computed = 0  # positions that went through the model so far
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the adapters as they are now; needed where they were switched or trained."""
+        for layer in self._layers:
+            for group in layer.groups:
+                group.refresh()
+                group.hold(layer.mlp.norm.dtype)
         self.forget()
 
+    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
+        """Use another adapter of a PEFT model, or none. What was computed is forgotten."""
+        switch_adapter(self.model, name, strength)
+        self.refresh()
+
     def forget(self) -> None:
-        """Drop the sequence and free its memory; needed where weights or the adapter changed."""
-        self._held: list[int] = []  # the ids whose keys and values the cache holds
-        self._cache: Any = None
+        """See `Engine.forget`."""
+        heads = self._layers[0].heads
+        self.tree = Tree(self._places, heads.key, heads.size, self._layers[0].mlp.norm.dtype)
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
-        prompt = list(prompt_ids)
-        # The last token is always computed: its scores are what is asked for.
-        known = min(_common(self._held, prompt), len(prompt) - 1)
-        self._keep(known)
-        new = prompt[len(self._held) :]
+        with self._safely():
+            known = self.tree.begin(prompt_ids)
+        new = list(prompt_ids[known:])
         for start in range(0, len(new), CHUNK):
             if cancel():
                 raise Cancelled
-            scores = self._forward(new[start : start + CHUNK])
-        return scores
+            with self._safely():
+                last = self._read(new[start : start + CHUNK])
+        with self._safely():
+            return self._scores(last)[0]
 
-    def step(self, token_id: int) -> Tensor:
+    def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         """See `Engine.step`."""
-        return self._forward([token_id])
+        with self._safely():
+            tree, rows = self.tree, len(token_ids)
+            tree.reclaim()
+            tree.reserve(tree.used + rows)
+            start = tree.used
+            tree.grow(token_ids, parents)
+            position = len(tree.trunk) + tree.depth - 1
+            hidden = {w: self._mask(w) for w in {layer.heads.window for layer in self._layers}}
+            self.computed += rows
+            x, cos, sin = self._embed(list(token_ids), [position] * rows)
+            for number, layer in enumerate(self._layers):
+                x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
+                qkv = layer.inputs(x, cos, sin, None)
+                self._write(number, qkv, layer.heads, start)
+                mask = hidden[layer.heads.window]
+                x = self._after(layer, self._look(number, qkv, layer.heads, position, mask), x)
+            return self._scores(x)
 
-    def _keep(self, length: int) -> None:
-        """Cut the sequence back to its first `length` tokens, to none where that is impossible."""
-        surplus = len(self._held) - length
-        if not surplus:
-            return
-        # Layers with a sliding window raise: what would come back into sight is gone.
-        with suppress(RuntimeError, ValueError), self._whole_or_forgotten():
-            self._cache.crop(-surplus)
-            del self._held[length:]
+    # -- one forward -------------------------------------------------------------------------------
 
-    def _forward(self, ids: list[int]) -> Tensor:
-        """Append `ids` to the sequence; the scores after the last of them, float32 (V,)."""
-        if self._cache is None:
-            from transformers import DynamicCache
+    def _read(self, ids: list[int]) -> Tensor:
+        """Append tokens to the trunk; the last hidden state (1, D), not normalised."""
+        tree = self.tree
+        start, stop = len(tree.trunk), len(tree.trunk) + len(ids)
+        tree.reserve(stop)
+        self.computed += len(ids)
+        x, cos, sin = self._embed(ids, list(range(start, stop)))
+        for number, layer in enumerate(self._layers):
+            x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
+            qkv = layer.inputs(x, cos, sin, None)
+            self._write(number, qkv, layer.heads, start)
+            attended = self._over_trunk(number, qkv, layer.heads, start, stop)
+            if number == len(self._layers) - 1:
+                attended, x = attended[-1:], x[-1:]
+            x = self._after(layer, attended, x)
+        tree.extend(ids)
+        return x
 
-            self._cache = DynamicCache(config=self._causal.config)
-        device = self._causal.get_input_embeddings().weight.device
-        try:
-            with self._whole_or_forgotten(), _answering(self.model):
-                output = self.model(
-                    input_ids=torch.tensor([ids], device=device),
-                    past_key_values=self._cache,
-                    use_cache=True,
-                    **self._last_only,
-                )
-                self._held += ids
-        except RuntimeError as e:
-            if _is_memory(e):
-                raise OutOfMemory(str(e)) from e
-            raise
-        scores: Tensor = output.logits[0, -1].float()
-        return scores
+    def _embed(self, ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        device = self._parts.embed.weight.device
+        x = self._parts.embed(torch.tensor(ids, device=device))
+        cos, sin = self._parts.rotary(x[None], torch.tensor([positions], device=device))
+        return x, cos[0], sin[0]
+
+    def _after(self, layer: Layer, attended: Tensor, x: Tensor) -> Tensor:
+        return layer.mlp(blocks.attention_output(layer.out, attended, x, None), None)
+
+    def _write(self, number: int, qkv: Tensor, heads: Heads, start: int) -> None:
+        """Put the keys and values of new rows into their slots."""
+        split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
+        stop = start + qkv.shape[0]
+        middle = heads.query + heads.key
+        self.tree.keys[number][:, start:stop] = split[heads.query : middle]
+        self.tree.values[number][:, start:stop] = split[middle:]
+
+    def _over_trunk(self, number: int, qkv: Tensor, heads: Heads, start: int, stop: int) -> Tensor:
+        """Attention of new rows of the trunk, (t, H D): causal over all of it."""
+        q = qkv[:, : heads.query * heads.size].unflatten(1, (heads.query, heads.size))
+        first = 0 if heads.window is None else max(0, start - heads.window + 1)
+        k, v = (b[number][None, :, first:stop] for b in (self.tree.keys, self.tree.values))
+        mask = None
+        if start > 0 or (heads.window is not None and stop > heads.window):
+            rows = torch.arange(start, stop, device=qkv.device)[:, None]
+            columns = torch.arange(first, stop, device=qkv.device)[None]
+            mask = columns <= rows
+            if heads.window is not None:
+                mask &= columns > rows - heads.window
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None,
+            scale=heads.scale, enable_gqa=heads.query != heads.key,
+        )  # fmt: skip
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _look(
+        self, number: int, qkv: Tensor, heads: Heads, position: int, hidden: Tensor | None
+    ) -> Tensor:
+        """Attention of the live rows over trunk and branches: (n, H D).
+
+        The rows and the query heads that share a head of keys are rows of one product, so that
+        keys are read once for all of them.
+        """
+        rows, groups = qkv.shape[0], heads.query // heads.key
+        first = 0 if heads.window is None else max(0, position - heads.window + 1)
+        first = min(first, len(self.tree.trunk))
+        k = self.tree.keys[number][:, first : self.tree.used]
+        v = self.tree.values[number][:, first : self.tree.used]
+        q = qkv[:, : heads.query * heads.size].view(rows, heads.key, groups, heads.size)
+        q = (q * heads.scale).permute(1, 2, 0, 3).reshape(heads.key, groups * rows, heads.size)
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if hidden is not None:
+            branches = scores.view(heads.key, groups, rows, -1)[..., len(self.tree.trunk) - first :]
+            branches.masked_fill_(hidden.to(scores.device), float("-inf"))
+        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        out = torch.bmm(weights, v).view(heads.key, groups, rows, heads.size)
+        return out.permute(2, 0, 1, 3).reshape(rows, heads.query * heads.size)
+
+    def _mask(self, window: int | None) -> Tensor | None:
+        hidden = self.tree.hidden(window)
+        return None if hidden is None else hidden.to(self._places[0])
+
+    def _scores(self, x: Tensor) -> Tensor:
+        norm = self._parts.norm
+        x = x.to(norm.device)
+        h = blocks.normalised(x, blocks.rms(x, self._parts.eps), norm)
+        return F.linear(h, self._head.weight, self._head.bias).float()
 
     @contextmanager
-    def _whole_or_forgotten(self) -> Iterator[None]:
-        """A change of the cache that stops between two layers leaves no sequence at all."""
+    def _safely(self) -> Iterator[None]:
+        """No gradients inside; what stops between two layers leaves no sequence at all."""
         whole = False
         try:
-            yield
+            with torch.no_grad():
+                yield
             whole = True
+        except RuntimeError as e:
+            if is_memory(e):
+                raise OutOfMemory(str(e)) from e
+            raise
         finally:
             if not whole:
                 self.forget()
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest prefix that both have."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
-
-@contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """No gradients and no dropout inside; a model that is being trained goes on training after."""
-    if not model.training:
-        with torch.inference_mode():
-            yield
-        return
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        # Not inference_mode: what a model computes once and keeps must serve autograd later.
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _is_memory(error: RuntimeError) -> bool:
+def is_memory(error: RuntimeError) -> bool:
     """Whether memory ran out: CUDA has a type for it, the CPU and Apple's GPU only words."""
     words = str(error).lower()
     return (

@@ -1,0 +1,161 @@
+"""The keys and values of a tree of tokens, in one append-only buffer a layer.
+
+The trunk (the prompt) lies in slots 0 .. P-1, in order. Behind it each step appends one slot for
+each row. Which slots a row sees is a mask, handed down from its parent; so rows fork and die
+without a key ever being copied. Slots that no live row sees are given back when there are many.
+
+    slots   | 0 1 2 3 4 | 5 6 7 | 8 9 10 |        trunk of 5, two steps of 3 rows
+    row 0   | x x x x x | x . . | x . .  |        grew from row 0
+    row 1   | x x x x x | x . . | . x .  |        grew from row 0, too: a fork
+    row 2   | x x x x x | . . x | . . x  |        row 1 of the first step is dead: slot 6
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Slots are added so many at a time; dead ones are given back from so many on.
+GROWTH = 256
+RECLAIM = 192
+
+
+class Tree:
+    """Tokens, their keys and values, and who sees whom.
+
+    Args:
+        layers: the device of each layer's keys and values.
+        heads: K, heads of keys. size: D, of each.
+    """
+
+    def __init__(
+        self, layers: Sequence[torch.device], heads: int, size: int, dtype: torch.dtype
+    ) -> None:
+        self._devices, self._shape, self._dtype = list(layers), (heads, size), dtype
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.capacity = 0
+        self.trunk: list[int] = []
+        self._cut_branches()
+
+    def _cut_branches(self) -> None:
+        self._tokens: list[int] = []  # of the slots behind the trunk
+        self._parents: list[int] = []  # as indices behind the trunk, -1 for its end
+        self._leaves: list[int] = [-1]  # the slot of each live row
+        self._seen = torch.zeros(1, 0, dtype=torch.bool)
+        self.depth = 0  # steps since the trunk
+
+    @property
+    def used(self) -> int:
+        """Slots that hold something."""
+        return len(self.trunk) + len(self._tokens)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def reserve(self, slots: int) -> None:
+        """Make room for so many slots in all."""
+        if slots <= self.capacity:
+            return
+        capacity = -(-slots // GROWTH) * GROWTH
+        heads, size = self._shape
+        for buffers in (self.keys, self.values):
+            for i, device in enumerate(self._devices):
+                new = torch.empty(heads, capacity, size, dtype=self._dtype, device=device)
+                if i < len(buffers):
+                    new[:, : self.used] = buffers[i][:, : self.used]
+                    buffers[i] = new
+                else:
+                    buffers.append(new)
+        self.capacity = capacity
+
+    # -- the trunk ---------------------------------------------------------------------------------
+
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Keep the longest path that `prompt` begins with as the trunk, and nothing else.
+
+        The last token of the prompt is never kept: its scores are what is asked for.
+
+        Returns: its length.
+        """
+        limit = len(prompt) - 1
+        known = 0
+        while known < min(limit, len(self.trunk)) and self.trunk[known] == prompt[known]:
+            known += 1
+        slots: list[int] = []
+        if known == len(self.trunk):
+            children = {(p, t): i for i, (p, t) in enumerate(zip(self._parents, self._tokens))}
+            at = -1
+            while known < limit and (at, prompt[known]) in children:
+                at = children[at, prompt[known]]
+                slots.append(at)
+                known += 1
+        self._gather(slots)
+        self.trunk = list(prompt[:known])
+        self._cut_branches()
+        return known
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Note tokens whose keys and values were written behind the trunk."""
+        self.trunk += tokens
+
+    # -- branches ----------------------------------------------------------------------------------
+
+    def grow(self, tokens: Sequence[int], parents: Sequence[int]) -> None:
+        """Append a slot for each new row; their keys and values are for the caller to write."""
+        rows, before = len(tokens), len(self._tokens)
+        seen = torch.zeros(rows, before + rows, dtype=torch.bool)
+        seen[:, :before] = self._seen[list(parents)]
+        seen[range(rows), range(before, before + rows)] = True
+        self._seen = seen
+        self._parents += [self._leaves[p] for p in parents]
+        self._tokens += tokens
+        self._leaves = list(range(before, before + rows))
+        self.depth += 1
+
+    def hidden(self, window: int | None) -> Tensor | None:
+        """True where a live row must not look behind the trunk: bool (rows, slots behind it).
+
+        None where every row sees all of it.
+        """
+        hidden = ~self._seen
+        if window is not None and self.depth > window:
+            depths = torch.tensor(self._depths())
+            hidden |= (self.depth - depths >= window)[None]
+        return hidden if bool(hidden.any()) else None
+
+    def reclaim(self) -> None:
+        """Give back the slots that no live row sees, where they are many."""
+        total = len(self._tokens)
+        if total < RECLAIM:
+            return
+        alive = self._seen.any(0)
+        slots = alive.nonzero()[:, 0].tolist()
+        if 2 * len(slots) > total:
+            return
+        self._gather(slots)
+        place = {slot: i for i, slot in enumerate(slots)} | {-1: -1}
+        # A living slot's parent lives: whoever sees the one sees the other.
+        self._parents = [place[self._parents[s]] for s in slots]
+        self._tokens = [self._tokens[s] for s in slots]
+        self._leaves = [place[leaf] for leaf in self._leaves]
+        self._seen = self._seen[:, alive]
+
+    def _depths(self) -> list[int]:
+        depths: list[int] = []
+        for parent in self._parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def _gather(self, slots: Sequence[int]) -> None:
+        """Move slots behind the trunk to its end, in order."""
+        if not slots or list(slots) == list(range(len(slots))):
+            return
+        start = len(self.trunk)
+        for buffer in (*self.keys, *self.values):
+            index = torch.tensor(slots, device=buffer.device) + start
+            buffer[:, start : start + len(slots)] = buffer[:, index]

@@ -1,0 +1,161 @@
+"""The PyTorch engine for every other model of transformers: rows are a batch, as `generate` has it.
+
+Its forward pass and its cache are transformers'. A sequence's keys and values stay in one cache; a
+new prompt keeps of it what both begin with. Where beams fork the cache is reordered, as it is in
+`generate`: right for every architecture, and slower than a tree.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.torch import (
+    CHUNK,
+    MAX_ROWS,
+    causal_of,
+    is_memory,
+    switch_adapter,
+)
+
+
+class PlainEngine:
+    """An `Engine` over any causal LM of transformers, or a PEFT model around one.
+
+    Args:
+        context_length: tokens that a prompt and its answer may have together.
+    """
+
+    max_rows = MAX_ROWS
+
+    def __init__(self, model: Any, context_length: int) -> None:
+        self.model = model
+        self.context_length = context_length
+        self._causal = causal_of(model)
+        keeps_last = "logits_to_keep" in inspect.signature(self._causal.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if keeps_last else {}
+        self.computed = 0  # positions that went through the model so far
+        self.forget()
+
+    def refresh(self) -> None:
+        """What was computed with other weights is of no use."""
+        self.forget()
+
+    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
+        """Use another adapter of a PEFT model, or none. What was computed is forgotten."""
+        switch_adapter(self.model, name, strength)
+        self.refresh()
+
+    def forget(self) -> None:
+        """See `Engine.forget`."""
+        self._rows: list[list[int]] = [[]]  # the ids whose keys and values the cache holds
+        self._cache: Any = None
+
+    def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
+        """See `Engine.prefill`."""
+        prompt = list(prompt_ids)
+        lengths = [_common(row, prompt) for row in self._rows]
+        best = max(range(len(lengths)), key=lambda i: lengths[i])
+        self._select([best])
+        # The last token is always computed: its scores are what is asked for.
+        self._keep(min(lengths[best], len(prompt) - 1))
+        new = prompt[len(self._rows[0]) :]
+        for start in range(0, len(new), CHUNK):
+            if cancel():
+                raise Cancelled
+            scores = self._forward([new[start : start + CHUNK]])
+        return scores[0]
+
+    def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """See `Engine.step`."""
+        self._select(parents)
+        return self._forward([[t] for t in token_ids])
+
+    def _select(self, parents: Sequence[int]) -> None:
+        """Make the cache's rows those of `parents`."""
+        if list(parents) == list(range(len(self._rows))):
+            return
+        with self._whole_or_forgotten():
+            if self._cache is not None:
+                device = self._causal.get_input_embeddings().weight.device
+                index = torch.tensor(list(parents), device=device)
+                self._cache.batch_select_indices(index)
+            self._rows = [list(self._rows[p]) for p in parents]
+
+    def _keep(self, length: int) -> None:
+        """Cut the sequence back to its first `length` tokens, to none where that is impossible."""
+        surplus = len(self._rows[0]) - length
+        if not surplus:
+            return
+        # Layers with a sliding window raise: what would come back into sight is gone.
+        with suppress(RuntimeError, ValueError), self._whole_or_forgotten():
+            self._cache.crop(-surplus)
+            del self._rows[0][length:]
+
+    def _forward(self, ids: list[list[int]]) -> Tensor:
+        """Append `ids` to the rows; the scores after the last of each, float32 (n, V)."""
+        if self._cache is None:
+            from transformers import DynamicCache
+
+            self._cache = DynamicCache(config=self._causal.config)
+        device = self._causal.get_input_embeddings().weight.device
+        self.computed += sum(map(len, ids))
+        try:
+            with self._whole_or_forgotten(), _answering(self.model):
+                output = self.model(
+                    input_ids=torch.tensor(ids, device=device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    **self._last_only,
+                )
+                for row, new in zip(self._rows, ids):
+                    row += new
+        except RuntimeError as e:
+            if is_memory(e):
+                raise OutOfMemory(str(e)) from e
+            raise
+        scores: Tensor = output.logits[:, -1].float()
+        return scores
+
+    @contextmanager
+    def _whole_or_forgotten(self) -> Iterator[None]:
+        """A change of the cache that stops between two layers leaves no sequence at all."""
+        whole = False
+        try:
+            yield
+            whole = True
+        finally:
+            if not whole:
+                self.forget()
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest prefix that both have."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """No gradients and no dropout inside; a model that is being trained goes on training after."""
+    if not model.training:
+        with torch.inference_mode():
+            yield
+        return
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        # Not inference_mode: what a model computes once and keeps must serve autograd later.
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

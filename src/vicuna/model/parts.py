@@ -1,0 +1,144 @@
+"""The parts of a Llama-family model: what our own forward passes (training, answering) need of it.
+
+Llama, Mistral, Qwen2 and Qwen3 are one architecture with small differences: biases of q, k and v,
+norms of q and k, a sliding window. `find` names the parts of a transformers model of this family,
+also under PEFT; whatever differs in any other way is declined with the reason, and transformers'
+own forward is used for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vicuna.model import frozen
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The shape of a layer's attention. window: how far back a row sees, None without a limit."""
+
+    query: int
+    key: int
+    size: int
+    scale: float
+    window: int | None
+
+    @property
+    def width(self) -> int:
+        """Columns of q, k and v side by side."""
+        return (self.query + 2 * self.key) * self.size
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer. The linear layers are plain ones or PEFT's around them."""
+
+    norm1: Tensor
+    qkv: tuple[Any, Any, Any]
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Any
+    norm2: Tensor
+    gate_up: tuple[Any, Any]
+    down: Any
+    heads: Heads
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A decoder: embedding, layers, last norm, and the module that gives the rotary angles."""
+
+    embed: nn.Module
+    blocks: list[Block]
+    norm: Tensor
+    rotary: nn.Module
+    eps: float
+
+
+def find(causal: Any, training: bool = True) -> Parts | str:
+    """The parts of a causal language model of transformers, or why it is not of this family.
+
+    Args:
+        training: whether adapters alone must be trainable, which our backward relies on.
+    """
+    config = causal.config
+    kind = str(getattr(config, "model_type", "?"))
+    if kind not in FAMILY:
+        return f"{kind} is not among {', '.join(FAMILY)}"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {config.hidden_act}, not silu"
+    decoder = causal.get_decoder()
+    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
+        return "its rotary angles depend on the length of the whole input"
+    blocks = []
+    for layer in decoder.layers:
+        found = _block(layer, config)
+        if isinstance(found, str):
+            return found
+        blocks.append(found)
+    if training and _trains_more(causal):
+        return "more than an adapter is trained"
+    return Parts(
+        decoder.embed_tokens, blocks, decoder.norm.weight, decoder.rotary_emb,
+        float(config.rms_norm_eps),
+    )  # fmt: skip
+
+
+def _block(layer: Any, config: Any) -> Block | str:
+    attention, mlp = layer.self_attn, layer.mlp
+    size = int(attention.head_dim)
+    if config.model_type == "mistral":
+        window = getattr(config, "sliding_window", None)
+    else:
+        window = getattr(attention, "sliding_window", None)
+    heads = Heads(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        size,
+        float(attention.scaling),
+        window,
+    )
+    norms = [getattr(getattr(attention, n, None), "weight", None) for n in ("q_norm", "k_norm")]
+    block = Block(
+        norm1=layer.input_layernorm.weight,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        q_norm=norms[0],
+        k_norm=norms[1],
+        out=attention.o_proj,
+        norm2=layer.post_attention_layernorm.weight,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj,
+        heads=heads,
+    )
+    reasons = [why for linear in _linears(block) if (why := _declined(linear))]
+    return reasons[0] if reasons else block
+
+
+def _linears(block: Block) -> tuple[Any, ...]:
+    return (*block.qkv, block.out, *block.gate_up, block.down)
+
+
+def _declined(linear: Any) -> str | None:
+    """Why a linear layer, or PEFT's layer around one, cannot be computed here; None if it can."""
+    from peft.tuners.lora import LoraLayer
+
+    base = linear
+    if isinstance(linear, LoraLayer):
+        base = linear.base_layer
+        if linear.lora_variant or getattr(linear, "fan_in_fan_out", False):
+            return "its adapter is a variant of LoRA"
+        if any(b.bias is not None for b in linear.lora_B.values()):
+            return "its adapter has biases"
+    if not frozen.known(base):
+        return f"{type(base).__name__} is not a linear layer known here"
+    return None
+
+
+def _trains_more(causal: Any) -> bool:
+    named = causal.named_parameters()
+    return any(p.requires_grad and ".lora_" not in name for name, p in named)
