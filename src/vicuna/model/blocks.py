@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from vicuna.model.kernels import PLAIN, Kernels
 from vicuna.model.linear import Group
 from vicuna.model.parts import Heads
 
@@ -32,56 +32,6 @@ def pieces(x: Tensor, group: Group) -> Iterator[slice]:
     size = PIECE.get(x.device.type, 2048) if group.whole else max(rows, 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-
-
-# -- root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467) -----------------------------
-
-
-def rms(x: Tensor, eps: float) -> Tensor:
-    """1 / root mean square of each row: float32 (..., 1)."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-
-
-def normalised(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """x * rstd * weight, rounded where transformers rounds."""
-    if x.dtype == torch.float32:
-        return torch.mul(x, rstd).mul_(weight)
-    return (x.float() * rstd).to(x.dtype).mul_(weight)
-
-
-def norm_backward(g: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of `normalised` with respect to x, given that of its result; may use g's memory.
-
-    With n = x rstd:  dx = rstd (g w - n mean(g w n))
-    """
-    if g.dtype != torch.float32:
-        return norm_backward(g.float(), x.float(), rstd, weight.float()).to(g.dtype)
-    g.mul_(weight)
-    inner = (g * x).sum(-1, keepdim=True)
-    inner.mul_(rstd * rstd).div_(-x.shape[-1])
-    return g.addcmul_(x, inner).mul_(rstd)
-
-
-# -- rotary embedding (Su et al. 2021, arXiv 2104.09864) -------------------------------------------
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
-    """Rotate (T, H, D) in place by the angles of its rows; `back` is the transpose.
-
-    cos, sin: (T, D), both halves of a head with angles of their own, as transformers gives them.
-    """
-    half = heads.shape[-1] // 2
-    first, second = heads[..., :half], heads[..., half:]
-    cos1, cos2 = cos[:, None, :half], cos[:, None, half:]
-    sin1, sin2 = sin[:, None, :half], sin[:, None, half:]
-    before = first.clone()
-    if back:
-        first.mul_(cos1).addcmul_(second, sin2)
-        second.mul_(cos2).addcmul_(before, sin1, value=-1)
-    else:
-        first.mul_(cos1).addcmul_(second, sin1, value=-1)
-        second.mul_(cos2).addcmul_(before, sin2)
 
 
 # -- attention's inputs ----------------------------------------------------------------------------
@@ -98,7 +48,9 @@ class AttentionInputs:
         eps: float,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
+        kernels: Kernels = PLAIN,
     ) -> None:
+        self.kernels = kernels
         self.group, self.heads, self.norm, self.eps = group, heads, norm, eps
         self.head_norms = (q_norm, k_norm)
 
@@ -129,8 +81,9 @@ class _AttentionInputs(torch.autograd.Function):
         hashes: Tensor | None,
         *params: Tensor,  # noqa: ARG004  named so that autograd gives them gradients
     ) -> Tensor:
-        rstd = rms(x, op.eps)
-        h = normalised(x, rstd, op.norm)
+        k = op.kernels
+        rstd = k.rms(x, op.eps)
+        h = k.normalised(x, rstd, op.norm)
         y = x.new_empty(x.shape[0], op.group.width)
         call = op.group.call(x.shape[0], h)
         op.group.forward(h, call, slice(None), y, hashes)
@@ -138,8 +91,8 @@ class _AttentionInputs(torch.autograd.Function):
         for i, (part, weight) in enumerate(zip(op.rotated(y), op.head_norms)):
             if weight is not None:
                 raw[i] = before = part.clone()
-                part.copy_(normalised(before, rms(before, op.eps), weight))
-            rotate(part, cos, sin)
+                part.copy_(k.normalised(before, k.rms(before, op.eps), weight))
+            k.rotate(part, cos, sin)
         ctx.op = op
         ctx.save_for_backward(x, rstd, cos, sin, hashes, call.u, *raw)
         return y
@@ -149,16 +102,16 @@ class _AttentionInputs(torch.autograd.Function):
         op: AttentionInputs = ctx.op
         x, rstd, cos, sin, hashes, u, *raw = ctx.saved_tensors
         # The gradient is attention's own buffer, used by nobody else: it may be changed in place.
-        g = gradients[0]
+        g, k = gradients[0], op.kernels
         for part, kept, weight in zip(op.rotated(g), raw, op.head_norms):
-            rotate(part, cos, sin, back=True)
+            k.rotate(part, cos, sin, True)
             if weight is not None:
-                part.copy_(norm_backward(part.clone(), kept, rms(kept, op.eps), weight))
-        h = normalised(x, rstd, op.norm)
+                part.copy_(k.norm_backward(part, kept, k.rms(kept, op.eps), weight))
+        h = k.normalised(x, rstd, op.norm)
         sums = _sums(op.group)
         call = op.group.again(u, x.dtype)
         dh = op.group.backward(g, h, call, slice(None), sums, ctx.needs_input_grad[0], hashes)
-        dx = None if dh is None else norm_backward(dh, x, rstd, op.norm)
+        dx = None if dh is None else k.norm_backward(dh, x, rstd, op.norm)
         return dx, None, None, None, None, *sums
 
 
@@ -214,8 +167,11 @@ class Mlp:
     keep: whether the outputs of gate and up are kept for backward, or computed again there.
     """
 
-    def __init__(self, gate_up: Group, down: Group, norm: Tensor, eps: float) -> None:
+    def __init__(
+        self, gate_up: Group, down: Group, norm: Tensor, eps: float, kernels: Kernels = PLAIN
+    ) -> None:
         self.gate_up, self.down, self.norm, self.eps = gate_up, down, norm, eps
+        self.kernels = kernels
         self.keep = True
 
     def __call__(self, x: Tensor, hashes: Tensor | None) -> Tensor:
@@ -236,22 +192,22 @@ class _Mlp(torch.autograd.Function):
         *params: Tensor,  # noqa: ARG004  as above
     ) -> Tensor:
         count, inner = x.shape[0], op.gate_up.width // 2
-        rstd = rms(x, op.eps)
+        k = op.kernels
+        rstd = k.rms(x, op.eps)
         first, second = op.gate_up.call(count, x), op.down.call(count, x)
         keep = training and op.keep
         kept = x.new_empty(count, 2 * inner) if keep else None
         y = torch.empty_like(x)
         scratch: Tensor | None = None
         for at in pieces(x, op.gate_up):
-            h = normalised(x[at], rstd[at], op.norm)
+            h = k.normalised(x[at], rstd[at], op.norm)
             own = None if hashes is None else hashes[at]
             if kept is None and (scratch is None or scratch.shape[0] != h.shape[0]):
                 scratch = x.new_empty(h.shape[0], 2 * inner)
             wide = scratch if kept is None else kept[at]
             assert wide is not None
             op.gate_up.forward(h, first, at, wide, own)
-            active = F.silu(wide[:, :inner]).mul_(wide[:, inner:])
-            op.down.forward(active, second, at, y[at], own)
+            op.down.forward(k.swiglu(wide), second, at, y[at], own)
             y[at] += x[at]
         ctx.op = op
         ctx.save_for_backward(x, rstd, kept, hashes, first.u, second.u)
@@ -262,28 +218,24 @@ class _Mlp(torch.autograd.Function):
         op: Mlp = ctx.op
         x, rstd, kept, hashes, *us = ctx.saved_tensors
         first, second = op.gate_up.again(us[0], x.dtype), op.down.again(us[1], x.dtype)
-        inner = op.gate_up.width // 2
+        inner, k = op.gate_up.width // 2, op.kernels
         sums, sums_down = _sums(op.gate_up), _sums(op.down)
         needed = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if needed else None
         for at in pieces(x, op.gate_up):
             g, rows = gradients[0][at], x[at]
             own = None if hashes is None else hashes[at]
-            h = normalised(rows, rstd[at], op.norm)
+            h = k.normalised(rows, rstd[at], op.norm)
             if kept is None:
                 wide = x.new_empty(h.shape[0], 2 * inner)
                 op.gate_up.forward(h, first, at, wide, own)
             else:
                 wide = kept[at]
-            gate, up = wide[:, :inner], wide[:, inner:]
-            soft = F.silu(gate)
-            d = op.down.backward(g, soft * up, second, at, sums_down, True, own)
+            active, soft = k.swiglu_again(wide)
+            d = op.down.backward(g, active, second, at, sums_down, True, own)
             assert d is not None
-            dwide = torch.empty_like(wide)
-            torch.mul(d, soft, out=dwide[:, inner:])
-            d.mul_(up)
-            torch.ops.aten.silu_backward.grad_input(d, gate, grad_input=dwide[:, :inner])
+            dwide = k.swiglu_backward(d, wide, soft)
             dh = op.gate_up.backward(dwide, h, first, at, sums, needed, own)
             if dh is not None and dx is not None:
-                torch.add(norm_backward(dh, rows, rstd[at], op.norm), g, out=dx[at])
+                torch.add(k.norm_backward(dh, rows, rstd[at], op.norm), g, out=dx[at])
         return dx, None, None, None, *sums, *sums_down

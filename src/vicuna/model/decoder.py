@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vicuna.model import blocks, parts
 from vicuna.model.attention import Layout, attend
+from vicuna.model.kernels import PLAIN, Kernels
 from vicuna.model.linear import Group
 
 # What is kept for backward: all; all but the widest, recomputed; a layer's input alone; the same,
@@ -25,13 +26,14 @@ Checkpointing = Literal["none", "selective", "full", "offload"]
 class Layer:
     """One decoder layer over packs."""
 
-    def __init__(self, block: parts.Block, eps: float) -> None:
+    def __init__(self, block: parts.Block, eps: float, kernels: Kernels = PLAIN) -> None:
         self.heads = block.heads
         self.inputs = blocks.AttentionInputs(
-            Group(block.qkv), block.heads, block.norm1, eps, block.q_norm, block.k_norm
-        )
+            Group(block.qkv), block.heads, block.norm1, eps, block.q_norm, block.k_norm,
+            kernels,
+        )  # fmt: skip
         self.out = Group([block.out])
-        self.mlp = blocks.Mlp(Group(block.gate_up), Group([block.down]), block.norm2, eps)
+        self.mlp = blocks.Mlp(Group(block.gate_up), Group([block.down]), block.norm2, eps, kernels)
 
     @property
     def groups(self) -> list[Group]:
@@ -63,9 +65,15 @@ class Decoder:
             each; the modules' own weights become views of it.
     """
 
-    def __init__(self, found: parts.Parts, checkpointing: Checkpointing = "none") -> None:
+    def __init__(
+        self,
+        found: parts.Parts,
+        checkpointing: Checkpointing = "none",
+        kernels: Kernels = PLAIN,
+    ) -> None:
         self.parts = found
-        self.layers = [Layer(block, found.eps) for block in found.blocks]
+        self.kernels = kernels
+        self.layers = [Layer(block, found.eps, kernels) for block in found.blocks]
         self.checkpointing: Checkpointing = checkpointing
 
     @property
@@ -108,7 +116,7 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             wanted = rows if number == last else None
             x = self._run(layer, x, cos, sin, layout, hashes, wanted)
-        result: Tensor = _Norm.apply(x, self.parts.norm, self.parts.eps)
+        result: Tensor = _Norm.apply(x, self.parts.norm, self.parts.eps, self.kernels)
         return result
 
     def _run(self, layer: Layer, x: Tensor, *rest: Any) -> Tensor:
@@ -129,12 +137,13 @@ class Decoder:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rstd = blocks.rms(x, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
+        rstd = kernels.rms(x, eps)
+        ctx.kernels = kernels
         ctx.save_for_backward(x, rstd, weight)
-        return blocks.normalised(x, rstd, weight)
+        return kernels.normalised(x, rstd, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, rstd, weight = ctx.saved_tensors
-        return blocks.norm_backward(gradients[0].clone(), x, rstd, weight), None, None
+        return ctx.kernels.norm_backward(gradients[0], x, rstd, weight), None, None, None

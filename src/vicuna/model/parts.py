@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vicuna.model import frozen
@@ -58,6 +59,11 @@ class Parts:
     norm: Tensor
     rotary: nn.Module
     eps: float
+
+    @property
+    def embed_device(self) -> torch.device:
+        """Where token ids are looked up."""
+        return next(self.embed.parameters()).device
 
 
 def find(causal: Any, training: bool = True) -> Parts | str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import blocks, parts
+from vicuna.model import blocks, kernels, parts
 from vicuna.model.decoder import Layer
 from vicuna.model.parts import Heads
 
@@ -152,7 +152,7 @@ class TorchEngine:
         return x
 
     def _embed(self, ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        device = self._parts.embed.weight.device
+        device = self._parts.embed_device
         x = self._parts.embed(torch.tensor(ids, device=device))
         cos, sin = self._parts.rotary(x[None], torch.tensor([positions], device=device))
         return x, cos[0], sin[0]
@@ -216,7 +216,7 @@ class TorchEngine:
     def _scores(self, x: Tensor) -> Tensor:
         norm = self._parts.norm
         x = x.to(norm.device)
-        h = blocks.normalised(x, blocks.rms(x, self._parts.eps), norm)
+        h = kernels.normalised(x, kernels.rms(x, self._parts.eps), norm)
         return F.linear(h, self._head.weight, self._head.bias).float()
 
     @contextmanager
