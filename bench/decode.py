@@ -1,0 +1,314 @@
+"""How fast answers come: beams, greedy, further turns of a chat, and what the strategies cost.
+
+    python bench/decode.py                     # the embedded base, prompt of 512, 128 new tokens
+    python bench/decode.py --tiny              # seconds: everything runs, the figures say nothing
+    python bench/decode.py --write-docs        # puts the tables into docs/performance.md
+
+Contenders take turns in one process, each with the same prompt and the same settings, and the best
+of `--repeats` runs of each counts: what else the machine does can only slow a run down. Ratios are
+against transformers' `generate` in fp32, which does not stream beams at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchkit import machine, report
+from vicuna.data.encode import Encoder
+from vicuna.data.template import Renderer, find
+from vicuna.generate.decode import Settings, decode
+from vicuna.generate.events import Finished
+from vicuna.model.vocabulary import load_vocabulary
+
+TEXT = (
+    "春天来了，公园里的花都开了，孩子们在草地上放风筝，老人们坐在长椅上聊天。"
+    "请根据下面的材料写一篇短文，介绍这座城市的历史、风景、美食和人们的生活。"
+)
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    bench = Bench(options)
+    results: dict[str, Any] = {
+        "machine": machine.describe(options.threads),
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "write_docs")},
+        "beams": bench.beams(),
+        "greedy": bench.greedy(),
+        "chat": bench.chat(),
+        "overhead": bench.overhead(),
+    }
+    text = tables(results)
+    print(text)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
+    if options.write_docs:
+        report.write("decode", text)
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=128, help="new tokens of an answer")
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--chat", type=int, default=1500, help="tokens of the chat's history")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=machine.physical_threads())
+    parser.add_argument("--tiny", action="store_true", help="a tiny random Llama, no llama.cpp")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--write-docs", action="store_true")
+    options = parser.parse_args()
+    if options.tiny:
+        options.prompt, options.new, options.chat, options.repeats = 40, 8, 80, 1
+    return options
+
+
+class Bench:
+    """The contenders, opened once."""
+
+    def __init__(self, options: Any) -> None:
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        from vicuna.generate.engines.torch import open_engine
+        from vicuna.model.base import EMBEDDED, locate
+
+        self.o = options
+        folder = locate(EMBEDDED)
+        words = load_vocabulary(folder)
+        self.renderer = Renderer(find("auto", words), Encoder(words))
+        if options.tiny:
+            shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+            heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+            config = LlamaConfig(vocab_size=49152, **shape, **heads)
+            self.model = AutoModelForCausalLM.from_config(config).eval()
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.engines: dict[str, Any] = {"torch": open_engine(self.model, 4096)}
+        if not options.tiny:
+            self._open_llamacpp(folder)
+
+    def _open_llamacpp(self, folder: Path) -> None:
+        from vicuna.export.gguf import quantize
+        from vicuna.export.gguf_cache import base_file
+        from vicuna.generate.engines.llamacpp import LlamaCppEngine
+
+        f16 = base_file(folder, "f16")
+        small = Path(tempfile.mkdtemp()) / "q4_k_m.gguf"
+        quantize(f16, small, "q4_k_m")
+        room = 3 * self.o.new + 64
+        for name, file in (("llama.cpp F16", f16), ("llama.cpp Q4_K_M", small)):
+            self.engines[name] = LlamaCppEngine(
+                file, self.o.chat + 512, spare=lambda _: room, threads=self.o.threads
+            )
+
+    def prompt(self, tokens: int) -> list[int]:
+        """A prompt of exactly so many tokens, of Chinese text."""
+        ids = self.renderer.encoder.text(TEXT * (1 + tokens // 20))
+        return ids[:tokens]
+
+    # -- the measurements ------------------------------------------------------------------------
+
+    def beams(self) -> dict[str, Any]:
+        """Seconds for a whole answer with beams, streaming but for `generate`."""
+        prompt = self.prompt(self.o.prompt)
+        exact = Settings(
+            num_beams=self.o.beams, max_new_tokens=self.o.new, min_new_tokens=self.o.new
+        )
+        runs = {"transformers generate": lambda: self.reference(prompt, self.o.beams)}
+        runs |= {n: self.answering(e, prompt, exact) for n, e in self.engines.items()}
+        found = self.in_turn(runs)
+        theirs, ours = self.answers["transformers generate"], self.answers["torch"]
+        caches = {"transformers generate": self.reference_cache, "torch": self.peak_cache}
+        return {"seconds": found, "same_tokens": theirs == ours, "cache_bytes": caches}
+
+    def greedy(self) -> dict[str, Any]:
+        """The same without beams; and llama.cpp's own loop beside ours."""
+        prompt = self.prompt(self.o.prompt)
+        plain = Settings(max_new_tokens=self.o.new, min_new_tokens=self.o.new)
+        runs = {"transformers generate": lambda: self.reference(prompt, 1)}
+        runs |= {n: self.answering(e, prompt, plain) for n, e in self.engines.items()}
+        if "llama.cpp F16" in self.engines:
+            runs["llama.cpp F16, its own loop"] = lambda: self.bare_loop(prompt)
+        found = self.in_turn(runs)
+        same = self.answers["transformers generate"] == self.answers["torch"]
+        return {"seconds": found, "same_tokens": same}
+
+    def chat(self) -> dict[str, Any]:
+        """Seconds to the first token of a chat's fifth turn, with its history known and anew."""
+        prompt = self.prompt(self.o.chat)
+        turns = [prompt[: len(prompt) * i // 5] for i in range(1, 6)]
+        first = Settings(max_new_tokens=1)
+        found = {}
+        for name, engine in self.engines.items():
+            known, anew = [], []
+            for _ in range(self.o.repeats):
+                engine.forget()
+                for turn in turns:
+                    seconds = self.first_token(engine, turn, first)
+                known.append(seconds)
+                engine.forget()
+                anew.append(self.first_token(engine, turns[-1], first))
+            found[name] = {"known": min(known), "anew": min(anew)}
+        return found
+
+    def overhead(self) -> dict[str, Any]:
+        """Share of an answer's time that is not the engine's, with beams; early and late in it."""
+        prompt = self.prompt(self.o.prompt)
+        exact = Settings(
+            num_beams=self.o.beams, max_new_tokens=self.o.new, min_new_tokens=self.o.new
+        )
+        found = {}
+        for name, engine in self.engines.items():
+            timed = Timed(engine)
+            engine.forget()
+            marks = [
+                (time.perf_counter(), timed.seconds)
+                for _ in decode(timed, prompt, exact, self.renderer)
+            ]
+            # Of each step but the first, which waits for the prompt: seconds outside and inside.
+            steps = [(b[0] - a[0] - (b[1] - a[1]), b[1] - a[1]) for a, b in pairwise(marks[1:-1])]
+            outside = [s[0] for s in steps]
+            third = max(1, len(outside) // 3)
+            found[name] = {
+                "share": sum(outside) / sum(map(sum, steps)),
+                "milliseconds": 1000 * statistics.median(outside),
+                "late_to_early": statistics.median(outside[-third:])
+                / statistics.median(outside[:third]),
+            }
+        return found
+
+    # -- how each is run -------------------------------------------------------------------------
+
+    def in_turn(self, runs: dict[str, Callable[[], list[int]]]) -> dict[str, float]:
+        """The best time of each, taken in turn; their answers stay in `answers`."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        self.answers = {}
+        for _ in range(self.o.repeats):
+            for name, run in runs.items():
+                began = time.perf_counter()
+                self.answers[name] = run()
+                times[name].append(time.perf_counter() - began)
+        return {name: min(found) for name, found in times.items()}
+
+    def reference(self, prompt: Sequence[int], beams: int) -> list[int]:
+        ids = torch.tensor([list(prompt)])
+        with torch.no_grad():
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), num_beams=beams, do_sample=False,
+                max_new_tokens=self.o.new, min_new_tokens=self.o.new, use_cache=True,
+                eos_token_id=sorted(self.renderer.stop_ids), pad_token_id=0,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        layers = out.past_key_values.layers
+        self.reference_cache = sum(x.keys.nbytes + x.values.nbytes for x in layers)
+        return out.sequences[0, len(prompt) :].tolist()
+
+    def answering(
+        self, engine: Any, prompt: Sequence[int], settings: Settings
+    ) -> Callable[[], list[int]]:
+        def run() -> list[int]:
+            engine.forget()
+            self.peak_cache = 0
+            for event in decode(engine, prompt, settings, self.renderer):
+                if hasattr(engine, "tree"):
+                    self.peak_cache = max(self.peak_cache, engine.tree.memory)
+                if isinstance(event, Finished):
+                    return list(event.token_ids)
+            raise AssertionError("an answer always ends with Finished")
+
+        return run
+
+    def bare_loop(self, prompt: Sequence[int]) -> list[int]:
+        """What the library does by itself: a call for the prompt, one for each token, the maximum
+        of the scores."""
+        context = self.engines["llama.cpp F16"]._context
+        self.engines["llama.cpp F16"].forget()
+        context.decode(prompt, range(len(prompt)), [0] * len(prompt), 1)
+        said = [int(context.scores(1)[0].argmax())]
+        while len(said) < self.o.new:
+            context.decode([said[-1]], [len(prompt) + len(said) - 1], [0], 1)
+            said.append(int(context.scores(1)[0].argmax()))
+        self.engines["llama.cpp F16"].forget()
+        return said
+
+    def first_token(self, engine: Any, prompt: Sequence[int], settings: Settings) -> float:
+        for event in decode(engine, prompt, settings, self.renderer):
+            if isinstance(event, Finished):
+                return event.first_token_seconds
+        raise AssertionError("an answer always ends with Finished")
+
+
+class Timed:
+    """An engine, and the seconds spent in it."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.seconds = engine, 0.0
+        self.context_length, self.max_rows = engine.context_length, engine.max_rows
+
+    def forget(self) -> None:
+        self.engine.forget()
+
+    def prefill(self, *args: Any) -> Any:
+        return self._timed(self.engine.prefill, *args)
+
+    def step(self, *args: Any) -> Any:
+        return self._timed(self.engine.step, *args)
+
+    def _timed(self, call: Callable[..., Any], *args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return call(*args)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def tables(r: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    o = r["settings"]
+    parts = [report.machine_words(r["machine"])]
+    for kind, title in (("beams", f"{o['beams']} beams"), ("greedy", "Greedy")):
+        seconds = r[kind]["seconds"]
+        base = seconds["transformers generate"]
+        rows = [
+            [name, f"{s:.2f}", f"{o['new'] / s:.1f}", f"{base / s:.2f} x"]
+            for name, s in seconds.items()
+        ]
+        same = "the same tokens" if r[kind]["same_tokens"] else "other tokens"
+        parts.append(f"{title}, prompt of {o['prompt']}, {o['new']} new tokens:")
+        parts.append(report.table(["", "seconds", "tokens/s", "against generate"], rows))
+        parts.append(f"`torch` gives {same} as `generate`.")
+    cache = r["beams"]["cache_bytes"]
+    ours, theirs = cache["torch"] / 2**20, cache["transformers generate"] / 2**20
+    parts.append(
+        f"Keys and values of the {o['beams']} beams take {ours:.0f} MiB on `torch` at most, "
+        f"{ours / theirs:.2f} of `generate`'s {theirs:.0f}."
+    )
+    parts.append(f"First token of the fifth turn of a chat of {o['chat']} tokens:")
+    rows = [
+        [n, f"{c['known']:.2f} s", f"{c['anew']:.2f} s", f"{c['known'] / c['anew']:.2f}"]
+        for n, c in r["chat"].items()
+    ]
+    parts.append(report.table(["", "history known", "computed anew", "ratio"], rows))
+    parts.append(f"Outside the engine, with {o['beams']} beams:")
+    rows = [
+        [n, f"{100 * c['share']:.1f} %", f"{c['milliseconds']:.2f}", f"{c['late_to_early']:.2f}"]
+        for n, c in r["overhead"].items()
+    ]
+    head = ["", "share of a step", "milliseconds", "last third to first third"]
+    return "\n\n".join([*parts, report.table(head, rows)])
+
+
+if __name__ == "__main__":
+    main()
