@@ -52,6 +52,27 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write that takes the name `target` only when all of the file is on the disk.
+
+    As `whole_folder`, for one file.
+
+    Raises: UserError where the disk is full or not writable.
+    """
+    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        sync(aside)
+        aside.replace(target)
+        sync(target.parent)
+    except OSError as e:
+        raise disk_error(e, target) from e
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Force a file or folder onto the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -94,7 +94,19 @@ def _words(value: Any) -> Any:
 
 Datasets = Annotated[list[DatasetEntry], BeforeValidator(_entries)]
 Words = Annotated[list[str], BeforeValidator(_words)]
+Checkpointing = Annotated[
+    Literal["none", "selective", "full", "offload"],
+    BeforeValidator(lambda v: _SWITCH.get(str(v).lower(), v)),
+]
+# It was a switch once, and still is one where nothing else is said.
+_SWITCH = dict.fromkeys(("true", "yes", "on", "1"), "full")
+_SWITCH |= dict.fromkeys(("false", "no", "off", "0", "none"), "none")
+# What a setting that is named without a value means, where it is not a plain switch.
+_BARE = {"resume": "last", "gradient_checkpointing": "full"}
 Texts = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
+EarlyStopping = Annotated[
+    Literal["true", "false", "never"], BeforeValidator(lambda v: str(v).lower())
+]
 
 
 def _group(name: str) -> dict[str, str]:
@@ -162,6 +174,11 @@ class TrainSettings(DataSettings):
         0, "Steps", "the same in updates; at most a fifth of them is used", ge=0
     )
     weight_decay: float = setting(0.0, "Steps", "AdamW's weight decay", ge=0)
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = setting(
+        "adamw",
+        "Steps",
+        "adamw, or paged_adamw_8bit: its moments in 8 bits, paged to the host (CUDA, bitsandbytes)",
+    )
     adam_beta1: float = setting(0.9, "Steps", "AdamW's beta 1", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "Steps", "AdamW's beta 2", ge=0, lt=1)
     adam_epsilon: float = setting(1e-8, "Steps", "AdamW's epsilon", gt=0)
@@ -183,14 +200,23 @@ class TrainSettings(DataSettings):
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = setting(
         "auto", "Hardware", "type of the frozen base: auto takes the fastest this chip has"
     )
+    memory: Literal["auto", "manual"] = setting(
+        "auto",
+        "Hardware",
+        "auto: plan what a step needs, and choose micro_batch_tokens, gradient_checkpointing and "
+        "precision where they are not given",
+    )
     micro_batch_tokens: int = setting(
         0, "Hardware", "tokens computed at a time; 0 chooses. Never changes the result", ge=0
     )
     micro_batch_size: int = setting(
         0, "Hardware", "at most so many examples at a time; 0: no limit", ge=0
     )
-    gradient_checkpointing: bool = setting(
-        False, "Hardware", "compute activations twice to keep fewer of them"
+    gradient_checkpointing: Checkpointing = setting(
+        "none",
+        "Hardware",
+        "what backward computes again instead of keeping it: none, selective (the MLP's inside), "
+        "full (all but each layer's input; also true), offload (these inputs in the host's memory)",
     )
     share_prefixes: bool = setting(
         True, "Hardware", "compute what examples begin with in common once"
@@ -240,6 +266,17 @@ class TrainSettings(DataSettings):
     allow_other_base: bool = setting(False, "Checkpoints", "accept an adapter of other weights")
 
 
+class PlanSettings(TrainSettings):
+    """The settings of `vicuna plan`: a run's, and the device it is planned for."""
+
+    device: str = setting("", "Device", "plan for this device, such as 'RTX 2080 Ti'")
+    # Also what a run's config.yaml says of itself.
+    memory: Annotated[str, BeforeValidator(lambda v: "auto" if v == "manual" else v)] = setting(  # type: ignore[assignment]
+        "auto", "Device", "or for a card of this size, such as 11GiB"
+    )
+    json_output: bool = setting(False, "Output", "print one JSON object (--json)")
+
+
 class AnswerSettings(Settings):
     """The settings of `vicuna generate` and `vicuna chat`."""
 
@@ -251,15 +288,24 @@ class AnswerSettings(Settings):
         "auto", "Model", "type of the base's weights"
     )
     engine: Literal["torch", "llama.cpp", "vllm"] = setting("torch", "Model", "what computes")
+    context_length: int = setting(
+        0,
+        "Model",
+        "tokens of prompt and answer; 0: the model's (llama.cpp: at most 8192)",
+        ge=0,
+    )
+    threads: int = setting(0, "Model", "of llama.cpp; 0: one for each core it may use", ge=0)
     template: str = setting(
         "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
     )
     allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
     system: str = setting("", "Talking", "system prompt")
     max_new_tokens: int = setting(512, "Decoding", "longest answer in tokens", ge=1)
-    min_new_tokens: int = setting(0, "Decoding", "shortest answer in tokens", ge=0)
+    min_new_tokens: int = setting(0, "Decoding", "no end token before so many tokens", ge=0)
     do_sample: bool = setting(False, "Decoding", "draw tokens instead of taking the likeliest")
-    temperature: float = setting(0.7, "Decoding", "of sampling; 0 takes the likeliest", ge=0)
+    temperature: float = setting(
+        0.7, "Decoding", "of sampling; 0 takes the likeliest", ge=0, le=100
+    )
     top_k: int = setting(0, "Decoding", "sample from the k likeliest; 0: all", ge=0)
     top_p: float = setting(
         0.9, "Decoding", "sample from the likeliest that add up to p", gt=0, le=1
@@ -267,10 +313,37 @@ class AnswerSettings(Settings):
     min_p: float = setting(
         0.0, "Decoding", "drop tokens below this share of the likeliest", ge=0, le=1
     )
-    repetition_penalty: float = setting(1.0, "Decoding", "above 1: repeat less", gt=0, le=10)
-    num_beams: int = setting(1, "Decoding", "beams of a beam search", ge=1, le=16)
-    stop: Texts = setting([], "Decoding", "texts that end an answer")
+    typical_p: float = setting(
+        1.0, "Decoding", "sample from the most typical that add up to p", gt=0, le=1
+    )
     seed: int | None = setting(None, "Decoding", "makes sampling repeatable")
+    num_beams: int = setting(1, "Decoding", "beams of a beam search; 1: none", ge=1, le=16)
+    num_return_sequences: int = setting(1, "Decoding", "how many answers", ge=1, le=16)
+    length_penalty: float = setting(
+        1.0, "Decoding", "scores of beams are divided by length to this power", ge=-10, le=10
+    )
+    early_stopping: EarlyStopping = setting(
+        "false", "Decoding", "beams end when enough are done (true), or no better one is likely "
+        "(false) or possible (never)"
+    )  # fmt: skip
+    repetition_penalty: float = setting(1.0, "Decoding", "above 1: repeat less", gt=0, le=10)
+    frequency_penalty: float = setting(
+        0.0, "Decoding", "off a token's score each time the answer has it", ge=-2, le=2
+    )
+    presence_penalty: float = setting(
+        0.0, "Decoding", "off a token's score where the answer has it", ge=-2, le=2
+    )
+    no_repeat_ngram_size: int = setting(0, "Decoding", "no n tokens in a row twice; 0: off", ge=0)
+    banned_words: Texts = setting([], "Decoding", "texts that no answer contains")
+    logit_bias: Texts = setting(
+        [], "Decoding", "TOKEN=BIAS (an id or its spelling): added to its score; -inf forbids it"
+    )
+    stop: Texts = setting([], "Decoding", "texts that end an answer")
+    stop_tokens: Texts = setting([], "Decoding", "tokens that end an answer, ids or spelled")
+    logprobs: int = setting(
+        0, "Decoding", "report log-probabilities, and those of the k likeliest", ge=0, le=20
+    )
+    show_beams: bool = setting(False, "Talking", "draw all beams while they grow")
 
 
 class GenerateSettings(AnswerSettings):
@@ -323,6 +396,7 @@ class DemoSettings(Settings):
 
 
 T = TypeVar("T", bound=Settings)
+M = TypeVar("M", bound=BaseModel)
 
 
 def parse(
@@ -340,7 +414,7 @@ def parse(
     return build(cls, values, mistakes), values
 
 
-def build(cls: type[T], values: dict[str, Any], mistakes: Sequence[str] = ()) -> T:
+def build(cls: type[M], values: dict[str, Any], mistakes: Sequence[str] = ()) -> M:
     """Validate values under today's names.
 
     Raises: SettingsError naming every mistake.
@@ -435,8 +509,8 @@ def _set(
         mistakes += unknown
         return
     if not taken:
-        if key == "resume":
-            taken = ["last"]
+        if key in _BARE:
+            taken = [_BARE[key]]
         elif _is_bool(cls, key):
             taken = ["true"]
         else:
@@ -461,8 +535,12 @@ def _is_list(cls: type[Settings], key: str) -> bool:
 
 def _is_flag(cls: type[Settings], key: str, following: str) -> bool:
     """Whether a switch stands alone: what follows it is not one of its values."""
-    words = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")
-    return key in cls.model_fields and _is_bool(cls, key) and following.lower() not in words
+    if key not in cls.model_fields:
+        return False
+    if key in _BARE and key != "resume":
+        recipe = following.endswith((".yaml", ".yml")) or following in builtin_recipes()
+        return recipe or "=" in following
+    return _is_bool(cls, key) and following.lower() not in _SWITCH
 
 
 def _is_bool(cls: type[Settings], key: str) -> bool:
@@ -484,7 +562,7 @@ def _unknown(cls: type[Settings], keys: Any) -> list[str]:
     return found
 
 
-def _in_words(cls: type[Settings], error: Any) -> str:
+def _in_words(cls: type[BaseModel], error: Any) -> str:
     """One of pydantic's errors as a sentence with the setting, the value and what is allowed."""
     place = [str(p) for p in error["loc"]]
     name = ".".join(place)

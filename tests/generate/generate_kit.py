@@ -102,41 +102,86 @@ def tiny_llama(vocab_size: int, seed: int = 0, **changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**shape, **changes})).eval()
 
 
-class ScriptedEngine:
-    """Says what it is told to: each prompt takes the next script of token ids.
+class PathEngine:
+    """Scores are a function of the whole path of token ids; it keeps each row's path as a list.
 
-    hook: called before each token with the number of tokens said; may raise.
+    hook: called before each scoring with the number of tokens behind the prompt; may raise.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        scripts: Sequence[Sequence[int]],
+        score: Callable[[list[list[int]]], Tensor],
         context_length: int = 10_000,
+        max_rows: int = 16,
         hook: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.vocab_size, self.context_length, self.hook = vocab_size, context_length, hook
-        self.scripts = [list(s) for s in scripts]
+        self.score, self.hook = score, hook
+        self.context_length, self.max_rows = context_length, max_rows
         self.prompts: list[list[int]] = []
-        self.stepped: list[int] = []
+        self.stepped: list[list[int]] = []
+        self.rows: list[list[int]] = []
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         if cancel():
             raise Cancelled
         self.prompts.append(list(prompt_ids))
-        self.said = 0
-        self.now = self.scripts.pop(0)
-        return self._next()
+        self.rows = [list(prompt_ids)]
+        return self._scores()[0]
 
-    def step(self, token_id: int) -> Tensor:
-        self.stepped.append(token_id)
-        return self._next()
+    def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
+        assert 1 <= len(token_ids) == len(parents) <= self.max_rows
+        self.stepped.append(list(token_ids))
+        self.rows = [[*self.rows[p], t] for p, t in zip(parents, token_ids)]
+        assert len(self.rows[0]) <= self.context_length
+        return self._scores()
 
-    def _next(self) -> Tensor:
-        self.hook(self.said)
-        scores = torch.full((self.vocab_size,), -10.0)
-        scores[self.now[self.said]] = 10.0
-        self.said += 1
+    def forget(self) -> None:
+        self.rows = []
+
+    def _scores(self) -> Tensor:
+        self.hook(len(self.rows[0]) - len(self.prompts[-1]))
+        return self.score(self.rows)
+
+
+def plain_engine(model: Any, **options: Any) -> PathEngine:
+    """A transformers model without any cache: each step computes the rows from their beginning."""
+
+    def score(rows: list[list[int]]) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor(rows), use_cache=False).logits[:, -1].float()
+
+    return PathEngine(score, **options)
+
+
+def random_engine(
+    vocab_size: int, seed: int = 0, spread: float = 2.0, **options: Any
+) -> PathEngine:
+    """Random scores that depend on the whole path, and no model."""
+
+    def row(path: list[int]) -> Tensor:
+        generator = torch.Generator().manual_seed(hash((seed, *path)) & (2**62 - 1))
+        return torch.randn(vocab_size, generator=generator) * spread
+
+    return PathEngine(lambda rows: torch.stack([row(r) for r in rows]), **options)
+
+
+class ScriptedEngine(PathEngine):
+    """Says what it is told to: each prompt takes the next script of token ids.
+
+    hook: called before each token with the number of tokens said; may raise.
+    """
+
+    def __init__(self, vocab_size: int, scripts: Sequence[Sequence[int]], **options: Any) -> None:
+        super().__init__(self._say, **options)
+        self.vocab_size = vocab_size
+        self.scripts = [list(s) for s in scripts]
+
+    def _say(self, rows: list[list[int]]) -> Tensor:
+        said = len(rows[0]) - len(self.prompts[-1])
+        if not said:
+            self.now = self.scripts.pop(0)
+        scores = torch.full((len(rows), self.vocab_size), -10.0)
+        scores[:, self.now[said]] = 10.0
         return scores
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicuna.data.encode import Encoder
-from vicuna.generate.stream import StopStrings, TextStream
+from vicuna.generate.stream import StopStrings, StreamState, TextStream
 
 ENCODERS = {
     "byte-level": Encoder(vocabulary(byte_level())),
@@ -27,9 +28,13 @@ TEXT = st.text(
 every_encoder = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
 
 
-def pieces(encoder: Encoder, ids: list[int]) -> list[str]:
-    stream = TextStream(encoder)
-    return [*(stream.push(i) for i in ids), stream.finish()]
+def pieces(encoder: Encoder, ids: list[int], stops: Sequence[str] = ()) -> list[str]:
+    stream, state = TextStream(encoder, stops), StreamState()
+    parts = []
+    for token_id in ids:
+        part, state = stream.push(state, token_id)
+        parts.append(part)
+    return [*parts, stream.finish(state)]
 
 
 @every_encoder
@@ -96,14 +101,37 @@ def test_control_tokens_are_not_shown(encoder: Encoder) -> None:
 
 def test_each_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Encoder(vocabulary(byte_level()))
-    stream = TextStream(encoder)
+    stream, state = TextStream(encoder), StreamState()
     lengths: list[int] = []
     decode = encoder.decode
     monkeypatch.setattr(encoder, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
     for token in encoder.text("床前明月光" * 200):
-        stream.push(token)
+        _, state = stream.push(state, token)
     assert max(lengths) <= 2
     assert len(lengths) <= encoder.vocab_size
+    assert len(state.pending) + len(state.held) == 0
+
+
+@every_encoder
+@settings(max_examples=60, deadline=None)
+@given(head=TEXT, tails=st.lists(TEXT, min_size=2, max_size=3))
+def test_a_fork_does_not_disturb_the_others(encoder: Encoder, head: str, tails: list[str]) -> None:
+    """Beams share one stream, and go on from the same state in turn, token by token."""
+    stream = TextStream(encoder, ["ab好"])
+    begin, state = encoder.text(head), StreamState()
+    said = ""
+    for token_id in begin:
+        part, state = stream.push(state, token_id)
+        said += part
+    texts, states = [said] * len(tails), [state] * len(tails)
+    ids = [encoder.text(t) for t in tails]
+    for at in range(max(map(len, ids))):
+        for i in range(len(tails)):
+            if at < len(ids[i]):
+                part, states[i] = stream.push(states[i], ids[i][at])
+                texts[i] += part
+    for text, end, tail in zip(texts, states, ids):
+        assert text + stream.finish(end) == "".join(pieces(encoder, [*begin, *tail], ["ab好"]))
 
 
 # -- stop strings ----
@@ -120,23 +148,27 @@ SHORT = st.text("ab😀", min_size=1, max_size=4)
 def test_stop_strings_never_leak(text: str, stops: list[str], cuts: list[int]) -> None:
     edges = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     holder = StopStrings(stops)
-    shown = ""
+    shown, held, found = "", "", False
     for begin, end in pairwise(edges):
-        shown += holder.push(text[begin:end])
+        if not found:
+            part, held, found = holder.push(held, text[begin:end])
+            shown += part
         assert text.startswith(shown)
-        if not holder.found:  # nothing that may yet become a stop string is out
+        if not found:  # nothing that may yet become a stop string is out
             read = text[:end]
             open_at = [i for i in range(end) for s in stops if s.startswith(read[i:])]
             assert len(shown) <= min(open_at, default=end)
-    shown += holder.finish()
+    shown += held
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-    assert holder.found == bool(ends)
+    assert found == bool(ends)
     assert shown == (text[: min(ends)[1]] if ends else text)
     assert not any(s in shown for s in stops)
 
 
 def test_text_is_held_back_only_while_it_must_be() -> None:
-    holder = StopStrings(["User:"])
-    assert [holder.push(c) for c in "a U se"] == ["a", " ", "", "U ", "s", "e"]
-    assert holder.push(" User") == " "
-    assert holder.finish() == "User"
+    holder, held, shown = StopStrings(["User:"]), "", []
+    for character in "a U se":
+        part, held, _ = holder.push(held, character)
+        shown.append(part)
+    assert shown == ["a", " ", "", "U ", "s", "e"]
+    assert holder.push(held, " User") == (" ", "User", False)

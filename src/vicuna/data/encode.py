@@ -76,16 +76,15 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _looks_like_control(content: str) -> bool:
+def looks_like_control(content: str) -> bool:
+    """Whether a token is spelled like a control token, whatever it is marked as."""
     return bool(re.fullmatch(r"<.*>|\[/?[A-Z_ ]+\]|<<.*>>", content, re.S))
 
 
 def _without_added(spec: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer without special or control-looking added tokens."""
     kept = [
-        t
-        for t in spec["added_tokens"]
-        if not t["special"] and not _looks_like_control(t["content"])
+        t for t in spec["added_tokens"] if not t["special"] and not looks_like_control(t["content"])
     ]
     return {**spec, "added_tokens": kept}
 
@@ -137,7 +136,7 @@ class Encoder:
         self.control_ids = frozenset(
             t["id"]
             for t in spec["added_tokens"]
-            if t["special"] or _looks_like_control(t["content"])
+            if t["special"] or looks_like_control(t["content"])
         )
         controls = sorted(
             (t["content"] for t in spec["added_tokens"] if t["id"] in self.control_ids),

@@ -14,12 +14,12 @@ from vicuna.errors import UserError
 from vicuna.generate.chat import fit
 from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
-from vicuna.generate.events import Finished
+from vicuna.generate.events import Finished, answer_json
 from vicuna.generate.questions import Question, questions
 from vicuna.generate.settings import Settings
 
 # What an answer adds to its record.
-_ADDED = ("output", "finish_reason", "dropped_turns", "error")
+_ADDED = ("output", "finish_reason", "outputs", "dropped_turns", "error")
 
 
 class Tally(NamedTuple):
@@ -42,9 +42,12 @@ def answer_file(
     """Answer every record of `input` into `output`.
 
     A line is the record as it was given, and `output`, `finish_reason`; an answer that the record
-    already had moves to `reference`. A record that asks nothing, or that fits no context, gets a
-    line too, with `finish_reason` "error" and the reason in `error`. Each line is written when its
-    answer is whole, and whole lines are not computed again.
+    already had moves to `reference`. Where several answers or log-probabilities are asked for,
+    `outputs` holds all answers as `vicuna generate --json` prints them, best first.
+
+    A record that asks nothing, or that fits no context, gets a line too, with `finish_reason`
+    "error" and the reason in `error`. Each line is written when its answer is whole, and whole
+    lines are not computed again.
 
     Args:
         system: system prompt of the records that bring none.
@@ -100,6 +103,8 @@ def _answer(
     *_, last = events
     assert isinstance(last, Finished)
     added: dict[str, Any] = {"output": last.text, "finish_reason": last.finish_reason}
+    if settings.num_return_sequences > 1 or settings.logprobs:
+        added["outputs"] = [answer_json(a) for a in last.answers]
     if fitted.dropped:
         added["dropped_turns"] = len(fitted.dropped)
     return added

@@ -5,62 +5,118 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vicuna import config
 from vicuna.data.types import Turn
 from vicuna.errors import SettingsError
+
+if TYPE_CHECKING:
+    from vicuna.generate.load import Loaded
+    from vicuna.generate.settings import Settings
 
 
 def generate(words: Sequence[str]) -> int:
     """Answer one instruction, or every record of a file."""
     said: list[str] = []
     settings, _ = config.parse(config.GenerateSettings, words, free=said)
-    mistakes = []
-    if bool(settings.input) == bool(said):
-        mistakes.append('what to answer? Give one "instruction", or --input FILE --output FILE')
-    if settings.input and not settings.output:
-        mistakes.append("output is missing: where the answers go (--output answers.jsonl)")
-    if mistakes:
-        raise SettingsError(mistakes)
-    from vicuna.generate.batch import answer_file
-    from vicuna.generate.decode import Finished, decode
-    from vicuna.generate.events import one_shot_json
-    from vicuna.generate.load import decoding, open_model
-
-    choice = decoding(settings)
-    loaded = open_model(settings)
-    for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+    mistakes = _generate_mistakes(settings, said)
+    choice = _choice(settings, mistakes)
+    loaded = _open(settings)
     if settings.input:
-        tally = answer_file(
-            loaded.engine, loaded.renderer, choice, Path(settings.input), Path(settings.output),
-            settings.system, say=lambda text: print(text, file=sys.stderr),
-        )  # fmt: skip
-        return 0 if tally.answered or tally.before else 2
+        return _answer_file(loaded, settings, choice)
     turns = [Turn("system", settings.system)] if settings.system else []
     turns.append(Turn("user", " ".join(said), settings.input_text))
-    for event in decode(loaded.engine, loaded.renderer.prompt(turns), choice, loaded.renderer):
-        if isinstance(event, Finished):
-            if settings.json_output:
-                print(json.dumps(one_shot_json([event]), ensure_ascii=False))
-            else:
-                print()
-        elif not settings.json_output:
-            print(event.text, end="", flush=True)
+    _answer(loaded, settings, choice, turns)
     return 0
 
 
 def chat(words: Sequence[str]) -> int:
     """Talk in the terminal until the user leaves."""
     settings, _ = config.parse(config.AnswerSettings, words)
-    from vicuna.generate.load import decoding, open_model
+    mistakes = []
+    if settings.num_return_sequences > 1:
+        mistakes.append("num_return_sequences: a conversation goes on with one answer")
+    if settings.logprobs:
+        mistakes.append("logprobs are not shown in a conversation: vicuna generate --json")
+    choice = _choice(settings, mistakes)
+    loaded = _open(settings)
+    from vicuna.generate.beam_view import view_of
     from vicuna.generate.terminal import converse
 
-    choice = decoding(settings)
+    print("Type /help for what you can do here.")
+    view = partial(view_of, show_beams=settings.show_beams)
+    converse(loaded.engine, loaded.renderer, choice, settings.system, view=view)
+    return 0
+
+
+def _generate_mistakes(settings: config.GenerateSettings, said: Sequence[str]) -> list[str]:
+    mistakes = []
+    if bool(settings.input) == bool(said):
+        mistakes.append('what to answer? Give one "instruction", or --input FILE --output FILE')
+    if settings.input and not settings.output:
+        mistakes.append("output is missing: where the answers go (--output answers.jsonl)")
+    if settings.show_beams and (settings.input or settings.json_output):
+        mistakes.append("show_beams draws one answer in the terminal: not with --input or --json")
+    if settings.logprobs and not (settings.input or settings.json_output):
+        mistakes.append("logprobs are shown with --json, and in the lines of --output")
+    return mistakes
+
+
+def _choice(settings: config.AnswerSettings, mistakes: Sequence[str]) -> Settings:
+    """The decoder's settings. Raises: SettingsError with `mistakes` and those found here."""
+    from vicuna.generate.load import decoding
+
+    try:
+        choice = decoding(settings)
+    except SettingsError as e:
+        raise SettingsError([*mistakes, *e.mistakes]) from e
+    if mistakes:
+        raise SettingsError(list(mistakes))
+    return choice
+
+
+def _open(settings: config.AnswerSettings) -> Loaded:
+    from vicuna.generate.load import open_model
+
     loaded = open_model(settings)
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
-    print("Type /help for what you can do here.")
-    converse(loaded.engine, loaded.renderer, choice, settings.system)
-    return 0
+    return loaded
+
+
+def _answer_file(loaded: Loaded, settings: config.GenerateSettings, choice: Settings) -> int:
+    from vicuna.generate.batch import answer_file
+
+    tally = answer_file(
+        loaded.engine, loaded.renderer, choice, Path(settings.input), Path(settings.output),
+        settings.system, say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    return 0 if tally.answered or tally.before else 2
+
+
+def _answer(
+    loaded: Loaded, settings: config.GenerateSettings, choice: Settings, turns: Sequence[Turn]
+) -> None:
+    """Print the answer, typed as it comes, or all answers as JSON."""
+    from vicuna.generate.beam_view import view_of
+    from vicuna.generate.decode import Finished, complete, decode
+    from vicuna.generate.events import one_shot_json
+    from vicuna.generate.terminal import write
+
+    prompt = loaded.renderer.prompt(turns)
+    if settings.json_output:
+        finished = complete(loaded.engine, prompt, choice, loaded.renderer)
+        print(json.dumps(one_shot_json(finished), ensure_ascii=False))
+        return
+    with view_of(write, settings.show_beams) as view:
+        for event in decode(loaded.engine, prompt, choice, loaded.renderer):
+            if isinstance(event, Finished):
+                finished = event
+            else:
+                view.show(event)
+    print()
+    for place, answer in enumerate(finished.answers[1:], 2):
+        print(f"--- {place}: {answer.score:.3f}\n{answer.text}")

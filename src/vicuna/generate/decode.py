@@ -1,24 +1,62 @@
-"""Decode strategies over any engine: greedy and sampling. Beams have their place beside them.
+"""Decode strategies over any engine: greedy, sample, beam search and beam-sample, all streaming.
 
-for event in decode(engine, renderer.prompt(turns), Settings(), renderer):
-    if isinstance(event, Piece):
-        print(event.text, end="", flush=True)
+    for event in decode(engine, renderer.prompt(turns), Settings(num_beams=4), renderer):
+        if isinstance(event, Step):
+            print(event.text, end="", flush=True)
+
+One loop serves all strategies: it asks a strategy which branches grow by which tokens, an engine
+for the scores behind them, and the tree of tokens for the text that is final.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
 
 from vicuna.data.template import Renderer
 from vicuna.errors import UserError
+from vicuna.generate.beams import Beams
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
-from vicuna.generate.events import Event, Finished, FinishReason, Piece
-from vicuna.generate.sampling import Chooser
+from vicuna.generate.events import Answer, Beam, Event, Finished, FinishReason, Step
+from vicuna.generate.hypotheses import Grower, Pool
+from vicuna.generate.processors import Processors, tokens_of
+from vicuna.generate.rows import Rows
 from vicuna.generate.settings import Settings
-from vicuna.generate.stream import StopStrings, TextStream
+from vicuna.generate.stream import TextStream
+from vicuna.generate.tree import Agreement, Node
 
-__all__ = ["Event", "Finished", "Piece", "Settings", "complete", "decode"]
+__all__ = ["Answer", "Beam", "Event", "Finished", "Settings", "Step", "complete", "decode"]
+
+
+class Strategy(Protocol):
+    """Which branches grow by which tokens. pool: the finished ones."""
+
+    pool: Pool
+
+    def choose(self, scores: Tensor, live: Sequence[Node]) -> list[Node]:
+        """Go on by one token.
+
+        Args:
+            scores: of the next token behind each open branch (n, V), before softmax.
+            live: the open branches (n); at first the root alone.
+
+        Returns: the branches that are open now, best first where they compete; those that ended
+            are in the pool.
+
+        Raises: UserError where the scores are no numbers, or no token is allowed.
+        """
+        ...
+
+    def done(self, live: Sequence[Node]) -> bool:
+        """Whether open branches need not go on."""
+        ...
+
+    def final(self, node: Node) -> float:
+        """What a branch would count if it ended here."""
+        ...
 
 
 def decode(
@@ -36,9 +74,11 @@ def decode(
         cancel: asked before anything is computed; once true, the answer ends with what was said.
             Closing the iterator ends the computation as well.
 
-    Yields: a `Piece` for each token and `Finished` at the end.
+    Yields: a `Step` for each token, one more with the rest of the text, and `Finished` at the end.
+        The texts of all steps together are the best answer's.
 
-    Raises: UserError where the prompt leaves no room for an answer.
+    Raises: UserError where the prompt leaves no room for an answer, the engine takes fewer rows
+        than the settings need, or the vocabulary does not have a token that they name.
     """
     if len(prompt_ids) >= engine.context_length:
         raise UserError(
@@ -47,101 +87,107 @@ def decode(
             fix="Shorten the question or the system prompt, or in a chat /reset; "
             "or use a model with a longer context.",
         )
-    return _events(engine, prompt_ids, settings, renderer, cancel)
+    if settings.rows > engine.max_rows:
+        raise UserError(
+            f"this engine computes at most {engine.max_rows} beams or answers at a time, "
+            f"not {settings.rows}",
+            where="num_beams, num_return_sequences",
+            fix=f"Ask for at most {engine.max_rows}, or use another --engine.",
+        )
+    return _Search(engine, prompt_ids, settings, renderer).events(cancel)
 
 
 def complete(
     engine: Engine, prompt_ids: Sequence[int], settings: Settings, renderer: Renderer
 ) -> Finished:
     """The whole answer at once; arguments and errors are those of `decode`."""
-    for event in decode(engine, prompt_ids, settings, renderer):
-        if isinstance(event, Finished):
-            return event
-    raise AssertionError("an answer always ends with Finished")
+    *_, last = decode(engine, prompt_ids, settings, renderer)
+    assert isinstance(last, Finished)
+    return last
 
 
-def _events(
-    engine: Engine,
-    prompt_ids: Sequence[int],
-    settings: Settings,
-    renderer: Renderer,
-    cancel: Callable[[], bool],
-) -> Iterator[Event]:
-    answer = _Answer(settings, renderer, len(prompt_ids), engine.context_length)
-    choose = Chooser(settings, prompt_ids, renderer.stop_ids)
-    try:
-        scores = engine.prefill(prompt_ids, cancel)
-        while True:
-            token, logprob = choose(scores)
-            yield answer.add(token, logprob)
-            if answer.reason:
-                break
-            if cancel():
-                raise Cancelled
-            scores = engine.step(token)
-    except Cancelled:
-        answer.reason = "cancelled"
-    except OutOfMemory:
-        answer.reason = "memory"
-    if rest := answer.rest():
-        yield Piece(rest, None)
-    yield answer.finished()
-
-
-class _Answer:
-    """An answer while it grows: its tokens, its text, and why it ended."""
+class _Search:
+    """One request: its branches, its clock, and the events it gives."""
 
     def __init__(
-        self, settings: Settings, renderer: Renderer, prompt_tokens: int, context: int
+        self, engine: Engine, prompt_ids: Sequence[int], settings: Settings, renderer: Renderer
     ) -> None:
         self._began = time.perf_counter()
         self._first: float | None = None
-        self._prompt_tokens = prompt_tokens
-        self._ends = renderer.stop_ids
-        self._longest = settings.max_new_tokens
-        self._room = context - prompt_tokens
-        self._stream = TextStream(renderer.encoder)
-        self._stops = StopStrings(settings.stop)
-        self._tokens: list[int] = []
-        self._texts: list[str] = []
-        self._score = 0.0
-        self.reason: FinishReason | None = None
+        self._engine, self._prompt, self._settings = engine, list(prompt_ids), settings
+        encoder = renderer.encoder
+        ends = {*renderer.stop_ids, *tokens_of(settings.stop_tokens, encoder, "stop_tokens")}
+        self._grower = Grower(
+            TextStream(encoder, settings.stop),
+            ends,
+            settings.max_new_tokens,
+            engine.context_length - len(self._prompt),
+        )
+        self._processors = Processors(settings, self._prompt, ends, encoder)
+        self._strategy: Strategy
+        if settings.num_beams > 1:
+            self._strategy = Beams(settings, self._grower, self._processors, len(ends))
+        else:
+            self._strategy = Rows(settings, self._grower, self._processors)
+        self._live = [Node()]
+        self._agreement = Agreement(self._live[0])
 
-    def add(self, token: int, logprob: float) -> Piece:
-        """Take a chosen token; `reason` says afterwards whether it was the last."""
+    def events(self, cancel: Callable[[], bool]) -> Iterator[Event]:
+        """See `decode`."""
+        broken: FinishReason | None = None
+        try:
+            scores = self._engine.prefill(self._prompt, cancel)[None]
+            while True:
+                yield self._step(scores)
+                if self._strategy.done(self._live):
+                    break
+                if cancel():
+                    raise Cancelled
+                scores = self._grow()
+        except Cancelled:
+            broken = "cancelled"
+        except OutOfMemory:
+            broken = "memory"
+        yield from self._end(broken)
+
+    def _grow(self) -> Tensor:
+        """The engine's scores behind the open branches."""
+        tokens = [node.token_id for node in self._live]
+        parents = [node.row for node in self._live]
+        self._processors.advance(parents, tokens)
+        return self._engine.step(tokens, parents)
+
+    def _step(self, scores: Tensor) -> Step:
+        self._live = self._strategy.choose(scores, self._live)
         if self._first is None:
             self._first = time.perf_counter() - self._began
-        self._tokens.append(token)
-        self._score += logprob
-        # An end token's spelling is no text, even where the vocabulary does not mark it special.
-        ended = token in self._ends
-        text = "" if ended else self._stops.push(self._stream.push(token))
-        self._texts.append(text)
-        if ended:
-            self.reason = "stop"
-        elif self._stops.found:
-            self.reason = "stop_string"
-        elif len(self._tokens) >= self._longest:
-            self.reason = "length"
-        elif len(self._tokens) >= self._room:
-            self.reason = "context"
-        return Piece(text, token)
+        ranked = self._strategy.pool.ranked
+        text = self._agreement.update([*self._live, *(r.node for r in ranked[:1])])
+        agreed = self._agreement.length
+        return Step(
+            text,
+            tuple(Beam(node, self._strategy.final(node), agreed) for node in self._live),
+            tuple(Beam(r.node, r.score, agreed) for r in ranked),
+        )
 
-    def rest(self) -> str:
-        """Text that was held back and can be shown now that nothing follows."""
-        text = self._stops.push(self._stream.finish()) + self._stops.finish()
-        self._texts.append(text)
-        return text
-
-    def finished(self) -> Finished:
+    def _end(self, broken: FinishReason | None) -> Iterator[Event]:
+        """The rest of the text, and the answers."""
+        pool = self._strategy.pool
+        if broken:
+            pool.add(self._live)
+        answers = tuple(
+            node.answer(score, node.reason)
+            if node.reason
+            else node.answer(score, broken or "cancelled", self._grower.rest(node))
+            for score, node in pool.ranked[: self._settings.num_return_sequences]
+        )
+        if rest := answers[0].text[self._agreement.length :]:
+            yield Step(rest, (), ())
         total = time.perf_counter() - self._began
-        assert self.reason is not None
-        return Finished(
-            text="".join(self._texts),
-            token_ids=tuple(self._tokens),
-            finish_reason=self.reason,
-            score=self._score,
-            prompt_tokens=self._prompt_tokens,
+        yield Finished(
+            answers=answers,
+            finish_reason=broken or answers[0].finish_reason,
+            prompt_tokens=len(self._prompt),
             first_token_seconds=total if self._first is None else self._first,
             total_seconds=total,
         )

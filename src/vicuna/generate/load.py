@@ -9,11 +9,11 @@ from vicuna.config import AnswerSettings
 from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import UserError
-from vicuna.generate.engines.torch import TorchEngine
-from vicuna.generate.settings import Settings
+from vicuna.generate.engines.base import Engine
+from vicuna.generate.openers import open_engine
+from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
-from vicuna.model import fused, load
-from vicuna.model.base import EMBEDDED, locate
+from vicuna.model.base import EMBEDDED
 from vicuna.model.vocabulary import load_vocabulary
 
 
@@ -21,7 +21,7 @@ from vicuna.model.vocabulary import load_vocabulary
 class Loaded:
     """What answers. notes: what the user should know about how it was loaded."""
 
-    engine: TorchEngine
+    engine: Engine
     renderer: Renderer
     model: Any
     notes: list[str]
@@ -32,32 +32,13 @@ def open_model(settings: AnswerSettings) -> Loaded:
 
     Raises: UserError where base and adapter do not belong together, or something is missing.
     """
-    if settings.engine != "torch":
-        raise UserError(
-            f"engine {settings.engine} is not part of this version yet",
-            where="engine",
-            fix="Leave out --engine: torch runs on any CPU or GPU.",
-        )
-    notes: list[str] = []
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
-    folder = locate(settings.model or _base_of(files))
-    if files is not None:
-        notes += files.notes
-        identity = adapters.identify(folder)
-        warning = adapters.check_base(files, identity, settings.allow_other_base)
-        notes += [warning] if warning else []
-    vocabulary = load_vocabulary(folder)
+    opened = open_engine(settings, settings.model or _base_of(files), files)
+    vocabulary = load_vocabulary(opened.vocabulary)
     template = _template(settings, files, vocabulary)
-    device = load.pick_device()
-    chosen = load.choose(settings.precision, device)
-    model = load.load_base(folder, chosen, device)
-    if files is not None:
-        model = adapters.attach_saved(model, files)
-        model.to(device)
-        fused.install(model)
-    model.eval()
-    engine = TorchEngine(model, load.context_length(model))
-    return Loaded(engine, Renderer(template, Encoder(vocabulary)), model, notes)
+    return Loaded(
+        opened.engine, Renderer(template, Encoder(vocabulary)), opened.model, opened.notes
+    )
 
 
 def _base_of(files: adapters.AdapterFiles | None) -> str:
@@ -92,17 +73,18 @@ def _template(
 
 
 def decoding(settings: AnswerSettings) -> Settings:
-    """The decoder's settings among a command's."""
-    return Settings(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        do_sample=settings.do_sample,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        stop=tuple(settings.stop),
-        seed=settings.seed,
-        num_beams=settings.num_beams,
-    )
+    """The decoder's settings among a command's.
+
+    What was given is passed on, so that it is refused where it has no effect. The command's own
+    defaults of sampling count only where something is sampled.
+
+    Raises: SettingsError naming every mistake.
+    """
+    given = settings.model_fields_set
+    samples = settings.do_sample and settings.temperature > 0
+    names = Settings.model_fields.keys() & type(settings).model_fields.keys()
+    names = {n for n in names if samples or n in given or n not in OF_SAMPLING}
+    values = {name: getattr(settings, name) for name in names}
+    early = {"true": True, "false": False, "never": "never"}[settings.early_stopping]
+    biases = biases_of(settings.logit_bias)
+    return Settings(**{**values, "early_stopping": early, "logit_bias": biases})

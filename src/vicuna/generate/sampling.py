@@ -1,71 +1,161 @@
-"""From scores to the next token: penalty, temperature, filters, and the draw.
+"""From scores to drawn tokens: temperature, filters, and the draws.
 
-Each function takes and returns scores (V,), float32 before softmax; what is filtered out becomes
--inf. Order and meaning are those of transformers' `generate`, so that its settings carry over.
+Filters take and return scores (n, V), float32 before softmax, a row for each branch; what is
+filtered out becomes -inf. Order and meaning are those of transformers' `generate`, so that its
+settings carry over. `keep` is the number of tokens that a filter leaves at least: with beams one
+more than there are end tokens, so that no beam runs dry.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from bisect import insort
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vicuna.errors import UserError
 from vicuna.generate.settings import Settings
 
-# Nucleus sampling sorts; among so many of the likeliest tokens the nucleus nearly always lies.
-_NUCLEUS = 1024
+# Nucleus sampling sorts; among so many of the likeliest tokens the nucleus is looked for first.
+_NUCLEI = (64, 1024)
+# `top` finds the highest scores through the highest of each block of so many.
+_BLOCK = 64
+# Tokens of each row that get a random number of their own where beams are drawn.
+_HEAD = 128
+
+Filter = Callable[[Tensor], Tensor]
 
 
-def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty of CTRL (Keskar et al. 2019, arXiv 1909.05858).
+def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of each row and their places, (n, k), highest first.
 
-    Args:
-        seen: bool (V,), the tokens of the prompt and of the answer so far.
-        penalty: positive scores are divided by it, negative ones multiplied.
+    On the CPU several times faster than `torch.topk` over a whole vocabulary: the k highest lie in
+    the k blocks whose maxima are highest. For k = 1 the first of equal ones is taken.
     """
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+    n, size = scores.shape
+    k = min(k, size)
+    blocks = size // _BLOCK
+    if scores.device.type != "cpu" or blocks < 4 * k:
+        return torch.topk(scores, k, dim=1)
+    blocked = scores[:, : blocks * _BLOCK].view(n, blocks, _BLOCK)
+    maxima = blocked.amax(2)
+    if k == 1:
+        chosen = maxima.argmax(1, keepdim=True)
+    else:
+        chosen = torch.topk(maxima, k, dim=1, sorted=False).indices
+    values = blocked.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).reshape(n, -1)
+    inside = torch.arange(_BLOCK, device=scores.device)
+    places = (chosen[:, :, None] * _BLOCK + inside).reshape(n, -1)
+    if blocks * _BLOCK < size:
+        rest = torch.arange(blocks * _BLOCK, size, device=scores.device)
+        values = torch.cat([values, scores[:, blocks * _BLOCK :]], 1)
+        places = torch.cat([places, rest.expand(n, -1)], 1)
+    if k == 1:
+        best = values.argmax(1, keepdim=True)
+        return values.gather(1, best), places.gather(1, best)
+    found = torch.topk(values, k, dim=1)
+    return found.values, places.gather(1, found.indices)
 
 
 def temper(scores: Tensor, temperature: float) -> Tensor:
-    """Temperature (Ackley, Hinton and Sejnowski 1985). The maximum becomes 0 first: the same
-    distribution, and no overflow however small the temperature is."""
-    return (scores - scores.max()) / temperature
+    """Temperature (Ackley, Hinton and Sejnowski 1985)."""
+    return scores / temperature
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
+def temper_freely(scores: Tensor, temperature: float) -> Tensor:
+    """The same distribution as `temper`, with a maximum of 0: no overflow however small the
+    temperature is. For draws only; beams add scores up, and need them as they are."""
+    return (scores - scores.amax(1, keepdim=True)) / temperature
+
+
+def top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
     """Keep the k likeliest (Fan, Lewis and Dauphin 2018, arXiv 1805.04833)."""
-    least = torch.topk(scores, min(k, scores.numel())).values[-1]
+    least = top(scores, max(k, keep))[0][:, -1:]
     return scores.masked_fill(scores < least, -math.inf)
 
 
-def top_p(scores: Tensor, p: float) -> Tensor:
+def top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
     """Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751): the fewest of the likeliest that
     have at least the probability p together."""
-    total = scores.logsumexp(0)
-    size = min(_NUCLEUS, scores.numel())
-    values, ids = torch.topk(scores, size)
-    if size < scores.numel() and (values - total).exp().sum() < p:
-        values, ids = torch.sort(scores, descending=True, stable=True)
-    probabilities = (values - total).exp()
-    before = probabilities.cumsum(0) - probabilities
+    total = scores.logsumexp(1, keepdim=True)
+    for size in _NUCLEI:
+        values, ids = top(scores, max(size, keep))
+        probabilities = (values - total).exp()
+        if bool((probabilities.sum(1) > p).all()):
+            break
+    else:
+        values, ids = torch.sort(scores, dim=1, descending=True, stable=True)
+        probabilities = (values - total).exp()
+    before = probabilities.cumsum(1) - probabilities
     kept = before < p
-    kept[0] = True
-    return torch.full_like(scores, -math.inf).scatter(0, ids[kept], values[kept])
+    kept[:, :keep] = True
+    kept_values = values.masked_fill(~kept, -math.inf)
+    return torch.full_like(scores, -math.inf).scatter(1, ids, kept_values)
 
 
-def min_p(scores: Tensor, p: float) -> Tensor:
+def min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
     """Min-p (Nguyen et al. 2024, arXiv 2407.01082): drop what is less likely than p times the
     likeliest."""
-    return scores.masked_fill(scores < scores.max() + math.log(p), -math.inf)
+    best = top(scores, keep)[0]
+    least = torch.minimum(best[:, :1] + math.log(p), best[:, -1:])
+    return scores.masked_fill(scores < least, -math.inf)
+
+
+def typical_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+    """Locally typical sampling (Meister et al. 2022, arXiv 2202.00666): of the tokens whose
+    information is nearest to the expected one, the fewest that have the probability p together."""
+    logprobs = scores.log_softmax(1)
+    probabilities = logprobs.exp()
+    entropy = -(logprobs * probabilities).nansum(1, keepdim=True)
+    distance = (logprobs + entropy).abs()
+    ordered, ids = torch.sort(distance, dim=1)
+    mass = probabilities.gather(1, ids).cumsum(1)
+    last = (mass < p).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    dropped = ordered > ordered.gather(1, last)
+    dropped[:, :keep] = False
+    return scores.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), -math.inf)
+
+
+def filters(settings: Settings, keep: int = 1) -> list[Filter]:
+    """What narrows the distribution before a draw, in order; only what does something."""
+    s = settings
+    tempered = temper if s.num_beams > 1 else temper_freely
+    steps: list[Filter] = []
+    if s.temperature != 1:
+        steps.append(lambda scores: tempered(scores, s.temperature))
+    if s.top_k:
+        steps.append(lambda scores: top_k(scores, s.top_k, keep))
+    if s.top_p < 1:
+        steps.append(lambda scores: top_p(scores, s.top_p, keep))
+    if s.min_p:
+        steps.append(lambda scores: min_p(scores, s.min_p, keep))
+    if s.typical_p < 1:
+        steps.append(lambda scores: typical_p(scores, s.typical_p, keep))
+    return steps
+
+
+def generators(seed: int | None, count: int) -> list[torch.Generator]:
+    """A source of random numbers for each of several answers, on the CPU, so that a seed means the
+    same on every device. The first has the seed itself; no answer depends on how many there are."""
+    made = []
+    for i in range(count):
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        elif i == 0:
+            generator.manual_seed(seed)
+        else:
+            digest = hashlib.sha256(f"{seed}:{i}".encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        made.append(generator)
+    return made
 
 
 def draw(scores: Tensor, generator: torch.Generator) -> int:
-    """Draw a token from softmax(scores) with one random number, by the inverse of its cumulative
-    distribution. In float64, so that rounding over a large vocabulary favours nobody; on the CPU,
-    so that a seed means the same on every device."""
+    """Draw a token from softmax(scores) (V,) with one random number, by the inverse of its
+    cumulative distribution. In float64, so that rounding over a large vocabulary favours nobody."""
     cumulative = scores.cpu().double().softmax(0).cumsum(0)
     at = torch.rand(1, generator=generator, dtype=torch.float64)
     drawn = int(torch.searchsorted(cumulative, at * cumulative[-1], right=True))
@@ -73,77 +163,65 @@ def draw(scores: Tensor, generator: torch.Generator) -> int:
     return drawn if drawn < scores.numel() else int(scores.argmax())
 
 
-class Chooser:
-    """Chooses the next token by the settings; remembers what was said.
+def draw_distinct(scores: Tensor, count: int, generator: torch.Generator) -> list[tuple[int, int]]:
+    """Draw from softmax over all of `scores` (n, V) without replacement, as (row, token) in the
+    order drawn; fewer than `count` where not so many are finite.
+
+    Exponential race (Efraimidis and Spirakis 2006): each token arrives after a time drawn from an
+    exponential distribution with its probability as the rate; the first to arrive are drawn. The
+    likeliest of each row get a time each. All others together are one Poisson process, followed
+    only for as long as it may still matter: random numbers for a whole vocabulary would cost more
+    than the rest of a step.
+    """
+    size = scores.shape[1]
+    values, ids = top(scores, max(count, _HEAD))
+    values = values - values.max()
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    places = (rows * size + ids).flatten().cpu()
+    waits = -torch.rand(places.shape, generator=generator, dtype=torch.float64).log()
+    times = waits.log() - values.flatten().cpu()  # logarithms of the times
+    order = times.argsort()[:count]
+    arrived = [
+        (time, place)
+        for time, place in zip(times[order].tolist(), places[order].tolist())
+        if time < math.inf
+    ]
+    if ids.shape[1] < size and bool((values[:, -1] > -math.inf).any()):
+        head = float(values.double().exp().sum())
+        total = float((scores.logsumexp(1) - scores.amax()).double().exp().sum())
+        # Above the exact rate, whatever is lost in the difference.
+        rate = max(total - head, 0) + 1e-5 * total
+        _let_rest_arrive(arrived, count, scores, places, rate, generator)
+    return [divmod(place, size) for _, place in arrived[:count]]
+
+
+def _let_rest_arrive(
+    arrived: list[tuple[float, int]],
+    count: int,
+    scores: Tensor,
+    head: Tensor,
+    rate: float,
+    generator: torch.Generator,
+) -> None:
+    """Merge into `arrived` (log time, place), sorted, those of the tokens that are not in `head`
+    which come in time. A token that comes again does not count again.
 
     Args:
-        prompt_ids: count as said, for the repetition penalty.
-        stop_ids: what `min_new_tokens` forbids at first.
+        rate: at least that of all these tokens together; what it is more, comes for nothing.
     """
-
-    def __init__(
-        self, settings: Settings, prompt_ids: Sequence[int], stop_ids: Collection[int]
-    ) -> None:
-        self.settings = settings
-        self._prompt = list(prompt_ids)
-        self._stops = torch.tensor(sorted(stop_ids), dtype=torch.long)
-        self._chosen = 0
-        self._seen: Tensor | None = None
-        self._filters = _filters(settings)
-        self._generator = torch.Generator()
-        if settings.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(settings.seed)
-
-    def __call__(self, scores: Tensor) -> tuple[int, float]:
-        """The chosen token and its log-probability under the scores as the model gave them.
-
-        Raises: UserError where the model computes no numbers.
-        """
-        total = float(scores.logsumexp(0))
-        if not math.isfinite(total):
-            raise UserError(
-                "the model's scores are not finite numbers",
-                fix="Half precision may be too narrow for this model: try --precision bf16 or "
-                "fp32. If it still happens, the weights or the adapter are damaged.",
-            )
-        wanted = self._forbid_end(self._penalise(scores))
-        if self.settings.samples:
-            for narrow in self._filters:
-                wanted = narrow(wanted)
-            token = draw(wanted, self._generator)
-        else:
-            token = int(wanted.argmax())
-        self._chosen += 1
-        if self._seen is not None:
-            self._seen[token] = True
-        return token, float(scores[token]) - total
-
-    def _penalise(self, scores: Tensor) -> Tensor:
-        if self.settings.repetition_penalty == 1.0:
-            return scores
-        if self._seen is None:
-            self._seen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-            self._seen[self._prompt] = True
-        return penalise(scores, self._seen, self.settings.repetition_penalty)
-
-    def _forbid_end(self, scores: Tensor) -> Tensor:
-        if self._chosen >= self.settings.min_new_tokens:
-            return scores
-        return scores.index_fill(0, self._stops.to(scores.device), -math.inf)
-
-
-def _filters(settings: Settings) -> list[Callable[[Tensor], Tensor]]:
-    """What narrows the distribution before a draw, in order; only what does something."""
-    s = settings
-    steps: list[Callable[[Tensor], Tensor]] = []
-    if s.temperature != 1:
-        steps.append(lambda scores: temper(scores, s.temperature))
-    if s.top_k:
-        steps.append(lambda scores: top_k(scores, s.top_k))
-    if s.top_p < 1:
-        steps.append(lambda scores: top_p(scores, s.top_p))
-    if s.min_p:
-        steps.append(lambda scores: min_p(scores, s.min_p))
-    return steps
+    cumulative: Tensor | None = None
+    seen: set[int] = set()
+    now = 0.0
+    while True:
+        wait, where = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        now -= math.log(wait or 5e-324) / rate
+        if len(arrived) >= count and math.log(now) > arrived[count - 1][0]:
+            return
+        if cumulative is None:
+            rates = (scores - scores.amax()).flatten().cpu().double().exp_()
+            cumulative = rates.index_fill_(0, head, 0).cumsum(0)
+        at = torch.tensor([where * rate], dtype=torch.float64)
+        place = int(torch.searchsorted(cumulative, at, right=True))
+        if place < len(cumulative) and place not in seen:
+            seen.add(place)
+            insort(arrived, (math.log(now), place))

@@ -1,6 +1,7 @@
 """Token ids to text while they come: never half a character, never a part of a stop string.
 
-Work and memory for a token do not depend on how long the text is already.
+A stream's state is a small value: beams that fork share it, and each goes on from it in its own
+way. Work and memory for a token do not depend on how long the text is already.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 from vicuna.data.encode import Encoder
 
@@ -15,44 +18,28 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BROKEN = "\ufffd"
 
 
-class TextStream:
-    """Text of an answer, token by token.
-
-    Each token is turned into its bytes, and these into characters as soon as they are complete. A
-    Hanzi or an emoji may take several tokens. Bytes that can never become a character are shown as
-    U+FFFD, as any decoder shows them; a character that is unfinished at the end is left out.
-
-    The pieces together are `encoder.decode` of all ids, less one leading space: the one that a
-    template puts before an answer, or that SentencePiece puts before a first word.
-    """
+class TokenBytes:
+    """The bytes that each token adds to a text; control tokens add none."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         # A decoder treats the first token apart; behind this one, each is as within a text.
         self._before = encoder.text("a")
         self._skip = len(encoder.decode(self._before))
-        self._bytes: dict[int, bytes] = {}
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._started = False
+        self._known: dict[int, bytes] = {}
 
-    def push(self, token_id: int) -> str:
-        """The text that became certain with this token, often ""."""
-        if token_id in self._encoder.control_ids:
-            return ""
-        if token_id not in self._bytes:
-            self._bytes[token_id] = self._bytes_of(token_id)
-        text = self._characters.decode(self._bytes[token_id])
-        if text and not self._started:
-            self._started = True
-            return text.removeprefix(" ")
-        return text
+    def __getitem__(self, token_id: int) -> bytes:
+        known = self._known.get(token_id)
+        if known is None:
+            known = b"" if token_id in self._encoder.control_ids else self._spell(token_id)
+            self._known[token_id] = known
+        return known
 
-    def finish(self) -> str:
-        """The rest, after the last token; always "", because half a character is never shown."""
-        self._characters.reset()
-        return ""
+    def all(self) -> list[bytes]:
+        """Those of the whole vocabulary; slow the first time (a second for 100,000 tokens)."""
+        return [self[i] for i in range(self._encoder.vocab_size)]
 
-    def _bytes_of(self, token_id: int) -> bytes:
+    def _spell(self, token_id: int) -> bytes:
         text = self._encoder.decode([*self._before, token_id])[self._skip :]
         if _BROKEN not in text:
             return text.encode()
@@ -66,6 +53,12 @@ class TextStream:
             return text.encode()
 
 
+@lru_cache(maxsize=4)
+def token_bytes(encoder: Encoder) -> TokenBytes:
+    """The table of an encoder, one for all answers."""
+    return TokenBytes(encoder)
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """The byte that each letter of a byte-level vocabulary stands for (GPT-2's table): printable
     bytes are themselves, the others the characters from U+0100 on."""
@@ -75,6 +68,63 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_alphabet()
+
+
+class StreamState(NamedTuple):
+    """Where a text stands between two tokens.
+
+    pending: bytes of an unfinished character, at most three.
+    started: whether a character has come; the space before the first word is not shown.
+    held: characters that may begin a stop string.
+    stopped: a stop string is complete; nothing more is shown.
+    """
+
+    pending: bytes = b""
+    started: bool = False
+    held: str = ""
+    stopped: bool = False
+
+
+class TextStream:
+    """Text of answers, token by token; it holds no state but the vocabulary's spelling.
+
+    Each token is turned into its bytes, and these into characters as soon as they are complete. A
+    Hanzi or an emoji may take several tokens. Bytes that can never become a character are shown as
+    U+FFFD, as any decoder shows them; a character that is unfinished at the end is left out.
+
+    The pieces together are `encoder.decode` of all ids, less one leading space (the one that a
+    template puts before an answer, or that SentencePiece puts before a first word), up to the
+    first stop string.
+
+        stream, state = TextStream(encoder, stops=["User:"]), StreamState()
+        for token_id in token_ids:
+            piece, state = stream.push(state, token_id)
+        rest = stream.finish(state)
+    """
+
+    def __init__(self, encoder: Encoder, stops: Sequence[str] = ()) -> None:
+        self._bytes = token_bytes(encoder)
+        self._stops = StopStrings(stops)
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, state: StreamState, token_id: int) -> tuple[str, StreamState]:
+        """The text that became certain with this token, often "", and the state behind it."""
+        pending, started, held, stopped = state
+        new = self._bytes[token_id]
+        if not new or stopped:
+            return "", state
+        self._characters.setstate((pending, 0))
+        text = self._characters.decode(new)
+        pending = self._characters.getstate()[0]
+        if text and not started:
+            started = True
+            text = text.removeprefix(" ")
+        shown, held, stopped = self._stops.push(held, text)
+        return shown, StreamState(pending, started, held, stopped)
+
+    def finish(self, state: StreamState) -> str:
+        """What was held back and can be shown because nothing follows. Half a character cannot."""
+        return "" if state.stopped else state.held
 
 
 class StopStrings:
@@ -87,26 +137,21 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
-        self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. After a stop string `found` is true and nothing comes."""
-        if self.found:
-            return ""
-        held = self._held + text
+    def push(self, held: str, text: str) -> tuple[str, str, bool]:
+        """New text behind what is held back.
+
+        Returns: what may be shown now, what is held back now, and whether a stop string is
+            complete, behind which nothing is shown.
+        """
+        if not self._stops:
+            return text, "", False
+        held += text
         ends = [(at + len(s), at) for s in self._stops if (at := held.find(s)) >= 0]
         if ends:
-            self.found, self._held = True, ""
-            return held[: min(ends)[1]]
+            return held[: min(ends)[1]], "", True
         cut = self._safe(held)
-        self._held = held[cut:]
-        return held[:cut]
-
-    def finish(self) -> str:
-        """What was held back, where the answer ended without a stop string."""
-        rest, self._held = self._held, ""
-        return rest
+        return held[:cut], held[cut:], False
 
     def _safe(self, held: str) -> int:
         """Up to where no stop string can have begun."""

@@ -14,10 +14,11 @@ from types import FrameType
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.beam_view import View, view_of
 from vicuna.generate.chat import Chat, fit
 from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
-from vicuna.generate.events import FinishReason, Piece
+from vicuna.generate.events import FinishReason, Step
 from vicuna.generate.settings import Settings
 
 HELP = """\
@@ -59,16 +60,18 @@ def converse(
     system: str = "",
     read: Callable[[str], str] = read_line,
     out: Callable[[str], None] = write,
+    view: Callable[[Callable[[str], None]], View] = view_of,
 ) -> Chat:
     """Talk until the end of the input, Ctrl-C or Ctrl-D at the prompt, or /exit.
 
     Args:
         read: shows a prompt and returns a line; raises EOFError at the end.
         out: shows text as it is, without adding a line's end.
+        view: makes of `out` what shows an answer while it grows.
 
     Returns: the conversation as it stood at the end.
     """
-    talk = _Talk(engine, renderer, settings, Chat(system), out)
+    talk = _Talk(engine, renderer, settings, Chat(system), out, view)
     while True:
         try:
             line = _valid(read("> ")).strip()
@@ -97,9 +100,10 @@ class _Talk:
         settings: Settings,
         chat: Chat,
         out: Callable[[str], None],
+        view: Callable[[Callable[[str], None]], View],
     ) -> None:
         self.engine, self.renderer, self.settings = engine, renderer, settings
-        self.chat, self.out = chat, out
+        self.chat, self.out, self.view = chat, out, view
         self.dropped = 0  # turns that did not fit, as last told
 
     def take(self, line: str) -> bool:
@@ -157,18 +161,20 @@ class _Talk:
         self.out("\n" + note)
 
     def _type(self, turns: list[Turn], said: list[str], cancelled: Callable[[], bool]) -> str:
-        """Show the pieces of the answer and put them into `said`; a note on how it ended."""
+        """Show the answer and put its text into `said`; a note on how it ended."""
         context, limit = self.engine.context_length, self.settings.max_new_tokens
         fitted = fit(turns, self.renderer, context, limit)
         events = decode(self.engine, fitted.prompt_ids, self.settings, self.renderer, cancelled)
         self._tell_dropped(len(fitted.dropped))
-        for event in events:
-            if not isinstance(event, Piece):
-                note = _NOTES.get(event.finish_reason, "")
-                return note.format(limit=limit, context=context) + "\n" if note else ""
-            said.append(event.text)
-            self.out(event.text)
-        return ""
+        note = ""
+        with self.view(self.out) as view:
+            for event in events:
+                if isinstance(event, Step):
+                    said.append(event.text)
+                    view.show(event)
+                else:
+                    note = _NOTES.get(event.finish_reason, "")
+        return note.format(limit=limit, context=context) + "\n" if note else ""
 
     def _tell_dropped(self, turns: int) -> None:
         if turns > self.dropped:

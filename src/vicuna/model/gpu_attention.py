@@ -6,7 +6,8 @@
     segments  one call a segment: what works everywhere, Turing and Volta included
 
 Which one is `choose`'s to say. `flex` runs forward on CPUs too, slowly: so the tests compare it
-there with the others; its backward, and `varlen`, need a GPU. `varlen` was written against PyTorch 2.13's `torch.nn.attention.varlen`.
+there with the others; its backward, and `varlen`, need a GPU. `varlen` was written against
+PyTorch 2.13's `torch.nn.attention.varlen`.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.model import blocks, kernels, parts
 from vicuna.model.decoder import Layer
+from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
 
 # Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
@@ -234,13 +235,3 @@ class TorchEngine:
         finally:
             if not whole:
                 self.forget()
-
-
-def is_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out: CUDA has a type for it, the CPU and Apple's GPU only words."""
-    words = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in words
-        or "can't allocate memory" in words
-    )

@@ -20,9 +20,9 @@ from vicuna.generate.engines.torch import (
     CHUNK,
     MAX_ROWS,
     causal_of,
-    is_memory,
     switch_adapter,
 )
+from vicuna.model.memory_errors import is_memory
 
 
 class PlainEngine:

@@ -1,0 +1,175 @@
+"""The vLLM engine: the same interface over vLLM's offline API, for machines that have it.
+
+Written against the documentation of vLLM 0.20 (`LLM`, `SamplingParams`, `LoRARequest`) and tested
+with a stand-in of the same surface; it was not run against vLLM itself.
+
+vLLM keeps what it computed in a cache of its own, found again by the tokens in front
+(`enable_prefix_caching`): a row is asked for as its whole path, and only its new tokens are
+computed. Scores come back as Python objects, one for each token of the vocabulary, so a step costs
+more than with the other engines: this one is for large models on several GPUs, not for speed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.errors import UserError
+from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.rows import check_rows
+
+# The ranks vLLM reserves memory for; an adapter's is rounded up to one of them.
+_RANKS = (8, 16, 32, 64, 128, 256, 512)
+
+
+def library() -> Any:
+    """The module `vllm`.
+
+    Raises: UserError where it is not installed.
+    """
+    if find_spec("vllm") is None:
+        raise UserError(
+            "vLLM is not installed",
+            where="engine vllm",
+            fix="pip install vllm (it needs Linux, a GPU and its own build of torch: best in an "
+            "environment of its own), or leave out --engine.",
+        )
+    import vllm
+
+    return vllm
+
+
+class VllmEngine:
+    """An `Engine` over vLLM. Its scores are log-probabilities.
+
+    Args:
+        folder: the base, in Hugging Face's layout.
+        context_length: tokens that a prompt and its answer may have together; 0: the model's own.
+        dtype: vLLM's name of a type, or `auto`.
+        max_rows: rows that `step` takes at most.
+        lora_rank: the largest rank of adapters that will be loaded; 0: none will.
+
+    Raises: UserError where vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        context_length: int = 0,
+        dtype: str = "auto",
+        max_rows: int = 16,
+        lora_rank: int = 0,
+    ) -> None:
+        vllm = library()
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.max_rows = max_rows
+        self.context_length = context_length or int(config["max_position_embeddings"])
+        self._vocabulary_size = int(config["vocab_size"])
+        self._llm = vllm.LLM(
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=self.context_length,
+            max_num_seqs=max_rows,
+            max_logprobs=-1,
+            enable_prefix_caching=True,
+            **_lora_options(lora_rank),
+        )
+        # One token is drawn and thrown away: what is wanted are the scores it was drawn from.
+        self._params = vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False
+        )
+        self._adapters: dict[str, Any] = {}
+        self._adapter: Any = None
+        self._rows: list[list[int]] = []
+
+    def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
+        """See `Engine.prefill`. `cancel` is asked once: vLLM computes a prompt in one call."""
+        if cancel():
+            raise Cancelled
+        self._rows = [list(prompt_ids)]
+        return self._scores()[0]
+
+    def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
+        """See `Engine.step`."""
+        check_rows(token_ids, parents, len(self._rows), self.max_rows)
+        self._rows = [[*self._rows[p], t] for t, p in zip(token_ids, parents)]
+        return self._scores()
+
+    def forget(self) -> None:
+        """Drop everything, vLLM's own cache included."""
+        self._rows = []
+        self._llm.reset_prefix_cache()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Name a LoRA adapter in PEFT's layout. vLLM reads it when it is first used.
+
+        Raises: UserError where the folder is not in that layout.
+        """
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        missing = [f for f in files if not (folder / f).is_file()]
+        if missing:
+            raise UserError(
+                f"vLLM reads adapters in PEFT's layout of today only; {missing[0]} is missing",
+                where=str(folder),
+                fix="Answer with --engine torch, which reads adapters of any age.",
+            )
+        library()
+        from vllm.lora.request import LoRARequest
+
+        self._adapters[name] = LoRARequest(name, len(self._adapters) + 1, str(folder))
+
+    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
+        """Answer with this adapter from now on, or with the base alone. Rows are dropped.
+
+        Args:
+            strength: 1, or 0 for the base alone: vLLM does not scale adapters.
+
+        Raises: UserError where no adapter of this name was loaded, or for another strength.
+        """
+        if name is not None and name not in self._adapters:
+            known = ", ".join(self._adapters) or "none"
+            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+        if strength not in (0, 1):
+            raise UserError(
+                f"vLLM cannot scale an adapter by {strength}",
+                fix="Use strength 1 or 0, or another engine.",
+            )
+        self._rows = []  # vLLM's cache tells adapters apart by itself
+        self._adapter = self._adapters[name] if name is not None and strength else None
+
+    def _scores(self) -> Tensor:
+        """Log-probabilities of the next token after each row (n, V)."""
+        prompts = [{"prompt_token_ids": row} for row in self._rows]
+        try:
+            outputs = self._llm.generate(
+                prompts, self._params, use_tqdm=False, lora_request=self._adapter
+            )
+        except torch.OutOfMemoryError as e:
+            self.forget()
+            raise OutOfMemory(str(e)) from e
+        except BaseException:
+            self._rows = []
+            raise
+        return torch.stack([self._row(output.outputs[0].logprobs[0]) for output in outputs])
+
+    def _row(self, logprobs: Any) -> Tensor:
+        """(V,) from vLLM's mapping of token ids to `Logprob`."""
+        row = torch.full((self._vocabulary_size,), -torch.inf)
+        ids = torch.tensor(list(logprobs))
+        row[ids] = torch.tensor([entry.logprob for entry in logprobs.values()])
+        return row
+
+
+def _lora_options(rank: int) -> dict[str, Any]:
+    if not rank:
+        return {}
+    room = next((r for r in _RANKS if r >= rank), None)
+    if room is None:
+        raise UserError(f"vLLM takes adapters up to rank {_RANKS[-1]}, this one has {rank}")
+    return {"enable_lora": True, "max_lora_rank": room}

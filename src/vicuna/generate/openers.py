@@ -1,0 +1,171 @@
+"""How each engine is opened: from the name of a base and perhaps an adapter to what computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vicuna.config import AnswerSettings
+from vicuna.errors import UserError
+from vicuna.generate.engines.base import Engine
+from vicuna.model import adapter as adapters
+from vicuna.model.adapter import AdapterFiles
+from vicuna.model.base import locate, locate_gguf, locate_vocabulary
+
+# precision -> type of the GGUF file that is written for it.
+_GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
+_VLLM_TYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_ADAPTER = "adapter"
+
+
+@dataclass
+class Opened:
+    """An engine, the folder its vocabulary is in, what was noted, and torch's model, if it is."""
+
+    engine: Engine
+    vocabulary: Path
+    notes: list[str]
+    model: Any = None
+
+
+def open_engine(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
+    """The engine that the settings ask for, over a base, with an adapter where there is one.
+
+    Raises: UserError where base and adapter do not belong together, or something is missing.
+    """
+    return _OPENERS[settings.engine](settings, base, files)
+
+
+# -- torch ----
+
+
+def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
+    from vicuna.generate.engines import torch as torch_engines
+    from vicuna.model import fused, load
+
+    folder = locate(base)
+    notes = _check(settings, files, lambda: adapters.identify(folder))
+    device = load.pick_device()
+    model = load.load_base(folder, load.choose(settings.precision, device), device)
+    if files is not None:
+        model = adapters.attach_saved(model, files)
+        model.to(device)
+        fused.install(model)
+    model.eval()
+    context = settings.context_length or load.context_length(model)
+    return Opened(torch_engines.open_engine(model, context), folder, notes, model)
+
+
+def _check(
+    settings: AnswerSettings, files: AdapterFiles | None, identify: Callable[[], dict[str, Any]]
+) -> list[str]:
+    """Refuse an adapter of another base; what was found, in words."""
+    if files is None:
+        return []
+    warning = adapters.check_base(files, identify(), settings.allow_other_base)
+    return [*files.notes, *([warning] if warning else [])]
+
+
+# -- llama.cpp ----
+
+
+def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
+    from vicuna.generate.engines.libllama import library
+    from vicuna.generate.engines.llamacpp import LlamaCppEngine
+
+    library()  # a missing wheel is met before a base is converted
+    gguf, folder, notes = _gguf_of(settings, base, files)
+    beams = settings.num_beams - 1
+    engine = LlamaCppEngine(
+        gguf,
+        context_length=settings.context_length,
+        spare=lambda context: beams * min(settings.max_new_tokens, context),
+        threads=settings.threads,
+    )
+    if files is not None:
+        from vicuna.export.gguf_cache import adapter_file
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            engine.load_adapter(_ADAPTER, adapter_file(files, config))
+        except UserError:
+            engine.close()
+            raise
+        engine.set_adapter(_ADAPTER)
+    notes.append(
+        f"llama.cpp: {gguf.name}, {engine.threads} threads, a context of {engine.context_length} "
+        f"tokens (the model was made for {engine.trained_context})"
+    )
+    return Opened(engine, folder, notes)
+
+
+def _gguf_of(
+    settings: AnswerSettings, base: str, files: AdapterFiles | None
+) -> tuple[Path, Path, list[str]]:
+    """(GGUF file, folder of vocabulary and config.json, notes). A GGUF file is taken as it is
+    unless a precision is asked for; a folder is written as GGUF once."""
+    given = locate_gguf(base)
+    if given is not None and settings.precision == "auto":
+        folder = locate_vocabulary(base)
+        return given, folder, _check_shape(settings, files, folder, base)
+    kind = _GGUF_TYPES.get(settings.precision)
+    if kind is None:
+        raise UserError(
+            f"llama.cpp has no {settings.precision}",
+            where="precision",
+            fix="Use auto, fp32, bf16, fp16 or int8 (q8_0), or a .gguf file of a 4-bit type.",
+        )
+    from vicuna.export.gguf_cache import base_file
+
+    folder = locate(base)
+    notes = _check(settings, files, lambda: adapters.identify(folder))
+    return base_file(folder, kind), folder, notes
+
+
+def _check_shape(
+    settings: AnswerSettings, files: AdapterFiles | None, folder: Path, base: str
+) -> list[str]:
+    """As `_check`, for a GGUF file: of quantised weights only the shape can be compared."""
+    if files is None:
+        return []
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    belongs = files.meta.get("base", {})
+    keys = [k for k in shape if k in belongs and k != "model_type"]
+    notes = _check(settings, files, lambda: {k: shape[k] for k in keys})
+    if belongs.get("name", base) != base:
+        notes.append(f"only the shape of {base} was compared with {belongs['name']}'s")
+    return notes
+
+
+# -- vllm ----
+
+
+def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
+    from vicuna.generate.engines.vllm import VllmEngine, library
+
+    library()
+    folder = locate(base)
+    notes = _check(settings, files, lambda: adapters.identify(folder))
+    dtype = _VLLM_TYPES.get(settings.precision)
+    if dtype is None:
+        raise UserError(
+            f"{settings.precision} is not passed on to vLLM",
+            where="precision",
+            fix="Use auto, fp32, bf16 or fp16, or a base that is quantised on disk.",
+        )
+    rank = files.lora.rank if files else 0
+    engine = VllmEngine(folder, settings.context_length, dtype, lora_rank=rank)
+    if files is not None:
+        engine.load_adapter(_ADAPTER, files.path)
+        engine.set_adapter(_ADAPTER)
+    return Opened(engine, folder, notes)
+
+
+_OPENERS: dict[str, Callable[[AnswerSettings, str, AdapterFiles | None], Opened]] = {
+    "torch": _open_torch,
+    "llama.cpp": _open_llamacpp,
+    "vllm": _open_vllm,
+}

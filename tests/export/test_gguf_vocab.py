@@ -1,0 +1,196 @@
+"""The vocabulary of GGUF files: llama.cpp encodes text from it as our tokenizer does, and so does
+what we read back from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from generate_kit import CORPUS, byte_level, sentencepiece
+from tokenizers import Tokenizer
+
+from gguf_kit import save_base, vary
+from kit import metaspace, save_tokenizer, tiny_model
+from vicuna.data.encode import Encoder
+from vicuna.errors import UserError
+from vicuna.export.gguf import write_base
+from vicuna.model import pretokenizers
+from vicuna.model.gguf_fields import read_fields
+from vicuna.model.gguf_vocabulary import vocabulary_folder
+from vicuna.model.vocabulary import load_vocabulary
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"
+)
+TEXTS = [
+    *CORPUS,
+    "2026年11月24日，气温12.5度，电话13800138000。",
+    "don't  stop;\n\n\tx = y+1  \n  三个空格   结尾 ",
+    "𠮷野家 😀👍🏽 naïve — “引号”（括号）…",
+    "a<s>b</s> <|im_start|>user",
+]
+
+
+@contextmanager
+def engine_of(path: Path) -> Iterator[Any]:
+    from vicuna.generate.engines.llamacpp import LlamaCppEngine
+
+    with LlamaCppEngine(path, context_length=256, threads=1) as engine:
+        yield engine
+
+
+def ruled(name: str) -> Tokenizer:
+    """`byte_level()` as a family cuts text."""
+    tokenizer = byte_level()
+    spec = json.loads(tokenizer.to_str())
+    family = pretokenizers.by_name(name)
+    assert family
+    spec["pre_tokenizer"] = pretokenizers.rule(family)
+    spec["model"]["ignore_merges"] = family.ignore_merges
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+def written(folder: Path, tokenizer: Tokenizer, **words: Any) -> tuple[Encoder, Path]:
+    size = tokenizer.get_vocab_size() + 12  # more rows than tokens, as many models have
+    save_base(folder, vary(tiny_model("llama", vocab_size=size)), tokenizer, **words)
+    write_base(folder, folder / "x.gguf", "f16")
+    return Encoder(load_vocabulary(folder)), folder / "x.gguf"
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("name", [f.name for f in pretokenizers.FAMILIES])
+def test_llamacpp_encodes_as_the_tokenizer_does(tmp_path: Path, name: str) -> None:
+    encoder, path = written(tmp_path, ruled(name))
+    with engine_of(path) as engine:
+        for text in TEXTS:
+            assert engine.tokenize(text) == encoder.text(text, first=True)
+
+
+def with_all_merges(tokenizer: Tokenizer) -> Tokenizer:
+    """As real conversions are: whatever makes a piece is a merge."""
+    spec = json.loads(tokenizer.to_str())
+    spec["model"]["merges"].append(["▁", "ab"])
+    return Tokenizer.from_str(json.dumps(spec))
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("make", [sentencepiece, metaspace])
+def test_llamacpp_encodes_sentencepiece_as_the_tokenizer_does(tmp_path: Path, make: Any) -> None:
+    encoder, path = written(tmp_path, with_all_merges(make()), unk_token="<unk>")
+    fields = read_fields(path)
+    assert fields["tokenizer.ggml.model"] == "llama"
+    types = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]))
+    assert (types["<unk>"], types["<0x41>"], types["<s>"], types["ab"]) == (2, 6, 3, 1)
+    assert sum(t == 5 for t in types.values()) == 12
+    with engine_of(path) as engine:
+        # (Metaspace, other than SentencePiece itself, adds no space to a text that begins with one.)
+        for text in [*TEXTS, "ab a b aab  ab"]:
+            assert engine.tokenize(text) == encoder.text(text, first=True)
+
+
+def test_sentencepiece_comes_back(tmp_path: Path) -> None:
+    encoder, path = written(tmp_path, with_all_merges(sentencepiece()), unk_token="<unk>")
+    back = Encoder(load_vocabulary(vocabulary_folder(path)))
+    for text in [*TEXTS, "ab a b aab  ab", " ab"]:
+        for first in (True, False):
+            assert back.text(text, first=first) == encoder.text(text, first=first)
+        assert back.decode(back.text(text, first=True)).strip(" ") == text.strip(" ")
+
+
+@pytest.mark.parametrize("name", [f.name for f in pretokenizers.FAMILIES])
+def test_the_tokenizer_of_a_gguf_file_comes_back(tmp_path: Path, name: str) -> None:
+    encoder, path = written(tmp_path, ruled(name))
+    back = Encoder(load_vocabulary(vocabulary_folder(path)))
+    for text in TEXTS:
+        assert back.text(text) == encoder.text(text)
+    assert back.vocabulary.eos_id == encoder.vocabulary.eos_id
+    assert back.control_ids >= encoder.control_ids
+
+
+def test_the_chat_template_and_all_ends_come_back(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    model = tiny_model("llama", vocab_size=tokenizer.get_vocab_size())
+    model.save_pretrained(tmp_path)
+    fast = save_tokenizer(tmp_path, tokenizer)
+    fast.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    fast.save_pretrained(tmp_path)
+    ends = [fast.eos_token_id, fast.convert_tokens_to_ids("<|im_end|>")]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    write_base(tmp_path, tmp_path / "x.gguf")
+    back = load_vocabulary(vocabulary_folder(tmp_path / "x.gguf"))
+    assert back.chat_template == fast.chat_template
+    assert set(back.end_ids) == set(ends)
+
+
+def test_a_tokenizer_of_no_known_family_is_refused_with_its_rule(tmp_path: Path) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[A-Z]+|."), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    save_base(tmp_path, tiny_model("llama", vocab_size=352), tokenizer)
+    with pytest.raises(UserError, match="no known family") as e:
+        write_base(tmp_path, tmp_path / "x.gguf")
+    assert "[A-Z]+" in str(e.value)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    save_base(tmp_path, tiny_model("llama", vocab_size=100))
+    with pytest.raises(UserError, match="only 100 rows"):
+        write_base(tmp_path, tmp_path / "x.gguf")
+
+
+# -- SentencePiece itself ----
+
+
+def lines(name: str) -> list[str]:
+    """Real Chinese text: the lines of a sample."""
+    text = resources.files("vicuna.samples").joinpath(name).read_text(encoding="utf-8")
+    return text.splitlines()
+
+
+def train_sentencepiece(folder: Path) -> None:
+    """A base with a tokenizer.model as Llama 1 and 2 have it, trained here."""
+    import sentencepiece as spm
+
+    (folder / "text.txt").write_text("\n".join([*CORPUS, *lines("instruct_zh.jsonl")[:60]]))
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=2200, byte_fallback=True, character_coverage=0.98, split_digits=True,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "add_bos_token": True, "legacy": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tiny_model("llama", vocab_size=2200, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+
+
+@needs_llamacpp
+def test_a_sentencepiece_model_is_the_same_everywhere(tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    train_sentencepiece(tmp_path)
+    theirs = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = Encoder(load_vocabulary(tmp_path))
+    write_base(tmp_path, tmp_path / "x.gguf")
+    back = Encoder(load_vocabulary(vocabulary_folder(tmp_path / "x.gguf")))
+    scores = read_fields(tmp_path / "x.gguf")["tokenizer.ggml.scores"]
+    assert scores == [theirs.get_score(i) for i in range(2200)]
+    assert back.vocabulary.bos_id == ours.vocabulary.bos_id == 1
+    with engine_of(tmp_path / "x.gguf") as engine:
+        for text in [*TEXTS[:-1], *lines("heldout_zh.jsonl")]:
+            wanted = theirs.encode(text)
+            assert ours.text(text, first=True) == wanted
+            assert engine.tokenize(text) == wanted
+            assert back.text(text, first=True) == wanted
