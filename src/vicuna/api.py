@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
 from typing import Any
 
 from vicuna import config
@@ -38,7 +39,11 @@ def load(
     engine: str = "torch",
     precision: str = "auto",
     template: str = "",
-    **more: Any,
+    context_length: int = 0,
+    allow_other_base: bool = False,
+    threads: int = 0,
+    num_beams: int = 1,
+    max_new_tokens: int = 512,
 ) -> Model:
     """Open a base, perhaps with an adapter.
 
@@ -49,22 +54,45 @@ def load(
         engine: torch, llama.cpp or vllm.
         precision: auto, fp32, bf16, fp16, int8 or nf4.
         template: where not given the adapter's own, else the tokenizer's.
-        more: further settings of `vicuna generate`, such as `context_length`.
+        context_length: tokens of prompt and answer together; 0: the model's own.
+        allow_other_base: accept an adapter that belongs to other weights.
+        threads: that llama.cpp computes with; 0: one for each core it may use.
+        num_beams, max_new_tokens: the most that requests will ask for together, so that llama.cpp,
+            whose cache is one block made here, has room for them beside a full context. The other
+            engines' caches grow.
 
     Raises: UserError where something is missing or base and adapter do not belong together.
+
+    Warns: of what is odd about base or adapter; `Model.notes` has it too.
     """
-    given = {"model": model, "adapter": adapter, "engine": engine, "precision": precision}
-    settings = config.build(AnswerSettings, {**given, "template": template, **more})
-    return Model(open_model(settings))
+    given = {
+        "model": model,
+        "adapter": adapter,
+        "engine": engine,
+        "precision": precision,
+        "template": template,
+        "context_length": context_length,
+        "allow_other_base": allow_other_base,
+        "threads": threads,
+        "num_beams": num_beams,
+        "max_new_tokens": max_new_tokens,
+    }
+    return Model(open_model(config.build(AnswerSettings, given)))
 
 
 class Model:
-    """A loaded model. One request at a time; what a request has in common with the last one is not
-    computed again."""
+    """A loaded model. What a request has in common with the last one is not computed again.
+
+    It answers one request at a time and belongs to one thread: a request that begins ends the one
+    before, whose `Finished` then says `cancelled`.
+
+    notes: what was found when it was loaded.
+    """
 
     def __init__(self, loaded: Loaded) -> None:
-        self._loaded = loaded
-        self.notes = loaded.notes
+        self._opened: Loaded | None = loaded
+        self._request = object()  # stands for the request that may compute
+        self.notes = [n for n in (*loaded.notes, loaded.about) if n]
         for note in loaded.notes:
             warnings.warn(note, stacklevel=3)
 
@@ -79,80 +107,123 @@ class Model:
         """Answer, telling how things stand after each token.
 
         Args:
-            messages: a question, or a conversation that ends with one.
-            cancel: once it returns true, the answer ends with what was said.
+            messages: a question, or a conversation that ends with one. The oldest questions go,
+                with their answers and a warning, where it does not fit the context.
+            cancel: asked before each token; once it returns true, the answer ends with what was
+                said.
             settings: those of `vicuna.Settings`, such as max_new_tokens, num_beams, do_sample.
 
         Yields: `Step` for each token, whose `text` is final; `Finished` at the end.
 
-        Raises: UserError (SettingsError) for settings that are wrong or have no effect, and where
-            the question alone does not fit the context.
+        Raises: at once, UserError (SettingsError) for settings that are wrong or have no effect,
+            for what is no conversation, and where the question alone does not fit the context.
         """
-        choice = config.build(Settings, settings)
-        fitted = self.fit(messages, choice.max_new_tokens)
-        if fitted.dropped:
-            count = len(fitted.dropped)
-            warnings.warn(f"the {count} oldest turns no longer fit the context", stacklevel=2)
-        loaded = self._loaded
-        return decode(loaded.engine, fitted.prompt_ids, choice, loaded.renderer, cancel)
+        return self._answer(messages, cancel, settings)
 
     def generate(
         self, messages: Messages, *, cancel: Callable[[], bool] = never, **settings: Any
     ) -> Finished:
         """The same, at once: `text` is the best answer's, `answers` has all that were asked for."""
-        for event in self.stream(messages, cancel=cancel, **settings):
-            if isinstance(event, Finished):
-                return event
-        raise AssertionError("an answer always ends with Finished")
+        *_, last = self._answer(messages, cancel, settings)
+        assert isinstance(last, Finished)
+        return last
 
-    def fit(self, messages: Messages, reserve: int) -> Fitted:
+    def fit(self, messages: Messages, reserve: int = 256) -> Fitted:
         """What `stream` computes for a conversation: the turns that fit, their prompt (token ids),
         and the oldest turns, which are dropped for it. `reserve` tokens are kept for the answer."""
         engine, renderer = self._loaded.engine, self._loaded.renderer
         return fit(_turns(messages), renderer, engine.context_length, reserve)
 
-    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
-        """Switch the adapter off (None) or on again ("adapter"; "default" with torch), at a
-        strength.
+    def set_adapter(self, on: bool, strength: float = 1.0) -> None:
+        """Answer with the adapter from now on, or with the base alone.
 
-        Raises: UserError where nothing was loaded that could be switched.
+        Args:
+            strength: multiplies what the adapter adds; vLLM knows only 0 and 1.
+
+        Raises: UserError where no adapter was loaded, or the engine cannot scale it so.
         """
-        switch = getattr(self._loaded.engine, "set_adapter", None)
-        if switch is None:
-            raise UserError("this engine has no adapters to switch", where="set_adapter")
-        switch(name, strength)
+        self._request = object()
+        self._loaded.set_adapter(on, strength)
 
     def close(self) -> None:
-        """Free what the engine holds; the model is of no use afterwards."""
-        engine = self._loaded.engine
-        engine.forget()
-        close = getattr(engine, "close", None)
-        if close is not None:
-            close()
+        """Free what the engine holds; the model is of no use afterwards. May be called twice."""
+        if self._opened is None:
+            return
+        engine, self._opened, self._request = self._opened.engine, None, object()
+        getattr(engine, "close", engine.forget)()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def _loaded(self) -> Loaded:
+        if self._opened is None:
+            raise UserError("this model was closed", fix="Load it again: vicuna.load(...).")
+        return self._opened
+
+    def _answer(
+        self, messages: Messages, cancel: Callable[[], bool], settings: dict[str, Any]
+    ) -> Iterator[Event]:
+        """See `stream`. What can be refused is refused here, before anything is asked for."""
+        choice = config.build(Settings, settings)
+        fitted = self.fit(messages, choice.max_new_tokens)
+        if fitted.dropped:
+            warnings.warn(
+                f"the {len(fitted.dropped)} oldest turns no longer fit the context of "
+                f"{self.context_length} tokens and were left out",
+                stacklevel=3,
+            )
+        request, loaded = object(), self._loaded
+
+        def over() -> bool:
+            return self._request is not request or cancel()
+
+        events = decode(loaded.engine, fitted.prompt_ids, choice, loaded.renderer, over)
+        return self._run(events, request)
+
+    def _run(self, events: Iterator[Event], request: object) -> Iterator[Event]:
+        self._request = request
+        yield from events
 
 
 def _turns(messages: Messages) -> list[Turn]:
     """Turns of a question or conversation.
 
-    Raises: UserError where it does not end with a question.
+    Raises: UserError where it is none, or does not end with a question.
     """
     if isinstance(messages, str):
         return [Turn("user", messages)]
-    turns = [m if isinstance(m, Turn) else _turn(m) for m in messages]
-    if not turns or turns[-1].role != "user":
+    if isinstance(messages, Mapping):
         raise UserError(
-            "a conversation to answer ends with a question", where="messages",
-            fix='Let the last message have the role "user".',
-        )  # fmt: skip
+            "one message is no conversation", where="messages", fix="Give a list: [message]."
+        )
+    turns = [m if isinstance(m, Turn) else _turn(m) for m in messages]
+    spoken = turns[1:] if turns and turns[0].role == "system" else turns
+    roles = [turn.role for turn in spoken]
+    if len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        raise UserError(
+            f"not a conversation to answer: its roles are {[turn.role for turn in turns]}",
+            where="messages",
+            fix="Perhaps a system message, then user and assistant in turn, a user's at the end.",
+        )
     return turns
 
 
 def _turn(message: Mapping[str, str]) -> Turn:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant") or not isinstance(content, str):
-        raise UserError(
-            f"not a message: {dict(message)!r}",
-            where="messages",
-            fix='A message is {"role": "system" | "user" | "assistant", "content": TEXT}.',
-        )
-    return Turn(role, content)  # type: ignore[arg-type]
+    if isinstance(message, Mapping):
+        role, text = message.get("role"), message.get("content")
+        if role in ("system", "user", "assistant") and isinstance(text, str):
+            return Turn(role, text)  # type: ignore[arg-type]
+    raise UserError(
+        f"not a message: {message!r}",
+        where="messages",
+        fix='A message is {"role": "system" | "user" | "assistant", "content": TEXT}.',
+    )

@@ -55,6 +55,15 @@ def train(context: typer.Context) -> None:
 
 
 @app.command(**_ANY)
+def plan(context: typer.Context) -> None:
+    """Say what memory a run needs, and whether it fits a device; needs no GPU and no weights."""
+    words = _words(context, "PlanSettings", "vicuna plan [RECIPE.yaml] [--memory 11GiB]")
+    from vicuna.memory.command import run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
 def generate(context: typer.Context) -> None:
     """Answer one instruction, or a file of them."""
     words = _words(context, "GenerateSettings", 'vicuna generate --adapter RUN "instruction"')

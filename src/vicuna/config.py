@@ -584,5 +584,6 @@ def _in_words(cls: type[BaseModel], error: Any) -> str:
         close = difflib.get_close_matches(place[-1], cls.model_fields, n=1)
         return f"{name}: no such setting" + (f"; did you mean {close[0]}?" if close else "")
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    expected |= {"string": "text", "tuple": "a list", "list": "a list", "mapping": "a table"}
     word = expected.get(kind.split("_")[0], error["msg"])
     return f"{name} is {given!r}, but must be {word}"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from run_kit import events, largest_difference, same, save_tiny_model, train, weights, write_data
 
+from kit import tiny_model
 from vicuna.errors import SettingsError, UserError
 from vicuna.train.runfolder import RunFolder
 
@@ -55,7 +57,9 @@ def test_the_loss_falls_and_the_best_weights_are_kept(reference: Path) -> None:
         ("--micro_batch_size", "3"),
         ("--micro_batch_tokens", "60"),
         ("--share_prefixes", "false"),
+        ("--gradient_checkpointing", "selective"),
         ("--gradient_checkpointing", "true"),
+        ("--gradient_checkpointing", "offload"),
     ],
 )
 def test_how_a_step_is_cut_changes_nothing_but_rounding(
@@ -193,6 +197,26 @@ def test_the_data_report_is_in_the_folder(reference: Path) -> None:
     assert report["files"][0]["records"] == 40
     assert report["examples"] == 34
     assert report["validation_examples"] == 6
+
+
+def test_a_family_that_is_not_known_is_trained_by_transformers_and_said_so_once(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "gemma2"))
+    (folder / "model.safetensors").unlink()
+    config = json.loads((tiny / "config.json").read_text())
+    ids = {"vocab_size": config["vocab_size"], "eos_token_id": config["eos_token_id"]}
+    tiny_model("gemma2", **ids).save_pretrained(folder)
+    for name, more in (("plain", ()), ("again", ("--gradient_checkpointing",))):
+        train("--model", str(folder), "--dataset", str(data), "--batch_size", "8", "--max_steps",
+              "3", "--output_dir", str(tmp_path / name), *more)  # fmt: skip
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("transformers' own forward is used") == 1
+        assert "gemma2 is not among llama, mistral, qwen2, qwen3" in said
+    assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "again")) < 2e-5
+    train("--model", str(tiny), "--dataset", str(data), "--batch_size", "8", "--max_steps", "1",
+          "--output_dir", str(tmp_path / "known"))  # fmt: skip
+    assert "own forward" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "int8", "nf4"])

@@ -29,10 +29,10 @@ def _parse(cls: type[config.T], words: Sequence[str]) -> tuple[config.T, list[st
 
 
 def _renderer(settings: DataSettings) -> Renderer:
-    from vicuna.model.base import locate
+    from vicuna.model.base import locate_vocabulary
     from vicuna.model.vocabulary import load_vocabulary
 
-    vocabulary = load_vocabulary(locate(settings.model, weights=False))
+    vocabulary = load_vocabulary(locate_vocabulary(settings.model))
     return Renderer(find(settings.template, vocabulary), Encoder(vocabulary))
 
 

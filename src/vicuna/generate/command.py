@@ -48,7 +48,8 @@ def chat(words: Sequence[str]) -> int:
 
     print("Type /help for what you can do here.")
     view = partial(view_of, show_beams=settings.show_beams)
-    converse(loaded.engine, loaded.renderer, choice, settings.system, view=view)
+    switch = loaded.set_adapter
+    converse(loaded.engine, loaded.renderer, choice, settings.system, view=view, switch=switch)
     return 0
 
 
@@ -82,7 +83,7 @@ def _open(settings: config.AnswerSettings) -> Loaded:
     from vicuna.generate.load import open_model
 
     loaded = open_model(settings)
-    for note in loaded.notes:
+    for note in filter(None, [*loaded.notes, loaded.about]):
         print(f"note: {note}", file=sys.stderr)
     return loaded
 

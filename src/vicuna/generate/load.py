@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,40 @@ from vicuna.model.vocabulary import load_vocabulary
 
 @dataclass
 class Loaded:
-    """What answers. notes: what the user should know about how it was loaded."""
+    """What answers.
+
+    model: torch's, where torch computes.
+    notes: what the user should know about base and adapter.
+    about: what computes, in words; "" where there is nothing to tell.
+    adapter: the engine's name of the adapter; "" where there is none.
+    """
 
     engine: Engine
     renderer: Renderer
     model: Any
     notes: list[str]
+    about: str = ""
+    adapter: str = ""
+
+    def set_adapter(self, on: bool, strength: float = 1.0) -> None:
+        """Answer with the adapter from now on, or with the base alone. What was computed before is
+        forgotten.
+
+        Args:
+            strength: multiplies what the adapter adds.
+
+        Raises: UserError where no adapter was loaded, or the engine cannot scale it so.
+        """
+        if not self.adapter:
+            raise UserError(
+                "there is no adapter to switch",
+                where="adapter",
+                fix="Name one when the model is loaded: --adapter RUN, vicuna.load(adapter=...).",
+            )
+        if not math.isfinite(strength):
+            raise UserError(f"a strength is a number, not {strength}", where="adapter")
+        engine: Any = self.engine  # every engine that has loaded an adapter can switch it
+        engine.set_adapter(self.adapter if on else None, strength)
 
 
 def open_model(settings: AnswerSettings) -> Loaded:
@@ -36,9 +65,8 @@ def open_model(settings: AnswerSettings) -> Loaded:
     opened = open_engine(settings, settings.model or _base_of(files), files)
     vocabulary = load_vocabulary(opened.vocabulary)
     template = _template(settings, files, vocabulary)
-    return Loaded(
-        opened.engine, Renderer(template, Encoder(vocabulary)), opened.model, opened.notes
-    )
+    renderer = Renderer(template, Encoder(vocabulary))
+    return Loaded(opened.engine, renderer, opened.model, opened.notes, opened.about, opened.adapter)
 
 
 def _base_of(files: adapters.AdapterFiles | None) -> str:

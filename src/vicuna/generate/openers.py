@@ -13,7 +13,7 @@ from vicuna.errors import UserError
 from vicuna.generate.engines.base import Engine
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
-from vicuna.model.base import locate, locate_gguf, locate_vocabulary
+from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
 
 # precision -> type of the GGUF file that is written for it.
 _GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
@@ -23,11 +23,20 @@ _ADAPTER = "adapter"
 
 @dataclass
 class Opened:
-    """An engine, the folder its vocabulary is in, what was noted, and torch's model, if it is."""
+    """An opened engine.
+
+    vocabulary: the folder its vocabulary is in.
+    notes: what the user should know about base and adapter.
+    adapter: the engine's name of the adapter; "" where there is none.
+    about: what computes, in words.
+    model: torch's model, if it is torch that computes.
+    """
 
     engine: Engine
     vocabulary: Path
     notes: list[str]
+    adapter: str = ""
+    about: str = ""
     model: Any = None
 
 
@@ -53,10 +62,13 @@ def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None)
     if files is not None:
         model = adapters.attach_saved(model, files)
         model.to(device)
-        fused.install(model)
     model.eval()
     context = settings.context_length or load.context_length(model)
-    return Opened(torch_engines.open_engine(model, context), folder, notes, model)
+    engine = torch_engines.open_engine(model, context)
+    if files is not None and not isinstance(engine, torch_engines.TorchEngine):
+        fused.install(model)  # the other engine has a forward pass of its own
+    name = model.active_adapters[0] if files is not None else ""
+    return Opened(engine, folder, notes, name, model=model)
 
 
 def _check(
@@ -73,11 +85,16 @@ def _check(
 
 
 def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
+    import torch
+
     from vicuna.generate.engines.libllama import library
     from vicuna.generate.engines.llamacpp import LlamaCppEngine
 
     library()  # a missing wheel is met before a base is converted
-    gguf, folder, notes = _gguf_of(settings, base, files)
+    gguf, folder, notes, taken = _gguf_of(settings, base, files)
+    # Filters and penalties are torch's. Its threads would spin between two of them, on the cores
+    # that llama.cpp computes on; a few rows of scores need no more than one.
+    torch.set_num_threads(1)
     beams = settings.num_beams - 1
     engine = LlamaCppEngine(
         gguf,
@@ -95,22 +112,28 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
             engine.close()
             raise
         engine.set_adapter(_ADAPTER)
-    notes.append(
-        f"llama.cpp: {gguf.name}, {engine.threads} threads, a context of {engine.context_length} "
+    many = "" if engine.threads == 1 else "s"
+    about = (
+        f"llama.cpp: {taken}, {engine.threads} thread{many}, a context of {engine.context_length} "
         f"tokens (the model was made for {engine.trained_context})"
     )
-    return Opened(engine, folder, notes)
+    return Opened(engine, folder, notes, _ADAPTER if files else "", about)
 
 
 def _gguf_of(
     settings: AnswerSettings, base: str, files: AdapterFiles | None
-) -> tuple[Path, Path, list[str]]:
-    """(GGUF file, folder of vocabulary and config.json, notes). A GGUF file is taken as it is
-    unless a precision is asked for; a folder is written as GGUF once."""
+) -> tuple[Path, Path, list[str], str]:
+    """(GGUF file, folder of vocabulary and config.json, notes, which file it is in words).
+
+    A GGUF file that the user gives is taken as it is unless a precision is asked for; a folder is
+    written as GGUF once. So is the embedded base: its own file, of 4 bits, is only how it travels,
+    and llama.cpp would answer otherwise from it than torch does.
+    """
     given = locate_gguf(base)
-    if given is not None and settings.precision == "auto":
+    if given is not None and settings.precision == "auto" and base != EMBEDDED:
         folder = locate_vocabulary(base)
-        return given, folder, _check_shape(settings, files, folder, base)
+        notes = _check_shape(settings, files, folder, base)
+        return given, folder, notes, f"{given.name} as it is"
     kind = _GGUF_TYPES.get(settings.precision)
     if kind is None:
         raise UserError(
@@ -122,7 +145,7 @@ def _gguf_of(
 
     folder = locate(base)
     notes = _check(settings, files, lambda: adapters.identify(folder))
-    return base_file(folder, kind), folder, notes
+    return base_file(folder, kind), folder, notes, f"{base} in {kind.upper()}"
 
 
 def _check_shape(
@@ -161,7 +184,7 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
     if files is not None:
         engine.load_adapter(_ADAPTER, files.path)
         engine.set_adapter(_ADAPTER)
-    return Opened(engine, folder, notes)
+    return Opened(engine, folder, notes, _ADAPTER if files else "")
 
 
 _OPENERS: dict[str, Callable[[AnswerSettings, str, AdapterFiles | None], Opened]] = {

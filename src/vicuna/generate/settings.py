@@ -79,6 +79,12 @@ class Settings(BaseModel):
         0, ge=0, le=20, description="report each token's log-probability and the k likeliest"
     )
 
+    @field_validator("stop", "stop_tokens", "banned_words", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        """One text or token is a list of one."""
+        return (value,) if isinstance(value, str | int) else value
+
     @field_validator("early_stopping", mode="before")
     @classmethod
     def _never(cls, value: object) -> object:

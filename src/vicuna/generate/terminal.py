@@ -26,10 +26,12 @@ HELP = """\
 /undo         take back the last question and its answer
 /system TEXT  set the system prompt; without TEXT, remove it
 /save FILE    append the conversation to a JSONL file that vicuna train accepts
+/adapter on   answer with the adapter; /adapter on 0.5 at half its strength; /adapter off without
 /help         this list
 /exit         leave (Ctrl-D too); Ctrl-C stops an answer
 """
 _COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?", re.DOTALL)
+_ADAPTER = re.compile(r"(?P<off>off)|on(?:\s+(?P<strength>-?\d*\.?\d+))?")
 _NOTES: dict[FinishReason, str] = {
     "length": "(stopped at {limit} tokens; --max_new_tokens allows more)",
     "context": "(stopped: the context of {context} tokens is full; /reset starts anew)",
@@ -61,6 +63,7 @@ def converse(
     read: Callable[[str], str] = read_line,
     out: Callable[[str], None] = write,
     view: Callable[[Callable[[str], None]], View] = view_of,
+    switch: Callable[[bool, float], None] | None = None,
 ) -> Chat:
     """Talk until the end of the input, Ctrl-C or Ctrl-D at the prompt, or /exit.
 
@@ -68,10 +71,11 @@ def converse(
         read: shows a prompt and returns a line; raises EOFError at the end.
         out: shows text as it is, without adding a line's end.
         view: makes of `out` what shows an answer while it grows.
+        switch: sets whether the adapter is used, and its strength.
 
     Returns: the conversation as it stood at the end.
     """
-    talk = _Talk(engine, renderer, settings, Chat(system), out, view)
+    talk = _Talk(engine, renderer, settings, Chat(system), out, view, switch)
     while True:
         try:
             line = _valid(read("> ")).strip()
@@ -101,9 +105,10 @@ class _Talk:
         chat: Chat,
         out: Callable[[str], None],
         view: Callable[[Callable[[str], None]], View],
+        switch: Callable[[bool, float], None] | None,
     ) -> None:
         self.engine, self.renderer, self.settings = engine, renderer, settings
-        self.chat, self.out, self.view = chat, out, view
+        self.chat, self.out, self.view, self.switch = chat, out, view, switch
         self.dropped = 0  # turns that did not fit, as last told
 
     def take(self, line: str) -> bool:
@@ -124,6 +129,7 @@ class _Talk:
             "undo": self.undo,
             "system": self.set_system,
             "save": self.save,
+            "adapter": self.set_adapter,
         }
         self.out(commands.get(name, lambda _: f"No command /{name}; /help lists them.\n")(rest))
         return True
@@ -145,6 +151,19 @@ class _Talk:
             raise UserError("the file's name is missing", where="/save", fix="/save talk.jsonl")
         self.chat.save(Path(name))
         return f"Saved to {name}.\n"
+
+    def set_adapter(self, text: str) -> str:
+        words = _ADAPTER.fullmatch(text)
+        if not words:
+            raise UserError("on or off?", where="/adapter", fix="/adapter off, /adapter on 0.5")
+        if self.switch is None:
+            raise UserError("there is no adapter to switch", where="/adapter")
+        if words["off"]:
+            self.switch(False, 1.0)
+            return "The base alone answers.\n"
+        strength = float(words["strength"] or 1)
+        self.switch(True, strength)
+        return "The adapter answers" + (f" at {strength:g}.\n" if strength != 1 else ".\n")
 
     def answer(self, question: str) -> None:
         """Type the answer; what was typed until an interruption is kept."""

@@ -17,10 +17,10 @@ def run(words: Sequence[str]) -> int:
     settings, _ = config.parse(config.DoctorSettings, words, free=free)
     model = free[0] if free else settings.model
     from vicuna.model import load
-    from vicuna.model.base import locate
+    from vicuna.model.base import locate_vocabulary
     from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
 
-    folder = locate(model, weights=False)
+    folder = locate_vocabulary(model)
     vocabulary = load_vocabulary(folder)
     encoder = Encoder(vocabulary)
     template = find(settings.template, vocabulary)

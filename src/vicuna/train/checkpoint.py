@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vicuna.cache import file_hash, whole_folder
 from vicuna.errors import UserError
 from vicuna.model import adapter as adapters
+from vicuna.train import optimizer as optimizers
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -77,21 +77,13 @@ def save(
     with whole_folder(target) as aside:
         (aside / "adapter").mkdir()
         adapters.save(peft, aside / "adapter", meta)
-        save_file(_moments(optimizer, names), str(aside / "optimizer.safetensors"))
+        save_file(optimizers.state_of(optimizer, names), str(aside / "optimizer.safetensors"))
         files = {
             str(p.relative_to(aside)): file_hash(p) for p in sorted(aside.rglob("*")) if p.is_file()
         }
         text = json.dumps({**asdict(state), "files": files}, indent=1)
         (aside / "state.json").write_text(text)
     return target
-
-
-def _moments(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, state in zip(names, optimizer.state_dict()["state"].values()):
-        for key, value in state.items():
-            tensors[f"{key}:{name}"] = value.detach().to("cpu").contiguous()
-    return tensors
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
@@ -102,20 +94,13 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names:
     from safetensors.torch import load_file
 
     tensors = load_file(str(checkpoint / "optimizer.safetensors"))
-    state: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(names):
-        mine = {k.split(":", 1)[0]: v for k, v in tensors.items() if k.split(":", 1)[1] == name}
-        if tensors and not mine:
-            raise UserError(
-                f"the optimiser's state has nothing for {name}",
-                where=str(checkpoint),
-                fix="lora_target and model must be the checkpoint's; or use --init_adapter.",
-            )
-        if mine:
-            state[i] = mine
-    whole = optimizer.state_dict()
-    whole["state"] = state
-    optimizer.load_state_dict(whole)
+    missing = optimizers.load_state(optimizer, names, tensors)
+    if missing:
+        raise UserError(
+            f"the optimiser's state has nothing for {missing[0]}",
+            where=str(checkpoint),
+            fix="lora_target and model must be the checkpoint's; or use --init_adapter.",
+        )
 
 
 # -- finding --------------------------------------------------------------------------------

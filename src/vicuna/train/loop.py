@@ -20,24 +20,17 @@ from torch import Tensor
 
 from vicuna.cache import whole_folder
 from vicuna.data.encode import Example
-from vicuna.data.pack import Pack, build_packs
 from vicuna.errors import UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import load
+from vicuna.model.memory_errors import is_memory
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.reporters import Reporters
 from vicuna.train.setup import Session
+from vicuna.train.shrink import EVALUATION, TRAINING, Shrinking, advice
 
 FP16_SCALE_GROWS_EVERY = 500
 FP16_SCALE_MAX = 65536.0
-
-
-# What helps most comes first; the first two do not change the result.
-_LESS_MEMORY = (
-    "Go on with a smaller cut: vicuna train --resume {run} --micro_batch_tokens {half}\n"
-    "or add --gradient_checkpointing. A new run also fits with --precision nf4 (a quarter of the "
-    "weights' memory), a smaller --cutoff_len, or fewer layers in --lora_target."
-)
 
 
 @dataclass
@@ -64,7 +57,8 @@ class Training:
         self.stop_signal: int | None = None
         self.first_eval: float | None = None
         self.first_step = session.state.step
-        self._eval_packs: list[Pack] | None = None
+        self._training = Shrinking(session, TRAINING)
+        self._evaluation = Shrinking(session, EVALUATION)
         total = self.state.total
         self.eval_every = session.settings.eval_steps or max(1, math.ceil(total / 10))
         self.sample_every = session.settings.sample_steps or self.eval_every
@@ -105,25 +99,15 @@ class Training:
         s, state = self.s, self.state
         began = time.perf_counter()
         examples = self._examples(state.step)
-        packs = self._packs(examples)
-        supervised = sum(p.supervised for p in packs)
         s.learner.dropout.step = state.step
         s.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = s.learner.backward(packs, supervised, state.loss_scale)
-        except torch.OutOfMemoryError as e:
-            raise UserError(
-                f"out of memory in update {state.step + 1}; the last checkpoint is unharmed",
-                where=f"micro_batch_tokens {state.cut['tokens']}",
-                fix=_LESS_MEMORY.format(run=s.run.path, half=max(64, state.cut["tokens"] // 2)),
-            ) from e
-        norm = self._unscale_and_clip()
+        packs, loss = self._training.run(
+            examples,
+            lambda packs, supervised: s.learner.backward(packs, supervised, state.loss_scale),
+        )
+        supervised = sum(p.supervised for p in packs)
         rate = s.schedule.rate(state.step)
-        finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite:
-            for group in s.optimizer.param_groups:
-                group["lr"] = rate
-            s.optimizer.step()
+        norm, finite = self._update(loss, rate)
         tokens = sum(p.tokens for p in packs)
         seconds = time.perf_counter() - began
         state.step += 1
@@ -153,15 +137,27 @@ class Training:
         wanted = self.s.split.order.step(step - self.state.data_offset)
         return [self.s.split.dataset[int(i)] for i in wanted]
 
-    def _packs(self, examples: list[Example]) -> list[Pack]:
-        cut = self.state.cut
-        return build_packs(
-            examples,
-            self.s.renderer.end_id,
-            cut["tokens"],
-            cut["examples"],
-            bool(cut["share"]),
-        )
+    def _update(self, loss: float, rate: float) -> tuple[float, bool]:
+        """Change the weights, unless loss or gradient is not finite: (gradient's norm, whether)."""
+        s = self.s
+        try:
+            norm = self._unscale_and_clip()
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            if finite:
+                for group in s.optimizer.param_groups:
+                    group["lr"] = rate
+                s.optimizer.step()
+        except (RuntimeError, MemoryError) as e:
+            if not is_memory(e):
+                raise
+            # Some weights may be changed already: this cannot be done again.
+            raise UserError(
+                f"out of memory while the weights of update {s.state.step + 1} were changed; the "
+                "last checkpoint is unharmed",
+                where=str(s.learner.device),
+                fix=advice(s, s.settings.cutoff_len),
+            ) from e
+        return norm, finite
 
     def _unscale_and_clip(self) -> float:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -218,10 +214,10 @@ class Training:
     def _evaluate(self) -> bool:
         """Mean loss over the held-out examples; whether patience has run out."""
         s, state = self.s, self.state
-        if self._eval_packs is None:
-            self._eval_packs = self._packs(s.split.validation)
         began = time.perf_counter()
-        loss, count = s.learner.mean_loss(self._eval_packs)
+        _, (loss, count) = self._evaluation.run(
+            s.split.validation, lambda packs, _: s.learner.mean_loss(packs)
+        )
         if self.first_eval is None:
             self.first_eval = loss
         # What the run began with is what to beat, not a result.

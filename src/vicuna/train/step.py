@@ -127,8 +127,10 @@ class Learner:
         training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
-        for pack in packs:
-            total += self.loss_sum(pack).item()
-            count += pack.supervised
-        self.model.train(training)
+        try:
+            for pack in packs:
+                total += self.loss_sum(pack).item()
+                count += pack.supervised
+        finally:
+            self.model.train(training)
         return total / max(count, 1), count

@@ -1,0 +1,111 @@
+"""What a step needs, part by part: traces of few layers, extrapolated, and what no trace sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vicuna.data.pack import Pack
+from vicuna.memory import extrapolate
+from vicuna.memory.allocator import CachingAllocator
+from vicuna.memory.devices import Device
+from vicuna.memory.step import Job, Step, shortened, worst_pack
+from vicuna.memory.track import KINDS, Trace
+
+# In the order they are shown.
+PARTS = (
+    "base", "adapters", "gradients", "optimizer", "activations", "loss", "runtime", "margin",
+)  # fmt: skip
+# What the allocator keeps beyond the bytes in use, as a share of them: at least, at most.
+MARGIN = (0.02, 0.08)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes by part at the moment of the peak.
+
+    parts: base, adapters, gradients, optimizer, activations, loss: what the step has allocated.
+    runtime: context, libraries, workspaces. margin: what the allocator keeps beyond that.
+    """
+
+    parts: dict[str, int]
+
+    @property
+    def allocated(self) -> int:
+        """What the step's tensors take."""
+        return self.peak - self.parts["runtime"] - self.parts["margin"]
+
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+class Planner:
+    """Footprints of jobs on one base and device; models on `meta` are kept between them."""
+
+    def __init__(self, config: Any, device: Device) -> None:
+        self.config, self.device = config, device
+        self._steps: dict[tuple[Any, ...], Step] = {}
+        self._known: dict[Job, Footprint] = {}
+
+    def footprint(self, job: Job, pack: Pack | None = None) -> Footprint:
+        """What a job needs.
+
+        Args:
+            pack: the pack to compute; where not given, the worst there can be.
+
+        Raises: UserError where no layer has one of the names that the adapter is for.
+        """
+        if pack is not None:
+            return self._measure(job, pack)
+        if job not in self._known:
+            self._known[job] = self._measure(job, worst_pack(job))
+        return self._known[job]
+
+    def fits(self, job: Job) -> bool:
+        """Whether the device has what a job needs."""
+        return self.footprint(job).peak <= self.device.memory
+
+    def _measure(self, job: Job, pack: Pack) -> Footprint:
+        layers, kind = self.config.num_hidden_layers, self.device.kind
+        alike = len(set(getattr(self.config, "layer_types", None) or [0])) == 1
+        # The first and the last layer are unlike the others; where layers are computed twice, so
+        # is the one after the first.
+        for few in (3,) if job.checkpointing in ("full", "offload") else (2, 3):
+            if not alike or layers <= few + 1:
+                break
+            short, long = self._trace(job, few, pack), self._trace(job, few + 1, pack)
+            peak = extrapolate.peak(short, long, layers - few, kind)
+            if peak is not None:
+                return self._parts(peak, long)
+        trace = self._trace(job, layers, pack)
+        return self._parts(extrapolate.full_peak(trace, kind), trace)
+
+    def _trace(self, job: Job, layers: int, pack: Pack) -> Trace:
+        key = (job.precision, job.rank, job.target, job.dropout, job.optimizer, layers)
+        if key not in self._steps:
+            self._steps[key] = Step(shortened(self.config, layers), job, self.device)
+        step = self._steps[key]
+        step.checkpoint(job.checkpointing)
+        return step.trace(pack)
+
+    def _parts(self, peak: np.ndarray, trace: Trace) -> Footprint:
+        parts = dict.fromkeys(PARTS, 0) | {k: int(n) for k, n in zip(KINDS, peak)}
+        parts["runtime"] = self.device.runtime
+        parts["margin"] = int(peak.sum() * _kept_share(trace, self.device.kind))
+        return Footprint(parts)
+
+
+def _kept_share(trace: Trace, kind: str) -> float:
+    """What the allocator keeps beyond the bytes in use at the peak, as a share of them: simulated
+    on CUDA; on the CPU memory goes back to the system, so the least."""
+    least, most = MARGIN
+    if kind != "cuda":
+        return least
+    allocator = CachingAllocator()
+    allocator.replay((number, nbytes) for number, nbytes, _ in trace.events)
+    used = int(extrapolate.full_peak(trace, kind).sum())
+    return min(most, max(least, allocator.reserved / used - 1))

@@ -1,0 +1,113 @@
+"""The optimiser of a run, and its state as plain tensors for a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.config import TrainSettings
+
+# Where bitsandbytes pages its moments; on a CPU it leaves them where they are.
+PAGED_ON = ("cuda",)
+# bitsandbytes puts its own tensors one level deeper in what it hands out.
+_INNER = "__bnb_optimizer_quant_state__"
+
+
+def mistakes(settings: TrainSettings, device: torch.device) -> list[str]:
+    """What is missing for the optimiser that was asked for, with the way out."""
+    if settings.optimizer == "adamw":
+        return []
+    found = []
+    if device.type not in PAGED_ON:
+        found.append(
+            f"optimizer {settings.optimizer} needs a CUDA GPU, and this is {device.type}: use adamw"
+        )
+    if find_spec("bitsandbytes") is None:
+        found.append(
+            f"optimizer {settings.optimizer} needs bitsandbytes: pip install "
+            "'chinese-vicuna[gpu]', or use adamw"
+        )
+    return found
+
+
+def build(settings: TrainSettings, parameters: Mapping[str, Tensor], device: torch.device) -> Any:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over these parameters, or bitsandbytes'
+    with moments of 8 bits, block by block (arXiv 2110.02861). Paging was not run here: it needs a
+    GPU.
+
+    Raises: SettingsError where what it needs is not here.
+    """
+    from vicuna.errors import SettingsError
+
+    missing = mistakes(settings, device)
+    if missing:
+        raise SettingsError(missing)
+    wanted: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(list(parameters.values()), **wanted)
+    from bitsandbytes.optim import PagedAdamW8bit
+
+    return PagedAdamW8bit(list(parameters.values()), **wanted)
+
+
+def state_of(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimiser's state under `field:parameter`, on the CPU; counts become int64 scalars.
+
+    Args:
+        names: the parameters' names in the optimiser's order.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, fields in optimizer.state_dict()["state"].items():
+        flat = {**fields, **fields.get(_INNER, {})}
+        flat.pop(_INNER, None)
+        for key, value in flat.items():
+            tensor = value.detach() if isinstance(value, Tensor) else torch.tensor(int(value))
+            # A copy of its own: bitsandbytes' tables are one tensor for all parameters.
+            tensors[f"{key}:{names[number]}"] = tensor.to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """Put `state_of`'s tensors into a fresh optimiser of the same kind.
+
+    Returns: the parameters that it has nothing for, nothing being changed then.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    ours = hasattr(optimizer, "non_castable_tensor_keys")
+    for number, name in enumerate(names):
+        fields: dict[str, Any] = {}
+        for key, value in tensors.items():
+            field, _, owner = key.partition(":")
+            if owner == name:
+                # bitsandbytes counts its steps with a plain number.
+                fields[field] = int(value) if ours and field == "step" else value
+        if fields:
+            state[number] = fields
+    missing = [name for number, name in enumerate(names) if number not in state]
+    if tensors and missing:
+        return missing
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
+    if ours:
+        _page(optimizer)
+    return []
+
+
+def _page(optimizer: Any) -> None:
+    """Move the moments into buffers that bitsandbytes pages; loaded ones are plain tensors."""
+    for parameter, fields in optimizer.state.items():
+        for key in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(parameter, dtype=fields[key].dtype)
+            fields[key] = buffer.copy_(fields[key])

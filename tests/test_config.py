@@ -1,0 +1,47 @@
+"""The command line: settings that may be named without a value."""
+
+from __future__ import annotations
+
+import pytest
+
+from vicuna.config import TrainSettings, parse
+from vicuna.errors import SettingsError
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("", "none"),
+        ("--gradient_checkpointing", "full"),
+        ("--gradient_checkpointing --seed 1", "full"),
+        ("--gradient-checkpointing", "full"),
+        ("--gradient_checkpointing tiny", "full"),
+        ("--gradient_checkpointing seed=1", "full"),
+        ("--gradient_checkpointing selective tiny", "selective"),
+        ("--gradient_checkpointing offload", "offload"),
+        ("--gradient_checkpointing true", "full"),
+        ("--gradient_checkpointing false", "none"),
+        ("--gradient_checkpointing none", "none"),
+        ("gradient_checkpointing=true", "full"),
+        ("--no_gradient_checkpointing", "none"),
+        ("instruct-7b", "full"),
+        ("instruct-7b --no_gradient_checkpointing", "none"),
+    ],
+)
+def test_gradient_checkpointing_is_a_switch_and_a_choice(words: str, wanted: str) -> None:
+    settings, given = parse(TrainSettings, words.split())
+    assert settings.gradient_checkpointing == wanted
+    assert settings.seed in (1, 42)
+    assert ("gradient_checkpointing" in given) == bool(words)
+
+
+def test_a_wrong_choice_is_named_with_the_right_ones() -> None:
+    with pytest.raises(SettingsError, match="gradient_checkpointing is half, but must be 'none'"):
+        parse(TrainSettings, ["--gradient_checkpointing", "half"])
+
+
+def test_other_settings_without_a_value() -> None:
+    settings, _ = parse(TrainSettings, ["--resume", "--strict", "tiny", "--no_share_prefixes"])
+    assert (settings.resume, settings.strict, settings.share_prefixes) == ("last", True, False)
+    with pytest.raises(SettingsError, match="seed: a value is missing"):
+        parse(TrainSettings, ["--seed"])
