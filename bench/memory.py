@@ -57,7 +57,7 @@ SETTINGS = (
     Setting("smollm2-135m", "fp32", "full", 512, 128, rank=16),
     Setting("qwen2.5-0.5b", "fp32", "selective", 256, 256, layers=6),
     Setting("qwen3-0.6b", "fp32", "none", 256, 128, layers=4),
-    Setting("llama-3.2-1b", "fp32", "offload", 256, 256, layers=4),
+    Setting("llama-3.2-1b", "fp32", "full", 256, 256, layers=4),
     Setting("smollm2-135m", "bf16", "none", 256, 128, targets=16, layers=4),
     Setting("mistral-7b", "bf16", "full", 32, 32, targets=4, layers=2),
     Setting("tinyllama-1.1b", "nf4", "none", 256, 256, layers=3),

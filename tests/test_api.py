@@ -314,6 +314,8 @@ def test_beams_have_room_beside_a_full_context(place: Path) -> None:
     asked = {"max_new_tokens": 150, "min_new_tokens": 150, "num_beams": 16}
     with load(place, num_beams=16, max_new_tokens=150, **options) as model:
         assert model.generate(question, **asked).finish_reason == "length"
+    with load(place, **options) as model:  # and without it there is what there is
+        assert model.generate(question, **asked).finish_reason == "memory"
 
 
 def test_an_engine_with_its_own_forward_leaves_the_models_alone(place: Path) -> None:
@@ -329,6 +331,9 @@ def test_what_is_odd_about_an_adapter_is_warned_of(place: Path, tmp_path: Path) 
 
     weights = load_file(str(place / "adapter" / "adapter_model.safetensors"))
     torch.save(weights, tmp_path / "adapter_model.bin")
-    with pytest.warns(UserWarning, match="no adapter_config.json"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         model = vicuna.load(str(place / "base"), str(tmp_path), template="chatml")
+    assert {w.filename for w in caught} == {__file__}
+    assert [str(w.message) for w in caught] == model.notes
     assert any("no adapter_config.json" in note for note in model.notes)

@@ -218,6 +218,11 @@ class TrainSettings(DataSettings):
         "what backward computes again instead of keeping it: none, selective (the MLP's inside), "
         "full (all but each layer's input; also true), offload (these inputs in the host's memory)",
     )
+    kernels: Literal["auto", "plain", "compiled"] = setting(
+        "auto",
+        "Hardware",
+        "arithmetic on elements: plain PyTorch, or compiled; auto measures both on a GPU",
+    )
     share_prefixes: bool = setting(
         True, "Hardware", "compute what examples begin with in common once"
     )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def test_help_lists_commands_and_settings(tmp_path: Path) -> None:
         ("train --dataset data.jsonl --model data.jsonl", "not a model"),
         ("train --dataset data.jsonl --model tiny --cutoff_len 99999999 --template nope", "nope"),
         ("generate --model tiny", "what to answer"),
-        ("generate --model tiny --num_beams 4 hello", "beams"),
+        ("generate --model tiny --num_beams 17 hello", "num_beams is 17, but must be at most 16"),
+        ("generate --model tiny --top_k 5 hello", "top_k 5 has no effect without sampling"),
+        ("generate --model tiny --engine llamacpp hello", "'torch', 'llama.cpp' or 'vllm'"),
         ("generate --adapter nowhere hello", "no such adapter"),
         ("generate --adapter run --template alpaca hello", "trained with template"),
         ("data check", "which file"),
@@ -98,6 +101,36 @@ def test_generate_prints_json(place: Path) -> None:
     assert set(answer["timings"]) == wanted
 
 
+def test_generate_with_beams_prints_the_best_ones(place: Path) -> None:
+    words = "generate --adapter run --num_beams 4 --num_return_sequences 3 --max_new_tokens 6"
+    done = vicuna(place, *words.split(), "--json", "你好")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    scores = [output["score"] for output in answer["outputs"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert answer["usage"]["completion_tokens"] == sum(
+        len(output["token_ids"]) for output in answer["outputs"]
+    )
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)")
+def test_llamacpp_gives_torchs_answer(place: Path) -> None:
+    words = "generate --adapter run --num_beams 4 --max_new_tokens 6 --json --engine"
+    torchs, other = (vicuna(place, *words.split(), e, "你好") for e in ("torch", "llama.cpp"))
+    assert other.returncode == 0, other.stderr
+    assert "tiny in F16, 1 thread" in other.stderr
+    ids = [json.loads(d.stdout)["outputs"][0]["token_ids"] for d in (torchs, other)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is there")
+def test_a_missing_engine_is_named_with_the_way_out(place: Path) -> None:
+    done = vicuna(place, *["generate", "--model", "tiny", "--engine", "vllm", "hello"])
+    assert done.returncode == 2
+    assert "vLLM is not installed\npip install vllm" in done.stderr
+
+
 def test_generate_with_a_seed_repeats_itself(place: Path) -> None:
     words = "generate --adapter run --do_sample --temperature 1 --seed 7 --max_new_tokens 8 你好"
     first, second = (vicuna(place, *words.split()).stdout for _ in range(2))
@@ -116,10 +149,12 @@ def test_chat_talks_and_leaves(place: Path) -> None:
     done = vicuna(
         place,
         *["chat", "--adapter", "run", "--max_new_tokens", "4"],
-        said="你好\n/undo\n/help\n/exit\n",
+        said="你好\n/undo\n/adapter off\n你好\n/adapter on 0.5\n/help\n/exit\n",
     )
     assert done.returncode == 0, done.stderr
     assert "Taken back: 你好" in done.stdout
+    assert "The base alone answers." in done.stdout
+    assert "The adapter answers at 0.5." in done.stdout
 
 
 def test_data_check_says_what_is_wrong(place: Path) -> None:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ def decoding(*words: str) -> Settings:
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, renderer: Renderer) -> Any:
     """What the commands load: an engine of the test's choice, the template, no notes."""
-    made = SimpleNamespace(engine=None, renderer=renderer, notes=[])
+    made = load.Loaded(engine=None, renderer=renderer, model=None, notes=[])  # type: ignore[arg-type]
     monkeypatch.setattr(load, "open_model", lambda _: made)
     return made
 

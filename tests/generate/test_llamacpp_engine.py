@@ -425,7 +425,7 @@ def test_a_folder_and_an_adapter_answer_through_llamacpp(tmp_path: Path) -> None
         prompt = loaded.renderer.prompt([Turn("user", "你好 2026")])
         scores[engine] = loaded.engine.prefill(prompt).float().clone()
     assert close_to(scores["torch"], scores["llama.cpp"], 0.05)  # the cache is f16
-    assert any("llama.cpp" in note for note in loaded.notes)
+    assert "llama.cpp: " in loaded.about
 
 
 def test_a_gguf_file_brings_its_own_tokenizer_and_ends(tmp_path: Path) -> None:

@@ -236,3 +236,30 @@ def test_beams_are_drawn_and_the_text_stays(renderer: Renderer) -> None:
     assert texts(chat) == ["又问", "再见！"]
     assert screen == "你好！\nTaken back: 问\n再见！\n\n"
     assert "你好！" in file.getvalue()
+
+
+def test_the_adapter_is_switched(renderer: Renderer) -> None:
+    switched: list[tuple[bool, float]] = []
+
+    def switch(on: bool, strength: float) -> None:
+        switched.append((on, strength))
+
+    lines = ("/adapter off", "/adapter on", "/adapter on 0.5", "/adapter on .25", "/adapter on -1")
+    _, screen = talk(saying(renderer), renderer, *lines, switch=switch)
+    assert switched == [(False, 1), (True, 1), (True, 0.5), (True, 0.25), (True, -1)]
+    assert screen.splitlines()[:3] == [
+        "The base alone answers.", "The adapter answers.", "The adapter answers at 0.5.",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ["/adapter", "/adapter of", "/adapter on x", "/adapter off 1"])
+def test_a_wrong_switch_switches_nothing(renderer: Renderer, line: str) -> None:
+    switched: list[Any] = []
+    _, screen = talk(saying(renderer), renderer, line, switch=lambda *a: switched.append(a))
+    assert not switched
+    assert screen.startswith("/adapter: on or off?\n")
+
+
+def test_where_there_is_no_adapter_the_user_is_told(renderer: Renderer) -> None:
+    _, screen = talk(saying(renderer), renderer, "/adapter off")
+    assert screen.startswith("/adapter: there is no adapter to switch\n")

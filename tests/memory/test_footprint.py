@@ -26,22 +26,30 @@ def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "device", "precision"),
+    ("checkpointing", "device", "precision", "layers"),
     [
-        ("none", "RTX 3090", "bf16"),
-        ("selective", "RTX 2080 Ti", "nf4"),
-        ("full", "RTX 3090", "bf16"),
-        ("offload", "cpu", "fp32"),
+        ("none", "RTX 3090", "bf16", 12),
+        ("selective", "RTX 2080 Ti", "nf4", 6),
+        ("full", "cpu", "fp32", 12),
+        ("offload", "RTX 3090", "bf16", 6),
     ],
 )
-def test_few_layers_tell_of_twelve(checkpointing: str, device: str, precision: str) -> None:
-    config = config_of("qwen2", num_hidden_layers=12)
+def test_few_layers_tell_of_many(
+    checkpointing: str, device: str, precision: str, layers: int
+) -> None:
+    config = config_of("qwen2", num_hidden_layers=layers)
     job = replace(JOB, checkpointing=checkpointing, precision=precision)
     planner = Planner(config, devices.by_name(device))
     footprint = planner.footprint(job)
-    assert max(layers for *_, layers in planner._steps) <= 4, "the whole depth was traced"
+    assert max(depth for *_, depth in planner._steps) <= 4, "the whole depth was traced"
     whole = Step(config, job, planner.device).trace(worst_pack(job))
     assert footprint.allocated == full_peak(whole, planner.device.kind).sum()
+
+
+def test_on_a_cpu_nothing_is_won_by_the_hosts_memory() -> None:
+    planner = Planner(config_of("llama", num_hidden_layers=4), devices.cpu(1 << 30))
+    job = Job("fp32", "full", rows=64, longest=64)
+    assert planner.footprint(replace(job, checkpointing="offload")) == planner.footprint(job)
 
 
 def test_layers_of_several_kinds_are_all_traced() -> None:
@@ -65,7 +73,7 @@ def test_parts_add_up_and_weights_are_the_models() -> None:
 
 
 def test_more_rows_need_more_and_checkpointing_less() -> None:
-    planner = Planner(shortened(shape("llama-2-7b"), 8), devices.by_name("4090"))
+    planner = Planner(shortened(shape("llama-2-7b"), 5), devices.by_name("4090"))
     peaks = [
         planner.footprint(replace(JOB, rows=1024, longest=512, checkpointing=c)).peak
         for c in ("none", "selective", "full", "offload")

@@ -218,7 +218,7 @@ def test_the_commands_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_does_not_fit_is_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", "smollm2-135m", "--memory", "500MiB", "--cutoff_len", "128"]
+    words = ["--model", "smollm2-135m", "--memory", "300MiB", "--cutoff_len", "128"]
     assert command.run(words) == 0
     out = capsys.readouterr().out
     assert "It does not fit" in out

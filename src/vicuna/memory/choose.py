@@ -94,7 +94,9 @@ def room_of(
         precisions = (first, *smaller)
     asked = str(settings.gradient_checkpointing)
     kept = "gradient_checkpointing" in given and asked != "auto"
-    checkpointings = (asked,) if kept else CHECKPOINTING
+    # The host's memory is the CPU's own: nothing is won by moving there.
+    ways = CHECKPOINTING[:-1] if device.kind == "cpu" else CHECKPOINTING
+    checkpointings = (asked,) if kept else ways
     rows = settings.micro_batch_tokens
     ladder = (max(rows, longest),) if rows else _ladder(ROWS[device.kind], longest)
     return Room(precisions, checkpointings, ladder)

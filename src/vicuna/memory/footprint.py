@@ -89,7 +89,9 @@ class Planner:
         if key not in self._steps:
             self._steps[key] = Step(shortened(self.config, layers), job, self.device)
         step = self._steps[key]
-        step.checkpoint(job.checkpointing)
+        # On a CPU what is moved to the host's memory stays in the same memory.
+        away = job.checkpointing == "offload" and self.device.kind == "cpu"
+        step.checkpoint("full" if away else job.checkpointing)
         return step.trace(pack)
 
     def _parts(self, peak: np.ndarray, trace: Trace) -> Footprint:

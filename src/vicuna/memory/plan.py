@@ -94,7 +94,8 @@ def _alternatives(
     wide = room_of(free, planner.device, job.longest)
     rows = wide.rows
     enough = min(FEW_ROWS[planner.device.kind], rows[0])
-    others = CHECKPOINTING[CHECKPOINTING.index(job.checkpointing) + 1 :]
+    ways = wide.checkpointings
+    others = [w for w in ways if CHECKPOINTING.index(w) > CHECKPOINTING.index(job.checkpointing)]
     quantised = [p for p in ("int8", "nf4") if p not in room.precisions]
     for precision in (room.precisions[-1], *quantised):
         if not planner.fits(frugal(job, precision, wide)):
@@ -109,7 +110,7 @@ def _alternatives(
                 break
     if found:
         return
-    least = replace(job, precision="nf4", checkpointing="offload")
+    least = replace(job, precision="nf4", checkpointing=ways[-1])
     for changed in (replace(least, target=("q_proj", "v_proj")), _shorter(planner, least)):
         if changed is None:
             continue

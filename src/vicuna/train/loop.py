@@ -99,6 +99,7 @@ class Training:
         s, state = self.s, self.state
         began = time.perf_counter()
         examples = self._examples(state.step)
+        read, cut_before = time.perf_counter() - began, self._training.seconds
         s.learner.dropout.step = state.step
         s.optimizer.zero_grad(set_to_none=True)
         packs, loss = self._training.run(
@@ -125,6 +126,7 @@ class Training:
             "supervised_tokens": supervised,
             "computed_tokens": sum(len(p.ids) for p in packs),
             "seconds": round(seconds, 4),
+            "data_seconds": round(read + self._training.seconds - cut_before, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_gib": round(peak_memory_gib(s.learner.device), 3),
             "epoch": round(state.examples / s.split.order.epoch_size, 4),

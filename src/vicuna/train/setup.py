@@ -20,7 +20,7 @@ from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, fused, load
+from vicuna.model import dropout, fused, kernels, load
 from vicuna.model.base import locate
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
@@ -272,7 +272,13 @@ def _learner(
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
-    learner = Learner(peft, device, checkpointing=settings.gradient_checkpointing)
+    inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
+    chosen_kernels = kernels.choose(settings.kernels, device, chosen.dtype, inner)
+    if chosen_kernels is not kernels.PLAIN:
+        screen.say(f"kernels: {chosen_kernels.reason}")
+    learner = Learner(
+        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels
+    )
     learner.dropout.seed = settings.seed
     if learner.fast is None:
         fused.install(peft)

@@ -7,6 +7,7 @@ steps, checkpoints and a resumed run go on with it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -32,6 +33,7 @@ class Shrinking:
 
     def __init__(self, session: Session, use: str) -> None:
         self.s, self.use = session, use
+        self.seconds = 0.0  # spent cutting
         self._alone_before = False
         self._kept: tuple[int, Sequence[Example], list[Pack]] | None = None
 
@@ -47,9 +49,11 @@ class Shrinking:
         if self._kept and self._kept[0] == self.size and self._kept[1] is examples:
             return self._kept[2]
         cut = self.s.state.cut
+        began = time.perf_counter()
         found = build_packs(
             examples, self.s.renderer.end_id, self.size, cut["examples"], bool(cut["share"])
         )
+        self.seconds += time.perf_counter() - began
         self._kept = (self.size, examples, found)
         return found
 

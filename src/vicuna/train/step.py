@@ -16,6 +16,7 @@ from vicuna.data.pack import Pack
 from vicuna.model import attention, parts
 from vicuna.model.decoder import Checkpointing, Decoder
 from vicuna.model.dropout import DropoutState
+from vicuna.model.kernels import PLAIN, Kernels
 from vicuna.train.loss import cross_entropy_sum
 
 
@@ -24,12 +25,14 @@ class Learner:
     """A causal language model with an adapter, and how to get a loss from it.
 
     model: a PEFT model (or a bare causal LM for evaluation).
+    checkpointing: what backward computes again. kernels: the arithmetic on elements.
     """
 
     model: Any
     device: torch.device
     dropout: DropoutState = field(default_factory=DropoutState)
     checkpointing: Checkpointing = "none"
+    kernels: Kernels = PLAIN
 
     def __post_init__(self) -> None:
         get_base = getattr(self.model, "get_base_model", None)
@@ -43,7 +46,7 @@ class Learner:
             self.declined = found
             self._checkpoint_plainly(causal)
         else:
-            self.fast = Decoder(found, self.checkpointing)
+            self.fast = Decoder(found, self.checkpointing, self.kernels)
         self.decoder = causal.get_decoder()
         self.head = causal.get_output_embeddings()
         # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.
