@@ -59,7 +59,7 @@ SETTINGS = (
     Setting("qwen3-0.6b", "fp32", "none", 256, 128, layers=4),
     Setting("llama-3.2-1b", "fp32", "full", 256, 256, layers=4),
     Setting("smollm2-135m", "bf16", "none", 256, 128, targets=16, layers=4),
-    Setting("mistral-7b", "bf16", "full", 32, 32, targets=4, layers=2),
+    Setting("mistral-7b", "bf16", "full", 8, 8, targets=2, layers=2),
     Setting("tinyllama-1.1b", "nf4", "none", 256, 256, layers=3),
     Setting("tinyllama-1.1b", "int8", "full", 256, 128, layers=5),
 )

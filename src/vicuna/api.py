@@ -43,6 +43,7 @@ def load(
     allow_other_base: bool = False,
     threads: int = 0,
     num_beams: int = 1,
+    num_return_sequences: int = 1,
     max_new_tokens: int = 512,
 ) -> Model:
     """Open a base, perhaps with an adapter.
@@ -57,9 +58,9 @@ def load(
         context_length: tokens of prompt and answer together; 0: the model's own.
         allow_other_base: accept an adapter that belongs to other weights.
         threads: that llama.cpp computes with; 0: one for each core it may use.
-        num_beams, max_new_tokens: the most that requests will ask for together, so that llama.cpp,
-            whose cache is one block made here, has room for them beside a full context. The other
-            engines' caches grow.
+        num_beams, num_return_sequences, max_new_tokens: the most that requests will ask for, so
+            that llama.cpp, whose cache is one block made here, has room for them beside a full
+            context. The other engines' caches grow.
 
     Raises: UserError where something is missing or base and adapter do not belong together.
 
@@ -75,9 +76,15 @@ def load(
         "allow_other_base": allow_other_base,
         "threads": threads,
         "num_beams": num_beams,
+        "num_return_sequences": num_return_sequences,
         "max_new_tokens": max_new_tokens,
     }
-    return Model(open_model(config.build(AnswerSettings, given)))
+    settings = config.build(AnswerSettings, given)
+    with warnings.catch_warnings():
+        # Deprecations inside libraries are not the user's business.
+        warnings.simplefilter("ignore", FutureWarning)
+        loaded = open_model(settings)
+    return Model(loaded)
 
 
 class Model:

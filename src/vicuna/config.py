@@ -290,9 +290,11 @@ class AnswerSettings(Settings):
     )
     adapter: str = setting("", "Model", "an adapter, a run folder, or a hub id, of any age")
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = setting(
-        "auto", "Model", "type of the base's weights"
+        "auto", "Model", "type of the base's weights: auto, fp32, bf16, fp16, int8, nf4"
     )
-    engine: Literal["torch", "llama.cpp", "vllm"] = setting("torch", "Model", "what computes")
+    engine: Literal["torch", "llama.cpp", "vllm"] = setting(
+        "torch", "Model", "what computes: torch, llama.cpp, vllm"
+    )
     context_length: int = setting(
         0,
         "Model",
@@ -322,7 +324,9 @@ class AnswerSettings(Settings):
         1.0, "Decoding", "sample from the most typical that add up to p", gt=0, le=1
     )
     seed: int | None = setting(None, "Decoding", "makes sampling repeatable")
-    num_beams: int = setting(1, "Decoding", "beams of a beam search; 1: none", ge=1, le=16)
+    num_beams: int = setting(
+        1, "Decoding", "beams of a beam search, at most 16; 1: none", ge=1, le=16
+    )
     num_return_sequences: int = setting(1, "Decoding", "how many answers", ge=1, le=16)
     length_penalty: float = setting(
         1.0, "Decoding", "scores of beams are divided by length to this power", ge=-10, le=10

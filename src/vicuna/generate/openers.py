@@ -95,11 +95,11 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     # Filters and penalties are torch's. Its threads would spin between two of them, on the cores
     # that llama.cpp computes on; a few rows of scores need no more than one.
     torch.set_num_threads(1)
-    beams = settings.num_beams - 1
+    others = max(settings.num_beams, settings.num_return_sequences) - 1
     engine = LlamaCppEngine(
         gguf,
         context_length=settings.context_length,
-        spare=lambda context: beams * min(settings.max_new_tokens, context),
+        spare=lambda context: others * min(settings.max_new_tokens, context),
         threads=settings.threads,
     )
     if files is not None:

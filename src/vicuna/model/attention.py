@@ -128,12 +128,25 @@ def _segment(
             q, k, v, packed.mask(above, q.shape[2], window, q.device), scaling, softcap
         )
     gqa = q.shape[1] != k.shape[1]
-    if above == 0 and (window is None or q.shape[2] <= window):
+    causal = above == 0 and (window is None or q.shape[2] <= window)
+    if gqa and not _takes_groups(q, causal):
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        gqa = False
+    if causal:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa
         )
     mask = packed.mask(above, q.shape[2], window, q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+
+
+def _takes_groups(q: torch.Tensor, causal: bool) -> bool:
+    """Whether a fused kernel takes fewer heads of keys than of queries; PyTorch's memory-efficient
+    one, the only one on Turing and Volta and the only one with masks, does not, and without it the
+    scores of all pairs of rows would be laid out."""
+    if q.device.type == "cuda":
+        return causal and torch.cuda.get_device_capability(q.device)[0] >= 8
+    return q.device.type != "meta"  # tensors without data stand for such a GPU here
 
 
 def _softcapped(

@@ -51,7 +51,7 @@ def _linear8bit(layer: Any, dtype: torch.dtype) -> Tensor:
     state = layer.state
     codes = layer.weight.CB if state.CB is None else state.CB
     scales = layer.weight.SCB if state.SCB is None else state.SCB
-    return torch.mul(codes.to(dtype), (scales[:, None] / 127.0).to(dtype))
+    return codes.to(dtype).mul_((scales[:, None] / 127.0).to(dtype))
 
 
 register("Linear4bit", _linear4bit)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import blocks, kernels, parts
+from vicuna.model import blocks, kernels, parts, products
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -218,7 +218,7 @@ class TorchEngine:
         norm = self._parts.norm
         x = x.to(norm.device)
         h = kernels.normalised(x, kernels.rms(x, self._parts.eps), norm)
-        return F.linear(h, self._head.weight, self._head.bias).float()
+        return products.product(h, self._head.weight, self._head.bias).float()
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
