@@ -128,6 +128,14 @@ def test_the_order_of_the_examples_does_not_matter(
     assert held(one) == held(two)
 
 
+def test_prefixes_that_exchange_tokens_and_places_have_different_hashes() -> None:
+    """Equal by algebra where tokens and places are hashed alike; found by the test above."""
+    examples = [taught([3, 0, 0, 1, 0], 4), taught([1, 3, 0, 0, 0, 0], 5)]
+    packs = build_packs(examples, END, 100, 0, False)
+    hashes = np.concatenate([p.prefix_hashes for p in packs])
+    assert len(set(hashes.tolist())) == len(hashes)
+
+
 def answers(n: int, common: int, own: int = 20) -> list[Example]:
     rng = np.random.default_rng(0)
     prefix = rng.integers(0, 90, common)

@@ -313,5 +313,7 @@ def _merge_targets(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.nd
 def _prefix_hashes(ids: np.ndarray) -> np.ndarray:
     """A hash of ids[:t + 1] for every t, without a loop: int64 (T,)."""
     with np.errstate(over="ignore"):
-        place = mix(np.arange(len(ids), dtype=np.uint64))
+        # Tokens and places are mixed from different ranges: with one function of the same small
+        # numbers for both, sums of products are equal for some sequences by algebra alone.
+        place = mix(np.arange(1 << 40, (1 << 40) + len(ids), dtype=np.uint64))
         return mix(np.cumsum(mix(ids.astype(np.uint64)) * (place | np.uint64(1)))).view(np.int64)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicuna.model import frozen, products
+from vicuna.model import frozen
 from vicuna.model.dropout import PrefixDropout
 
 
@@ -170,9 +170,7 @@ class Group:
             hashes: int64 (t,), of the tokens up to each row, where there is dropout to apply.
         """
         if self.weight is not None:
-            if h.shape[0] <= products.FEW:
-                out.copy_(products.product(h, self.weight, self.bias))
-            elif self.bias is None:
+            if self.bias is None:
                 torch.mm(h, self.weight.t(), out=out)
             else:
                 torch.addmm(self.bias, h, self.weight.t(), out=out)

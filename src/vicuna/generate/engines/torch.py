@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import blocks, kernels, parts, products
+from vicuna.model import answering, kernels, parts, products
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -126,10 +126,11 @@ class TorchEngine:
             x, cos, sin = self._embed(list(token_ids), [position] * rows)
             for number, layer in enumerate(self._layers):
                 x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
-                qkv = layer.inputs(x, cos, sin, None)
+                qkv = answering.attention_inputs(layer, x, cos, sin)
                 self._write(number, qkv, layer.heads, start)
                 mask = hidden[layer.heads.window]
-                x = self._after(layer, self._look(number, qkv, layer.heads, position, mask), x)
+                attended = self._look(number, qkv, layer.heads, position, mask)
+                x = answering.rest(layer, attended, x)
             return self._scores(x)
 
     # -- one forward -------------------------------------------------------------------------------
@@ -143,12 +144,12 @@ class TorchEngine:
         x, cos, sin = self._embed(ids, list(range(start, stop)))
         for number, layer in enumerate(self._layers):
             x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
-            qkv = layer.inputs(x, cos, sin, None)
+            qkv = answering.attention_inputs(layer, x, cos, sin)
             self._write(number, qkv, layer.heads, start)
             attended = self._over_trunk(number, qkv, layer.heads, start, stop)
             if number == len(self._layers) - 1:
                 attended, x = attended[-1:], x[-1:]
-            x = self._after(layer, attended, x)
+            x = answering.rest(layer, attended, x)
         tree.extend(ids)
         return x
 
@@ -157,9 +158,6 @@ class TorchEngine:
         x = self._parts.embed(torch.tensor(ids, device=device))
         cos, sin = self._parts.rotary(x[None], torch.tensor([positions], device=device))
         return x, cos[0], sin[0]
-
-    def _after(self, layer: Layer, attended: Tensor, x: Tensor) -> Tensor:
-        return layer.mlp(blocks.attention_output(layer.out, attended, x, None), None)
 
     def _write(self, number: int, qkv: Tensor, heads: Heads, start: int) -> None:
         """Put the keys and values of new rows into their slots."""
