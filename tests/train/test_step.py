@@ -43,7 +43,8 @@ def test_prefix_dropout_does_not_depend_on_the_packing() -> None:
         assert packed_loss == pytest.approx(loss, rel=1e-5)
         assert furthest(found, wanted) < 1e-5
     learner.dropout.step = 6
-    assert packed(learner, examples, 10_000)[0] != pytest.approx(loss, rel=1e-4)
+    _, other = packed(learner, examples, 10_000)
+    assert furthest(other, wanted) > 1e-2
 
 
 def test_dropout_keeps_the_share_it_should() -> None:
