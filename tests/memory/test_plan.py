@@ -229,3 +229,16 @@ def test_device_and_memory_exclude_each_other() -> None:
     settings, _ = parse(PlanSettings, ["--device", "T4", "--memory", "11GiB"])
     with pytest.raises(SettingsError, match="exclude"):
         command.device_of(settings)
+
+
+def test_a_hub_id_that_cannot_be_reached_names_the_known_shape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vicuna.model import base
+
+    def unreachable(model: str, **_: object) -> None:
+        raise UserError("the hub cannot be reached", where=model, fix="Give a folder.")
+
+    monkeypatch.setattr(base, "locate", unreachable)
+    with pytest.raises(UserError, match="Known shapes near it: llama-7b"):
+        shapes.config_of("huggyllama/llama-7b")

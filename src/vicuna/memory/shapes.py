@@ -40,7 +40,8 @@ def config_of(model: str) -> Any:
     try:
         folder = locate(model, weights=False)
     except UserError as e:
-        close = difflib.get_close_matches(model.lower(), known(), n=3)
+        # A hub id's owner is no part of a shape's name.
+        close = difflib.get_close_matches(model.lower().rpartition("/")[2], known(), n=3)
         hint = f" Known shapes near it: {', '.join(close)}." if close else ""
         raise UserError(e.what, where=e.where, fix=e.fix + hint) from e
     try:
