@@ -1,7 +1,7 @@
 """The command `vicuna`: one short function a command.
 
 Nothing heavy is imported here: `vicuna --help` must answer at once. A command's settings are the
-fields of its class in `config.py`; what stands behind the command is parsed there.
+fields of its class in `config/`; what stands behind the command is parsed there.
 """
 
 from __future__ import annotations

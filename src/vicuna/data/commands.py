@@ -11,6 +11,7 @@ import numpy as np
 
 from vicuna import config
 from vicuna.config import DatasetEntry, DataSettings
+from vicuna.config.parse import T
 from vicuna.data import dataset, formats
 from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder
 from vicuna.data.read import read
@@ -20,7 +21,7 @@ from vicuna.data.types import Conversation, Problem
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 
 
-def _parse(cls: type[config.T], words: Sequence[str]) -> tuple[config.T, list[str]]:
+def _parse(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
     files: list[str] = []
     settings, _ = config.parse(cls, words, free=files)
     if not files:

@@ -1,0 +1,41 @@
+"""The settings of each command: one table that gives the YAML keys, the command line and the help.
+
+`vicuna COMMAND [RECIPE.yaml] [--key value | key=value] ...`: later wins. All mistakes are reported
+together, a misspelt key with the nearest right one, a name of the 2023 project with today's.
+
+A module for each kind of command holds its settings; `parse` reads them.
+"""
+
+from vicuna.config.answer import AnswerSettings, GenerateSettings
+from vicuna.config.common import DatasetEntry, Settings
+from vicuna.config.data import (
+    ConvertSettings,
+    DataCommandSettings,
+    DataSettings,
+    PreviewSettings,
+)
+from vicuna.config.names import OLD_NAMES
+from vicuna.config.parse import RUN_KEYS, build, builtin_recipes, parse, read_recipe
+from vicuna.config.tools import DemoSettings, DoctorSettings
+from vicuna.config.train import PlanSettings, TrainSettings
+
+__all__ = [
+    "OLD_NAMES",
+    "RUN_KEYS",
+    "AnswerSettings",
+    "ConvertSettings",
+    "DataCommandSettings",
+    "DataSettings",
+    "DatasetEntry",
+    "DemoSettings",
+    "DoctorSettings",
+    "GenerateSettings",
+    "PlanSettings",
+    "PreviewSettings",
+    "Settings",
+    "TrainSettings",
+    "build",
+    "builtin_recipes",
+    "parse",
+    "read_recipe",
+]

@@ -1,0 +1,37 @@
+"""Setting names of the 2023 project and of others, and today's."""
+
+from __future__ import annotations
+
+OLD_NAMES = {
+    "data_path": "dataset",
+    "output_path": "output_dir",
+    "model_path": "model",
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "lora_path": "adapter",
+    "adapter_name_or_path": "adapter",
+    "micro_batch": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "total_batch": "batch_size",
+    "gradient_accumulation_steps": "batch_size (examples in an update; it is cut by itself)",
+    "test_size": "val_size",
+    "num_epoch": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "log_steps": "logging_steps",
+    "prompt_type": "template",
+    "lora_checkpoint": "resume (to go on), or init_adapter (weights alone)",
+    "resume_from_checkpoint": "resume",
+    "lora_remote_checkpoint": "resume with a hub id",
+    "ignore_data_skip": "from_data_beginning",
+    "wandb": "report_to wandb",
+    "int8": "precision int8",
+    "load_in_8bit": "precision int8",
+    "load_in_4bit": "precision nf4",
+    "deepspeed": "precision and gradient_checkpointing (DeepSpeed comes with multi-GPU training)",
+    "max_tokens": "max_new_tokens",
+    "max_length": "cutoff_len",
+    "use_typewriter": "nothing: answers always stream",
+    "show_beam": "show_beams",
+    "use_local": "nothing: adapters of any age are opened as they are",
+    "share_link": "nothing here: the page has --share",
+}
