@@ -60,7 +60,17 @@ def parts(qkv: Tensor, heads: Heads) -> Any:
     return split.split([heads.query, heads.key, heads.key], 1)
 
 
-BACKENDS = {"cpu": attention.attend, "segments": one_by_one, "flex": flex}
+BACKENDS = {
+    "cpu": attention.attend, "blocks": attention.attend, "segments": one_by_one, "flex": flex
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bf16 takes on a CPU, in any type, and in blocks shorter than the segments."""
+    if "blocks" in request.node.name:
+        monkeypatch.setattr(attention, "_in_blocks", lambda _: True)
+        monkeypatch.setattr(attention.cpu_attention, "BLOCK", 6)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -114,6 +124,23 @@ def test_no_example_reaches_another(backend: str) -> None:
     assert not x.grad[50:57].any()
     assert not x.grad[70:].any()
     assert x.grad[33:50].any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_on_the_cpu_is_as_near_as_bf16_can_be(shape: str) -> None:
+    heads = SHAPES[shape]
+    torch.manual_seed(0)
+    given = torch.randn(90, heads.width).bfloat16()
+    weight = torch.randn(90, heads.query * heads.size)
+    results = []
+    for run, dtype in ((BACKENDS["cpu"], torch.bfloat16), (None, torch.float64)):
+        x = given.clone().to(dtype).requires_grad_()
+        y = run(x, heads, Layout(TREE)) if run else by_hand(x, heads, TREE)
+        (y * weight.to(dtype)).sum().backward()
+        assert x.grad is not None
+        results.append(torch.cat([y.detach().double(), x.grad.double()], 1))
+    found, wanted = results
+    assert (found - wanted).norm() < 8e-3 * wanted.norm()
 
 
 def test_on_the_cpu_and_old_gpus_segments_are_computed_one_by_one() -> None:

@@ -23,7 +23,7 @@ from vicuna.model.linear import Group
 from vicuna.model.parts import Heads
 
 # Rows computed at a time in the MLP: its widest temporaries stay in the cache, or small.
-PIECE = {"cpu": 256, "cuda": 2048, "mps": 1024, "meta": 2048}
+PIECE = {"cpu": 512, "cuda": 2048, "mps": 1024, "meta": 2048}
 
 
 def pieces(x: Tensor, group: Group) -> Iterator[slice]:

@@ -213,7 +213,7 @@ class Group:
             da = t.t() @ h
             if dh is not None:
                 dh.addmm_(t, call.low)
-        db = g.t() @ call.u[at]
+        db = call.u[at].t() @ g  # transposed: the faster order of the two on a CPU
         for lora, sum_a, sum_b in zip(self.loras, sums[::2], sums[1::2]):
             own = t[:, lora.columns]
             if hashes is None:
@@ -222,7 +222,7 @@ class Group:
                 sum_a += own.t() @ _dropped(h, lora, hashes)
                 if dh is not None:
                     dh += _dropped(own @ call.low[lora.columns], lora, hashes)
-            sum_b.add_(db[self.rows[lora.index], lora.columns], alpha=lora.scale)
+            sum_b.add_(db[lora.columns, self.rows[lora.index]].t(), alpha=lora.scale)
         return dh
 
     def _through_base(self, g: Tensor) -> Tensor:

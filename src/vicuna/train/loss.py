@@ -6,12 +6,25 @@ can be computed in the forward pass, chunk by chunk, and nothing but it needs to
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# Rows whose logits exist at a time.
 CHUNK = 512
+# Rows of those whose softmax is computed at a time: in float32 they must fit a CPU's cache.
+SLICE = {"cpu": 16}
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What follows the projection: its bias, Gemma 2's cap, Granite's and Cohere's factor."""
+
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -36,37 +49,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if needs_gradient else None
         # One buffer for all chunks: a fresh one each time costs the system more than the product.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
+        after = _Head(bias, softcap, logit_scale)
+        size = SLICE.get(hidden.device.type, chunk)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            target, weight = targets[rows, None], weights[rows]
-            raw = torch.mm(hidden[rows], head.t(), out=buffer[: target.shape[0]])
-            logits = raw.float()
-            if bias is not None:
-                logits += bias
-            if logit_scale != 1.0:
-                logits *= logit_scale
-            slope = None
-            if softcap is not None:
-                logits.div_(softcap).tanh_()
-                slope = 1 - logits * logits
-                logits.mul_(softcap)
-            wanted = logits.gather(1, target)
-            highest = logits.amax(-1, keepdim=True)
-            probabilities = logits.sub_(highest).exp_()
-            sums = probabilities.sum(-1, keepdim=True)
-            losses = (highest - wanted + sums.log())[:, 0]
-            total += (losses * weight).sum(dtype=wide)
-            if gradient is None:
-                continue
-            probabilities *= weight[:, None] / sums
-            probabilities.scatter_add_(1, target, -weight[:, None])
-            if slope is not None:
-                probabilities *= slope
-            if logit_scale != 1.0:
-                probabilities *= logit_scale
-            if probabilities is not raw:
-                raw.copy_(probabilities)
-            torch.mm(raw, head, out=gradient[rows])
+            count = targets[rows].shape[0]
+            raw = torch.mm(hidden[rows], head.t(), out=buffer[:count])
+            for first in range(0, count, size):
+                part = slice(start + first, start + min(first + size, count))
+                logits = raw[first : first + size]
+                total += _losses(logits, targets[part, None], weights[part], after, needs_gradient)
+            if gradient is not None:
+                torch.mm(raw, head, out=gradient[rows])
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total.to(torch.float32)
@@ -77,6 +71,42 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale = outputs[0].to(gradient.dtype)
         # Nobody else sees this gradient, and it is used once.
         return (gradient.mul_(scale), *([None] * 8))
+
+
+def _losses(raw: Tensor, target: Tensor, weight: Tensor, head: _Head, gradient: bool) -> Tensor:
+    """Sum of the weighted losses of some rows, in the widest type that the device has.
+
+    Args:
+        raw: (t, V), what the projection gave; becomes its gradient where that is asked for.
+        target: int64 (t, 1). weight: float32 (t,).
+    """
+    logits = raw.float()
+    if head.bias is not None:
+        logits += head.bias
+    if head.scale != 1.0:
+        logits *= head.scale
+    slope = None
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        slope = 1 - logits * logits
+        logits.mul_(head.softcap)
+    wanted = logits.gather(1, target)
+    highest = logits.amax(-1, keepdim=True)
+    probabilities = logits.sub_(highest).exp_()
+    sums = probabilities.sum(-1, keepdim=True)
+    losses = (highest - wanted + sums.log())[:, 0]
+    # Apple's GPU has no float64.
+    wide = torch.float32 if raw.device.type == "mps" else torch.float64
+    if gradient:
+        probabilities *= weight[:, None] / sums
+        probabilities.scatter_add_(1, target, -weight[:, None])
+        if slope is not None:
+            probabilities *= slope
+        if head.scale != 1.0:
+            probabilities *= head.scale
+        if probabilities is not raw:
+            raw.copy_(probabilities)
+    return (losses * weight).sum(dtype=wide)
 
 
 def cross_entropy_sum(
