@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Segment
-from vicuna.model import attention, gpu_attention
+from vicuna.model import attention, cpu_attention, gpu_attention
 from vicuna.model.attention import Layout
 from vicuna.model.parts import Heads
 
@@ -69,8 +69,8 @@ BACKENDS = {
 def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bf16 takes on a CPU, in any type, and in blocks shorter than the segments."""
     if "blocks" in request.node.name:
-        monkeypatch.setattr(attention, "_in_blocks", lambda _: True)
-        monkeypatch.setattr(attention.cpu_attention, "BLOCK", 6)
+        monkeypatch.setattr(cpu_attention, "in_blocks", lambda _: True)
+        monkeypatch.setattr(cpu_attention, "BLOCK", 6)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -178,8 +178,7 @@ def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
     Returns: (T, H D).
     """
     if qkv.device.type in ("cpu", "meta"):
-        result: Tensor = _CpuSegments.apply(qkv, heads, layout)
-        return result
+        return cpu_attention.attend(qkv, heads, layout)
     widths = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
     q, k, v = (part.unflatten(1, (-1, heads.size)) for part in qkv.split(widths, 1))
     backend = gpu_attention.choose(qkv.device, qkv.dtype, layout)
@@ -195,117 +194,6 @@ def segments(q: Tensor, k: Tensor, v: Tensor, heads: Heads, layout: Layout) -> T
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     parts = [_segment(q, k, v, s, layout, heads.scale, heads.window, None) for s in layout.segments]
     return torch.cat(parts, dim=2)[0].transpose(0, 1)
-
-
-class _CpuSegments(torch.autograd.Function):
-    """Segment by segment: q, k, v and the result stay in one buffer each, and so do their
-    gradients. In bf16 by `cpu_attention`, else through PyTorch's flash attention for CPUs
-    (FlashAttention-2, arXiv 2307.08691), called directly."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
-        rows = qkv.shape[0]
-        out = qkv.new_empty(rows, heads.query, heads.size)
-        lses = []
-        q, k, v = _views(qkv, heads)
-        ours = _in_blocks(qkv)
-        for s in layout.segments:
-            if ours:
-                own = q[0, :, s.start : s.stop]
-                o = cpu_attention.forward(
-                    own, _gather(k, s)[0], _gather(v, s)[0], heads.scale, heads.window,
-                    _masks(s, heads.window, layout, qkv),
-                )  # fmt: skip
-                out[s.start : s.stop] = o.transpose(0, 1)
-                continue
-            mask, causal = _mask_of(s, heads.window, layout, qkv)
-            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, s.start : s.stop], _gather(k, s), _gather(v, s), 0.0, causal,
-                attn_mask=mask, scale=heads.scale,
-            )  # fmt: skip
-            out[s.start : s.stop] = o[0].transpose(0, 1)
-            lses.append(lse)
-        ctx.heads, ctx.layout = heads, layout
-        ctx.save_for_backward(qkv, *(() if ours else (out, *lses)))
-        return out.flatten(1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        qkv, *kept = ctx.saved_tensors
-        heads, layout = ctx.heads, ctx.layout
-        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)[None]
-        shared = any(s.above for s in layout.segments)
-        dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
-        q, k, v = _views(qkv, heads)
-        dq, dk, dv = _views(dqkv, heads)
-        for number, s in enumerate(layout.segments):
-            own = slice(s.start, s.stop)
-            gs, qs, ks, vs = given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s)
-            if kept:
-                mask, causal = _mask_of(s, heads.window, layout, qkv)
-                result = kept[0][own].transpose(0, 1)[None]
-                gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    gs, qs, ks, vs, result, kept[1 + number], 0.0, causal, attn_mask=mask,
-                    scale=heads.scale,
-                )  # fmt: skip
-            else:
-                masks = _masks(s, heads.window, layout, qkv)
-                parts = cpu_attention.backward(
-                    gs[0], qs[0], ks[0], vs[0], heads.scale, heads.window, masks
-                )
-                gq, gk, gv = (part[None] for part in parts)
-            dq[:, :, own] = gq
-            for total, part in ((dk, gk), (dv, gv)):
-                start = 0
-                for a, b in (*s.above, (s.start, s.stop)):
-                    piece = part[:, :, start : start + b - a]
-                    if shared:
-                        total[:, :, a:b] += piece
-                    else:
-                        total[:, :, a:b] = piece
-                    start += b - a
-        return dqkv, None, None
-
-
-def _views(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    """q (1, H, T, D), k and v (1, K, T, D) as views of one buffer."""
-    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)[None]
-    stop = heads.query + heads.key
-    return split[:, : heads.query], split[:, heads.query : stop], split[:, stop:]
-
-
-def _gather(x: Tensor, s: Segment) -> Tensor:
-    """The rows of k or v that a segment sees: those above it, then its own."""
-    if not s.above:
-        return x[:, :, s.start : s.stop]
-    return torch.cat([x[:, :, a:b] for a, b in (*s.above, (s.start, s.stop))], 2)
-
-
-def _mask_of(
-    s: Segment, window: int | None, layout: Layout, like: Tensor
-) -> tuple[Tensor | None, bool]:
-    """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
-    own = s.stop - s.start
-    above = sum(b - a for a, b in s.above)
-    if above == 0 and (window is None or own <= window):
-        return None, True
-    return layout.additive(above, own, window, like), False
-
-
-def _in_blocks(qkv: Tensor) -> bool:
-    """Whether `cpu_attention` is the faster way; measured by bench/attention.py."""
-    return qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
-
-
-def _masks(
-    s: Segment, window: int | None, layout: Layout, like: Tensor
-) -> Callable[[slice, slice], Tensor]:
-    """The masks of a segment's blocks: a triangle at their end, where no window cuts the rest."""
-    own = s.stop - s.start
-    above = sum(b - a for a, b in s.above)
-    if window is None or above + own <= window:
-        return lambda rows, _: layout.additive(0, rows.stop - rows.start, None, like)
-    return lambda rows, columns: layout.additive(above, own, window, like)[rows, columns]
 
 
 def register() -> None:

@@ -1,89 +1,230 @@
-"""Attention of one segment in half precision on a CPU: causal, in blocks of rows, both ways.
+"""Attention over a pack on a CPU, segment by segment, both ways.
 
-PyTorch's flash attention for CPUs spends most of its time in bf16 on converting and on small
-products. Here a block of query rows is a few batched matrix products, which run at the rate of the
-chip's matrix units; the heads that share a head of keys are rows of one product. Of the scores only
-those of one block exist at a time, and backward computes them again.
+q, k, v and the result stay in one buffer each, and so do their gradients. In bf16 the products are
+our own, in blocks of rows; in the other types each segment is a call of PyTorch's flash attention
+for CPUs (FlashAttention-2, arXiv 2307.08691), which in bf16 spends most of its time on converting
+and on small products.
 
     s = scale q k' + mask      p = softmax(s)      o = p v
     dv += p' do    dp = do v'    ds = p (dp - sum(dp p))    dq = scale ds k    dk += scale ds' q
+
+A block is a few batched products, which run at the rate of the chip's matrix units; the heads that
+share a head of keys are rows of one product. Of the scores only those of one block exist at a time;
+backward computes them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from vicuna.data.pack import Segment
+from vicuna.model.parts import Heads
+
+if TYPE_CHECKING:
+    from vicuna.model.attention import Layout
 
 # Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
 # products that are worth starting.
 BLOCK = 128
 
-# Some rows and columns -> the summand of the scores in the last columns, 0 or -inf: (t, s').
-Mask = Callable[[slice, slice], Tensor]
+
+def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    """qkv (T, (H + 2 K) D), the heads of q, k and v side by side, rotated -> (T, H D)."""
+    way = BlockSegments if in_blocks(qkv) else FlashSegments
+    result: Tensor = way.apply(qkv, heads, layout)
+    return result
 
 
-def blocks(rows: int, above: int, window: int | None) -> Iterator[tuple[slice, slice]]:
-    """The rows of each block, and the columns that any of them sees.
+def in_blocks(qkv: Tensor) -> bool:
+    """Whether our own products are the faster way."""
+    return qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
 
-    Args:
-        rows: of the segment. above: columns in front of its own.
-        window: how far back a row sees, itself included.
-    """
+
+# -- our own products ------------------------------------------------------------------------------
+
+
+class BlockSegments(torch.autograd.Function):
+    """Each segment in blocks of rows. Nothing but q, k and v is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+        ctx.heads, ctx.layout = heads, layout
+        ctx.save_for_backward(qkv)
+        out = qkv.new_empty(qkv.shape[0], heads.query, heads.size)
+        q, kv = _sides(qkv, heads)
+        result = out.transpose(0, 1)
+        for s in layout.segments:
+            seen = _seen(kv, s)
+            for own, columns, mask in _blocks(s, heads.window, layout, qkv):
+                k, v = seen[:, columns].chunk(2)
+                weights = _weights(_rows(q[:, own], heads, heads.scale), k, mask)
+                o = torch.bmm(weights, v)
+                result[:, own] = o.view(heads.query, -1, heads.size)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (qkv,) = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)
+        dqkv = torch.empty_like(qkv)
+        q, kv = _sides(qkv, heads)
+        dq, dkv = _sides(dqkv, heads)
+        if any(s.above for s in layout.segments):
+            dkv.zero_()
+        for s in layout.segments:
+            seen = _seen(kv, s)
+            dseen = torch.zeros_like(seen)
+            for own, columns, mask in _blocks(s, heads.window, layout, qkv):
+                k, v = seen[:, columns].chunk(2)
+                dk, dv = dseen[:, columns].chunk(2)
+                queries, g = _rows(q[:, own], heads, heads.scale), _rows(given[:, own], heads)
+                weights = _weights(queries, k, mask)
+                dv.baddbmm_(weights.transpose(1, 2), g)
+                dweights = torch.bmm(g, v.transpose(1, 2))
+                dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+                dk.baddbmm_(dscores.transpose(1, 2), queries)
+                dqueries = torch.bmm(dscores, k).view(heads.query, -1, heads.size)
+                torch.mul(dqueries, heads.scale, out=dq[:, own])
+            _give_back(dkv, dseen, s, layout)
+        return dqkv, None, None
+
+
+def _sides(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """q (H, T, D), and k and v on top of each other (2 K, T, D), as views of one buffer."""
+    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
+    return split[: heads.query], split[heads.query :]
+
+
+def _seen(kv: Tensor, s: Segment) -> Tensor:
+    """The rows of k and v that a segment sees, those above it first: (2 K, S, D), contiguous."""
+    if not s.above:
+        return kv[:, s.start : s.stop].contiguous()
+    return torch.cat([kv[:, a:b] for a, b in (*s.above, (s.start, s.stop))], 1)
+
+
+def _give_back(dkv: Tensor, dseen: Tensor, s: Segment, layout: Layout) -> None:
+    """Put a segment's gradients of k and v where they belong."""
+    if not s.above and not any(t.above for t in layout.segments):
+        dkv[:, s.start : s.stop] = dseen
+        return
+    first = 0
+    for a, b in (*s.above, (s.start, s.stop)):
+        dkv[:, a:b] += dseen[:, first : first + b - a]
+        first += b - a
+
+
+def _blocks(
+    s: Segment, window: int | None, layout: Layout, like: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each block: its rows in the pack, the columns that any of them sees, counted from the
+    first that the segment sees, and the summand of the scores in the last of them, 0 or -inf."""
+    above, rows = sum(b - a for a, b in s.above), s.stop - s.start
+    cut = window is not None and above + rows > window
     for start in range(0, rows, BLOCK):
         stop = min(start + BLOCK, rows)
-        first = 0 if window is None else max(0, above + start - window + 1)
-        yield slice(start, stop), slice(first, above + stop)
+        own = slice(s.start + start, s.start + stop)
+        if cut and window is not None:
+            columns = slice(max(0, above + start - window + 1), above + stop)
+            mask = layout.additive(above, rows, window, like)[start:stop, columns]
+        else:
+            columns = slice(0, above + stop)
+            mask = layout.additive(0, stop - start, None, like)
+        yield own, columns, mask
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, mask: Mask
-) -> Tensor:
-    """q (H, T, D), k and v (K, S, D) with S >= T -> (H, T, D). Row i stands at column S - T + i.
-
-    Args:
-        window: how far back a row sees, itself included.
-    """
-    heads, groups = k.shape[0], q.shape[0] // k.shape[0]
-    out = torch.empty_like(q)
-    for rows, columns in blocks(q.shape[1], k.shape[1] - q.shape[1], window):
-        queries = _rows(q, rows, heads).mul_(scale)
-        weights = _weights(queries, k[:, columns], mask(rows, columns), groups)
-        result = torch.bmm(weights, v[:, columns])
-        out[:, rows] = result.view(q.shape[0], -1, q.shape[2])
-    return out
+def _rows(x: Tensor, heads: Heads, scale: float = 1.0) -> Tensor:
+    """A copy of x (H, t, D), scaled, heads that share keys below each other: (K, G t, D)."""
+    part = torch.mul(x, scale, out=x.new_empty(x.shape))
+    return part.view(heads.key, -1, heads.size)
 
 
-def backward(
-    g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, mask: Mask
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q (H, T, D), k and v (K, S, D), given that of the result, g (H, T, D)."""
-    heads, groups = k.shape[0], q.shape[0] // k.shape[0]
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    for rows, columns in blocks(q.shape[1], k.shape[1] - q.shape[1], window):
-        queries, given = _rows(q, rows, heads).mul_(scale), _rows(g, rows, heads)
-        keys = k[:, columns]
-        weights = _weights(queries, keys, mask(rows, columns), groups)
-        dv[:, columns].baddbmm_(weights.transpose(1, 2), given)
-        dweights = torch.bmm(given, v[:, columns].transpose(1, 2))
-        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-        dk[:, columns].baddbmm_(dscores.transpose(1, 2), queries)
-        dqueries = torch.bmm(dscores, keys).mul_(scale)
-        dq[:, rows] = dqueries.view(q.shape[0], -1, q.shape[2])
-    return dq, dk, dv
-
-
-def _rows(x: Tensor, rows: slice, heads: int) -> Tensor:
-    """A copy of some rows of x (H, T, D), heads that share keys below each other: (K, G t, D)."""
-    part = x[:, rows].clone(memory_format=torch.contiguous_format)
-    return part.view(heads, -1, x.shape[2])
-
-
-def _weights(q: Tensor, k: Tensor, mask: Tensor, groups: int) -> Tensor:
+def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k' + mask): q (K, G t, D), scaled, k (K, s, D) -> (K, G t, s)."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    masked = scores.view(k.shape[0], groups, mask.shape[0], -1)[..., -mask.shape[1] :]
+    masked = scores.view(k.shape[0], -1, mask.shape[0], k.shape[1])[..., -mask.shape[1] :]
     masked.add_(mask)
     return scores.softmax(-1)
+
+
+# -- PyTorch's flash attention ---------------------------------------------------------------------
+
+
+class FlashSegments(torch.autograd.Function):
+    """Each segment as one call of the fused kernel, called directly."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+        rows = qkv.shape[0]
+        out = qkv.new_empty(rows, heads.query, heads.size)
+        lses = []
+        q, k, v = _views(qkv, heads)
+        for s in layout.segments:
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, s.start : s.stop], _gather(k, s), _gather(v, s), 0.0, causal,
+                attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            out[s.start : s.stop] = o[0].transpose(0, 1)
+            lses.append(lse)
+        ctx.heads, ctx.layout = heads, layout
+        ctx.save_for_backward(qkv, out, *lses)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        qkv, out, *lses = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)[None]
+        result = out.transpose(0, 1)[None]
+        shared = any(s.above for s in layout.segments)
+        dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
+        q, k, v = _views(qkv, heads)
+        dq, dk, dv = _views(dqkv, heads)
+        for s, lse in zip(layout.segments, lses):
+            own = slice(s.start, s.stop)
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
+                lse, 0.0, causal, attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            dq[:, :, own] = gq
+            for total, part in ((dk, gk), (dv, gv)):
+                start = 0
+                for a, b in (*s.above, (s.start, s.stop)):
+                    piece = part[:, :, start : start + b - a]
+                    if shared:
+                        total[:, :, a:b] += piece
+                    else:
+                        total[:, :, a:b] = piece
+                    start += b - a
+        return dqkv, None, None
+
+
+def _views(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """q (1, H, T, D), k and v (1, K, T, D) as views of one buffer."""
+    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)[None]
+    stop = heads.query + heads.key
+    return split[:, : heads.query], split[:, heads.query : stop], split[:, stop:]
+
+
+def _gather(x: Tensor, s: Segment) -> Tensor:
+    """The rows of k or v that a segment sees: those above it, then its own."""
+    if not s.above:
+        return x[:, :, s.start : s.stop]
+    return torch.cat([x[:, :, a:b] for a, b in (*s.above, (s.start, s.stop))], 2)
+
+
+def _mask_of(
+    s: Segment, window: int | None, layout: Layout, like: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
+    own = s.stop - s.start
+    above = sum(b - a for a, b in s.above)
+    if above == 0 and (window is None or own <= window):
+        return None, True
+    return layout.additive(above, own, window, like), False
