@@ -52,6 +52,32 @@ class AdapterFiles:
     notes: list[str] = field(default_factory=list)
     base_name: str = ""
 
+    @property
+    def scale(self) -> float:
+        """What B@A is multiplied by before it is added to a weight."""
+        rank, alpha = self.lora.rank, self.lora.alpha
+        return alpha / (rank**0.5 if self.lora.rslora else rank)
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A (rank, in), B (out, rank)) by the name of the base's module.
+
+        Raises: UserError where one of a pair is missing.
+        """
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            found = _WEIGHT.match(key)
+            assert found
+            module = found["module"].removeprefix("base_model.model.")
+            sides.setdefault(module, {})[found["side"]] = tensor
+        for module, pair in sides.items():
+            if len(pair) != 2:
+                raise UserError(
+                    f"{module} has lora_{next(iter(pair))} alone, its other half is missing",
+                    where=f"adapter {self.path}",
+                    fix="The file is damaged; fetch it again.",
+                )
+        return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+
 
 # -- the base an adapter belongs to ----
 
