@@ -283,7 +283,7 @@ def test_every_command_takes_them(
     """Answering with both engines, merging, and where a training begins."""
     import vicuna
     from vicuna.config import TrainSettings, parse
-    from vicuna.train.origin import begin
+    from vicuna.train.origin import find
     from vicuna.train.screen import Screen
 
     base, today = made
@@ -292,7 +292,7 @@ def test_every_command_takes_them(
         answers = []
         for adapter in (today, old):
             with vicuna.load(str(base), adapter=str(adapter), engine=engine, **how) as model:
-                answers.append(model.generate("你好", max_new_tokens=8).outputs[0].token_ids)
+                answers.append(model.generate("你好", max_new_tokens=8).answers[0].token_ids)
         assert answers[0] == answers[1]
     folders = []
     for i, adapter in enumerate((today, old)):
@@ -302,7 +302,7 @@ def test_every_command_takes_them(
     assert all(torch.equal(folders[0][k], folders[1][k]) for k in folders[0])
     words = ["--model", str(base), "--init_adapter", str(old), "--output_dir", str(tmp_path / "r")]
     settings, given = parse(TrainSettings, [*words, "--dataset", "x.jsonl"])
-    settings, origin = begin(settings, given, Screen())
+    settings, origin = find(settings, given, Screen())
     assert (settings.lora_rank, settings.lora_alpha) == (4, 8)
     assert origin.adapter is not None
     assert len(origin.adapter.pairs()) == 14

@@ -180,7 +180,7 @@ def test_the_result_answers_like_base_and_adapter(
     whole = vicuna.load(str(folder), precision="fp32")
     for question in ("你好", "What is it?"):
         answers = [
-            m.generate(question, max_new_tokens=12).outputs[0].token_ids for m in (apart, whole)
+            m.generate(question, max_new_tokens=12).answers[0].token_ids for m in (apart, whole)
         ]
         assert answers[0] == answers[1]
     from vicuna.data.template import find
