@@ -17,7 +17,7 @@ from ship_kit import QUICK, adapter_in, base_in, content, report_of, tensors_of
 from vicuna.convert.adapter import inspect, upgrade
 from vicuna.convert.merge import run as merge
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
-from vicuna.model.adapter import attach_saved, read_adapter
+from vicuna.model.adapter import attach_saved, plain_folder, read_adapter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -306,3 +306,16 @@ def test_every_command_takes_them(
     assert (settings.lora_rank, settings.lora_alpha) == (4, 8)
     assert origin.adapter is not None
     assert len(origin.adapter.pairs()) == 14
+
+
+def test_engines_that_read_adapters_by_themselves_get_plain_ones(
+    old: Path, made: tuple[Path, Path]
+) -> None:
+    assert plain_folder(read_adapter(str(made[1]))) == made[1]
+    found = read_adapter(str(old))
+    folder = plain_folder(found)
+    assert folder != old
+    again = read_adapter(str(folder))
+    assert again.notes == []
+    assert again.tensors.keys() == found.tensors.keys()
+    assert plain_folder(found) == folder

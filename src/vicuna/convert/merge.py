@@ -214,7 +214,7 @@ def merge(settings: MergeSettings, source: _Source, target: Path, largest: int) 
         report.measure(_bytes_read(source), aside)
         report.verify(
             settings,
-            lambda: FolderScorer(source.folder, source.weights, parts),
+            lambda: FolderScorer(source.folder, adapters=parts),
             lambda: FolderScorer(aside),
             lambda: Encoder(load_vocabulary(source.folder)),
         )
