@@ -16,6 +16,13 @@ from vicuna.config.data import (
 )
 from vicuna.config.names import OLD_NAMES
 from vicuna.config.parse import RUN_KEYS, build, builtin_recipes, parse, read_recipe
+from vicuna.config.ship import (
+    ConvertModelSettings,
+    InspectSettings,
+    MergeSettings,
+    UpgradeSettings,
+    VerifySettings,
+)
 from vicuna.config.tools import DemoSettings, DoctorSettings
 from vicuna.config.train import PlanSettings, TrainSettings
 
@@ -23,6 +30,7 @@ __all__ = [
     "OLD_NAMES",
     "RUN_KEYS",
     "AnswerSettings",
+    "ConvertModelSettings",
     "ConvertSettings",
     "DataCommandSettings",
     "DataSettings",
@@ -30,10 +38,14 @@ __all__ = [
     "DemoSettings",
     "DoctorSettings",
     "GenerateSettings",
+    "InspectSettings",
+    "MergeSettings",
     "PlanSettings",
     "PreviewSettings",
     "Settings",
     "TrainSettings",
+    "UpgradeSettings",
+    "VerifySettings",
     "build",
     "builtin_recipes",
     "parse",

@@ -1,123 +1,157 @@
-"""Write a base or an adapter as a GGUF file, tensor by tensor, with the `gguf` package alone.
+"""Write a base, perhaps with an adapter merged into it, or an adapter alone as a GGUF file.
 
-write_base(folder, Path("model.gguf"), "f16")
-write_adapter(read_adapter("runs/demo"), config, Path("adapter.gguf"))
-quantize(Path("model.gguf"), Path("model-q4_k_m.gguf"), "q4_k_m")
+write_base(folder, Path("model.gguf"), "q4_k_m")
+write_base(folder, Path("law.gguf"), "q8_0", adapter=read_adapter("runs/law"))
+write_adapter(read_adapter("runs/law"), config, Path("law-lora.gguf"))
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from vicuna.cache import whole_file
 from vicuna.errors import UserError
+from vicuna.export import ggml
 from vicuna.export.gguf_names import Names, Shape, add_settings, rope_factors
-from vicuna.export.gguf_vocab import add_vocabulary
+from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind, kind_of
+from vicuna.export.gguf_vocab import Spoken, add_vocabulary
+from vicuna.generate.engines.libllama import INSTALL
+from vicuna.model.merging import Addition
 
 if TYPE_CHECKING:
+    from vicuna.export.importance import Importance
     from vicuna.model.adapter import AdapterFiles
 
-# Types this module writes by itself, and `general.file_type` of a file that is mostly of them.
-FILE_TYPES = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32,
-}  # fmt: skip
-# Types that need llama.cpp itself: `llama_ftype` of each.
-K_QUANTS = {
-    "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15,
-    "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18,
-}  # fmt: skip
-_FULL = ("f32", "f16", "bf16")
+# Told before each tensor is written: how many are, of how many.
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write: its name and type, and what gives its data in float32 (rows, columns)."""
+    """A tensor to write: its name and type, and what reads it (rows, columns) in any float type."""
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Tensor]
+    importance: np.ndarray | None = None
 
 
 # -- a base ----
 
 
-def write_base(folder: Path, target: Path, kind: str = "f16", name: str = "") -> None:
+def write_base(
+    folder: Path,
+    target: Path,
+    kind: str = "f16",
+    name: str = "",
+    *,
+    adapter: AdapterFiles | None = None,
+    spoken: Spoken | None = None,
+    importance: Importance | None = None,
+    progress: Progress = lambda done, of: None,
+) -> None:
     """Write a base, tokenizer and chat template included.
 
-    One tensor is in memory at a time. An existing target is replaced; an interrupted write leaves
-    nothing.
+    One tensor is in memory at a time, merged and quantised on its way; no file in between. An
+    existing target is replaced; an interrupted write leaves nothing.
 
     Args:
         folder: in Hugging Face's layout, weights as safetensors.
         target: the file to write.
-        kind: type of the matrices, a key of `FILE_TYPES`. Vectors stay float32. In types of 4 and 5
-            bits the embedding and the output matrix are q8_0: they lose most.
+        kind: type of the matrices, a key of `FILE_TYPES`. Vectors stay float32.
         name: `general.name`; the folder's where not given.
+        adapter: merged into the weights on the way, in float32.
+        spoken: chat template and end tokens in place of the tokenizer's.
+        importance: how much each column of each matrix counts, for quantised types.
 
-    Raises: UserError where the architecture, the tokenizer or the type is not supported, or the
-        disk is full.
+    Raises: UserError where the architecture, the tokenizer or the type is not supported, the
+        adapter does not fit, or the disk is full.
     """
     from vicuna.model.vocabulary import load_vocabulary
 
-    _check_kind(kind)
+    check_kind(kind)
+    if kind not in PLAIN and not ggml.available(kind):
+        raise UserError(f"type {kind} needs llama.cpp", fix=INSTALL)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = Shape.of(config, str(folder))
-    plan = _plan_base(folder, Names(shape), kind)
+    plan = _plan_base(folder, Names(shape), kind, adapter, importance)
     factors = rope_factors(config, shape)
     if factors is not None:
-        plan.insert(0, _Planned("rope_freqs.weight", "f32", factors.shape, lambda: factors))
-    with whole_file(target) as aside:
-        writer = _writer(aside, shape.arch)
+        plan.insert(0, _Planned("rope_freqs.weight", "f32", tuple(factors.shape), lambda: factors))
+    with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("model")
         writer.add_name(name or folder.name)
         add_settings(writer, config, shape)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(2)
-        add_vocabulary(writer, load_vocabulary(folder), folder, int(config["vocab_size"]))
-        _write(writer, plan)
+        if importance is not None:
+            importance.describe(writer)
+        add_vocabulary(writer, load_vocabulary(folder), folder, int(config["vocab_size"]), spoken)
+        _write(writer, plan, progress)
 
 
-def _check_kind(kind: str) -> None:
-    if kind not in FILE_TYPES:
-        raise UserError(
-            f"GGUF type {kind!r} cannot be written here", fix=f"Known: {', '.join(FILE_TYPES)}."
-        )
-
-
-def _plan_base(folder: Path, names: Names, kind: str) -> list[_Planned]:
+def _plan_base(
+    folder: Path,
+    names: Names,
+    kind: str,
+    adapter: AdapterFiles | None,
+    importance: Importance | None,
+) -> list[_Planned]:
+    shape = names.shape
+    model = Model(shape.arch, shape.layers, shape.heads // shape.kv_heads, shape.tied)
+    found = list(_tensors(folder))
+    addition = Addition(adapter) if adapter else None
+    if addition:
+        addition.check({source for source, _, _ in found}, shape.tied)
+    columns: Mapping[str, np.ndarray] = importance.means if importance else {}
     plan = []
-    for source, shape, read in _tensors(folder):
+    for source, size, read in found:
         name = names.of(source)
-        if name is not None:
-            plan.append(
-                _Planned(name, _kind_of(name, shape, kind), shape, _ordered(names, name, read))
+        if name is None:
+            continue
+        merged = _merged(read, source, addition)
+        plan.append(
+            _Planned(
+                name, kind_of(name, size, kind, model), size, _ordered(names, name, merged),
+                _columns(columns, name, size),
             )
+        )  # fmt: skip
     return plan
 
 
-def _ordered(names: Names, name: str, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+def _merged(
+    read: Callable[[], Tensor], source: str, addition: Addition | None
+) -> Callable[[], Tensor]:
+    return (lambda: addition.to(source, read())) if addition else read
+
+
+def _ordered(names: Names, name: str, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return lambda: names.reorder(name, read())
 
 
-def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """The type of one tensor in a file of a type."""
-    if len(shape) < 2:
-        return "f32"
-    if kind in _FULL:
-        return kind
-    if shape[-1] % 32:
-        return "f16"  # blocks of 32 do not fit
-    return "q8_0" if name in ("token_embd.weight", "output.weight") else kind
+def _columns(
+    importance: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    found = importance.get(name)
+    if found is not None and found.shape != shape[-1:]:
+        raise UserError(
+            f"the importance of {name} has {found.size} columns, the matrix {shape[-1]}",
+            where="imatrix",
+            fix="It was computed with another model.",
+        )
+    return found
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
     """(name, shape, reader) of every tensor of a folder, in the order of the files.
 
     Raises: UserError where the folder has no safetensors.
@@ -137,13 +171,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], 
                 yield name, tuple(f.get_slice(name).get_shape()), _reader(path, name)
 
 
-def _reader(path: Path, name: str) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
+def _reader(path: Path, name: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
         from safetensors import safe_open
 
+        # Opened anew: what was read of a mapped file would else stay in memory.
         with safe_open(str(path), framework="pt") as f:
-            array: np.ndarray = f.get_tensor(name).float().numpy()
-            return array
+            tensor: Tensor = f.get_tensor(name)
+            return tensor
 
     return read
 
@@ -152,7 +187,12 @@ def _reader(path: Path, name: str) -> Callable[[], np.ndarray]:
 
 
 def write_adapter(
-    adapter: AdapterFiles, config: dict[str, Any], target: Path, kind: str = "f32"
+    adapter: AdapterFiles,
+    config: dict[str, Any],
+    target: Path,
+    kind: str = "f32",
+    name: str = "",
+    template: str = "",
 ) -> None:
     """Write a LoRA adapter as a GGUF LoRA, which llama.cpp adds to its base while it computes.
 
@@ -160,24 +200,27 @@ def write_adapter(
         adapter: from `vicuna.model.adapter.read_adapter`.
         config: the base's config.json (parsed); of it only the shape counts.
         kind: f32, f16 or bf16.
+        name: `general.name`; the adapter's folder's where not given.
+        template: the chat template it was trained with, in Jinja.
 
     Raises: UserError where the base's architecture is not supported, or the disk is full.
     """
-    if kind not in _FULL:
+    if kind not in FULL:
         raise UserError(f"an adapter cannot be written as {kind}", fix="Use f32, f16 or bf16.")
     shape = Shape.of(config, f"base of {adapter.path}")
     rank, alpha = adapter.lora.rank, adapter.lora.alpha
     if adapter.lora.rslora:
         alpha *= rank**0.5  # llama.cpp divides by the rank, rank-stabilised LoRA by its root
-    with whole_file(target) as aside:
-        writer = _writer(aside, shape.arch)
+    with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("adapter")
-        writer.add_name(adapter.path.name)
+        writer.add_name(name or adapter.path.name)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(2)
-        _write(writer, _plan_adapter(adapter, Names(shape), kind))
+        if template:
+            writer.add_chat_template(template)
+        _write(writer, _plan_adapter(adapter, Names(shape), kind), lambda done, of: None)
 
 
 def _plan_adapter(adapter: AdapterFiles, names: Names, kind: str) -> list[_Planned]:
@@ -189,13 +232,12 @@ def _plan_adapter(adapter: AdapterFiles, names: Names, kind: str) -> list[_Plann
             raise UserError(
                 "the adapter changes the output matrix, which this base shares with its embedding",
                 where=str(adapter.path),
-                fix="Merge it into the base instead.",
+                fix="llama.cpp cannot add to one of the two alone; train without lm_head.",
             )
 
         # The rows of A@x are the rank's; only B's are the layer's, in the layer's order.
-        def read(tensor: Any = tensor, name: str = name, side: str = side) -> np.ndarray:
-            rows: np.ndarray = tensor.float().numpy()
-            return rows if side == "A" else names.reorder(name, rows)
+        def read(tensor: Tensor = tensor, name: str = name, side: str = side) -> Tensor:
+            return tensor if side == "A" else names.reorder(name, tensor)
 
         plan.append(_Planned(f"{name}.lora_{side.lower()}", kind, tuple(tensor.shape), read))
     return plan
@@ -210,58 +252,20 @@ def _writer(path: Path, arch: str) -> Any:
     return GGUFWriter(str(path), arch)
 
 
-def _write(writer: Any, plan: list[_Planned]) -> None:
+def _write(writer: Any, plan: list[_Planned], progress: Progress) -> None:
     """Write metadata, then each tensor: read, converted, written, forgotten."""
-    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape, quants
+    from gguf import GGMLQuantizationType
 
-    types = {p.name: GGMLQuantizationType[p.kind.upper()] for p in plan}
     for p in plan:
-        stored = quant_shape_to_byte_shape(p.shape, types[p.name])
+        stored = ggml.stored_shape(p.shape, p.kind)
         writer.add_tensor_info(
-            p.name, stored, np.dtype(np.uint8), int(np.prod(stored)), types[p.name]
+            p.name, stored, np.dtype(np.uint8), int(np.prod(stored)),
+            GGMLQuantizationType[p.kind.upper()],
         )  # fmt: skip
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for p in plan:
-        with np.errstate(over="ignore"):  # told below, by name
-            data = quants.quantize(p.read(), types[p.name])
-        if p.kind == "f16" and np.isinf(data).any():
-            raise UserError(
-                f"{p.name} has values beyond the range of f16", fix="Choose bf16 or f32."
-            )
-        writer.write_tensor_data(data)
-    writer.close()
-
-
-# -- quantising with llama.cpp ----
-
-
-def quantize(source: Path, target: Path, kind: str) -> None:
-    """Quantise a GGUF file of f32, f16 or bf16 with llama.cpp, K-quants included.
-
-    Args:
-        kind: a key of `K_QUANTS` or `FILE_TYPES`.
-
-    Raises: UserError where cyllama is missing, the type is unknown, or llama.cpp fails.
-    """
-    ftype = {**FILE_TYPES, **K_QUANTS}.get(kind)
-    if ftype is None:
-        known = ", ".join((*FILE_TYPES, *K_QUANTS))
-        raise UserError(f"no GGUF type {kind!r}", fix=f"Known: {known}.")
-    try:
-        from cyllama.llama import llama_cpp
-    except ImportError as e:
-        raise UserError(
-            "quantising needs cyllama",
-            where=f"type {kind}",
-            fix="pip install 'chinese-vicuna[cpp]'",
-        ) from e
-    llama_cpp.disable_logging()
-    params = llama_cpp.LlamaModelQuantizeParams()
-    params.ftype = ftype
-    with whole_file(target) as aside:
-        try:
-            llama_cpp.model_quantize(str(source), str(aside), params)
-        except RuntimeError as e:
-            raise UserError(f"llama.cpp cannot quantise this file: {e}", where=str(source)) from e
+    for done, p in enumerate(plan):
+        progress(done, len(plan))
+        writer.write_tensor_data(ggml.encode(p.read(), p.kind, p.name, p.importance))
+    progress(len(plan), len(plan))

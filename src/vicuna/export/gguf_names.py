@@ -10,7 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from vicuna.errors import UserError
 
@@ -85,7 +86,7 @@ class Names:
             )
         return str(found)
 
-    def reorder(self, name: str, rows: np.ndarray) -> np.ndarray:
+    def reorder(self, name: str, rows: Tensor) -> Tensor:
         """The rows (out, ...) of a tensor in the order in which llama.cpp rotates q and k.
 
         Args:
@@ -105,7 +106,7 @@ class Names:
                 "base's.",
             )
         split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
+        return split.transpose(1, 2).reshape(rows.shape)
 
 
 def add_settings(writer: Any, config: dict[str, Any], shape: Shape) -> None:
@@ -172,7 +173,7 @@ def _add_scaling(writer: Any, rope: dict[str, Any]) -> None:
         )
 
 
-def rope_factors(config: dict[str, Any], shape: Shape) -> np.ndarray | None:
+def rope_factors(config: dict[str, Any], shape: Shape) -> Tensor | None:
     """What Llama 3.1 divides each rotary frequency by, float32 (head_dim / 2); None elsewhere.
 
     The rule is that of Meta's `apply_scaling` in the model's published code: short wavelengths
@@ -190,4 +191,4 @@ def rope_factors(config: dict[str, Any], shape: Shape) -> np.ndarray | None:
         turns = original * float(rope["rope_theta"]) ** (-i / shape.head_dim) / (2 * math.pi)
         blend = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - blend) / factor + blend))
-    return np.array(factors, dtype=np.float32)
+    return torch.tensor(factors, dtype=torch.float32)

@@ -27,6 +27,17 @@ from vicuna.model.gguf_tokenizer import (
 _NEVER_MERGED, _PADDING = -1000.0, -10000.0
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """How a model is talked to, where that is not what its tokenizer says: a merged adapter's way.
+
+    chat_template: in Jinja; "" leaves the tokenizer's. end_id: the token that ends an answer.
+    """
+
+    chat_template: str = ""
+    end_id: int | None = None
+
+
 @dataclass
 class Tokens:
     """The tokens of a vocabulary by id, and how text becomes them.
@@ -44,12 +55,15 @@ class Tokens:
     space_first: bool = False
 
 
-def add_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path, rows: int) -> None:
+def add_vocabulary(
+    writer: Any, vocabulary: Vocabulary, folder: Path, rows: int, spoken: Spoken | None = None
+) -> None:
     """Write a tokenizer into the metadata of a `gguf.GGUFWriter`.
 
     Args:
         folder: the base's; its tokenizer.model, where it has one, gives the exact scores.
         rows: of the embedding; ids that the tokenizer does not use are filled up.
+        spoken: in place of the tokenizer's chat template and end token.
 
     Raises: UserError where llama.cpp has no such tokenizer.
     """
@@ -63,12 +77,14 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, folder: Path, rows: int)
         writer.add_add_space_prefix(tokens.space_first)
     else:
         writer.add_token_merges(tokens.merges)
-    _add_specials(writer, vocabulary, tokens)
-    if vocabulary.chat_template:
-        writer.add_chat_template(vocabulary.chat_template)
+    spoken = spoken or Spoken()
+    _add_specials(writer, vocabulary, tokens, spoken.end_id)
+    template = spoken.chat_template or vocabulary.chat_template
+    if template:
+        writer.add_chat_template(template)
 
 
-def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens) -> None:
+def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens, end_id: int | None) -> None:
     bos = vocabulary.bos_id
     if bos is None and vocabulary.bos_token in vocabulary.special_tokens:
         bos = vocabulary.special_tokens[vocabulary.bos_token]
@@ -78,7 +94,8 @@ def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens) -> None:
     if UNKNOWN in tokens.types:
         writer.add_unk_token_id(tokens.types.index(UNKNOWN))
     writer.add_pad_token_id(vocabulary.pad_id)
-    others = [i for i in vocabulary.end_ids if i != vocabulary.eos_id]
+    ends = ([] if end_id is None else [end_id]) + list(vocabulary.end_ids)
+    others = [i for i in ends if i != vocabulary.eos_id]
     if others:
         writer.add_eot_token_id(others[0])
     writer.add_add_bos_token(vocabulary.bos_id is not None)

@@ -1,0 +1,188 @@
+"""A template as text for other programs: Jinja for GGUF's metadata, Go's syntax for Ollama.
+
+Both come from the template's own strings, so that they say what training and answering render.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from vicuna.data.template import LiteralTemplate, Renderer, builtin
+from vicuna.data.template_base import FIELD, Shape, Template
+
+# What a turn is told apart by: is it the first question, has it an answer already.
+_Case = tuple[bool, bool]
+_CASES: tuple[_Case, ...] = ((True, False), (False, False), (True, True), (False, True))
+
+
+def jinja(renderer: Renderer) -> str:
+    """A template in Jinja, as `tokenizer.chat_template` has it; "" where it is the tokenizer's own,
+    which is Jinja already."""
+    template = renderer.template
+    return _to_jinja(template, _end(renderer)) if isinstance(template, LiteralTemplate) else ""
+
+
+def go(renderer: Renderer) -> str | None:
+    """A template in Go's syntax, for Ollama; None where it is a tokenizer's own of no known kind.
+
+    The token that a sequence begins with is left to llama.cpp, which adds it by itself.
+    """
+    known = recognised(renderer.template)
+    bos = renderer.encoder.vocabulary.bos_token
+    return _to_go(known, bos, _end(renderer)) if known else None
+
+
+def _end(renderer: Renderer) -> str:
+    """The token that ends an answer, as it is spelled."""
+    return renderer.encoder.token(renderer.end_id)
+
+
+def recognised(template: Template) -> LiteralTemplate | None:
+    """The literal template that renders as this one does, itself where it is literal.
+
+    A tokenizer's own template is compared on one and two questions behind a system prompt.
+    """
+    if isinstance(template, LiteralTemplate):
+        return template
+    shapes = [Shape(True, (False,)), Shape(True, (False, False))]
+    for name, spec in builtin().items():
+        found = LiteralTemplate(name, spec)
+        for bos in (getattr(template, "bos_token", ""), ""):
+            if all(_flat(found, s, bos) == _flat(template, s) for s in shapes):
+                return found
+    return None
+
+
+def default_system(template: Template) -> str:
+    """The system prompt that a template brings where none is given."""
+    known = recognised(template)
+    if known is None or known is template:
+        return known.default_system if known else ""
+    own = _flat(template, Shape(False, (False,)))
+    for bos in (getattr(template, "bos_token", ""), ""):
+        before, _, after = _flat(known, Shape(True, (False,)), bos).partition("\x00system-1\x00")
+        if own.startswith(before) and own.endswith(after) and len(own) > len(before + after):
+            return own[len(before) : len(own) - len(after)]
+    return ""
+
+
+def _flat(template: Template, shape: Shape, bos: str = "") -> str:
+    """What surrounds the turns, the token a sequence begins with spelled `bos`."""
+    slots = template._skeleton(shape)
+    return template._flat(
+        [replace(s, kind="mark", text=bos) if s.kind == "bos" else s for s in slots]
+    )
+
+
+# -- the strings of a template ----
+
+
+def _question(template: LiteralTemplate, case: _Case) -> str:
+    first, past = case
+    return template._question(0 if first else 1, past, has_input=False)
+
+
+def _questions(template: LiteralTemplate) -> tuple[list[tuple[_Case, str]], str]:
+    """(cases whose question looks different, with it; the question of all others)."""
+    usual = _question(template, (False, False))
+    texts = [(case, _question(template, case)) for case in _CASES]
+    return [(case, text) for case, text in texts if text != usual], usual
+
+
+def _answer(template: LiteralTemplate) -> str:
+    """An answer that stands in a prompt: it lies in the past."""
+    return template.spec.past_assistant or template.spec.assistant
+
+
+def _parts(text: str) -> list[tuple[str, str]]:
+    """(field or "", literal or "") of a template's string."""
+    parts = [("", p) if i % 2 == 0 else (p, "") for i, p in enumerate(FIELD.split(text))]
+    return [p for p in parts if any(p)]
+
+
+def _quoted(text: str) -> str:
+    """A string as Jinja and Go both read it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+# -- Jinja ----
+
+# Text comes from expressions alone, so that no rule about white space matters.
+
+
+def _to_jinja(template: LiteralTemplate, end: str) -> str:
+    spec = template.spec
+    words = {"bos": "bos_token", "end": _quoted(end), "system": "system", "text": "turn['content']"}
+
+    def said(string: str, **other: str) -> str:
+        pieces = [{**words, **other}[f] if f else _quoted(t) for f, t in _parts(string)]
+        return f"{{{{- {' ~ '.join(pieces)} -}}}}" if pieces else ""
+
+    asked = words["text"]
+    if not spec.system:  # a system prompt has no place of its own: before the first question
+        lead = '(system ~ "\\n\\n" if system and loop.first else "")'
+        asked = f"{lead} ~ {asked}"
+    others, usual = _questions(template)
+    lines = [
+        "{%- if messages[0]['role'] == 'system' -%}",
+        "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}",
+        "{%- else -%}",
+        f"{{%- set system = {_quoted(spec.default_system)} -%}}{{%- set turns = messages -%}}",
+        "{%- endif -%}",
+        said(spec.start),
+        f"{{%- if system -%}}{said(spec.system)}{{%- endif -%}}" if spec.system else "",
+        "{%- for turn in turns -%}",
+        "{%- if turn['role'] == 'user' -%}",
+    ]
+    for n, ((first, past), text) in enumerate(others):
+        test = f"{'' if first else 'not '}loop.first and {'not ' if past else ''}loop.last"
+        lines += [f"{{%- {'elif' if n else 'if'} {test} -%}}", said(text, text=asked)]
+    lines += ["{%- else -%}", said(usual, text=asked), "{%- endif -%}"] if others else [
+        said(usual, text=asked)
+    ]  # fmt: skip
+    lines += ["{%- else -%}", said(_answer(template)), "{%- endif -%}", "{%- endfor -%}"]
+    return "\n".join(line for line in lines if line)
+
+
+# -- Go ----
+
+_GO_LOOP = """\
+{{- range $i, $turn := .Messages -}}
+{{- $led := eq (index $.Messages 0).Role "system" -}}
+{{- $first := or (eq $i 0) (and (eq $i 1) $led) -}}
+{{- $last := eq (len (slice $.Messages $i)) 1 -}}"""
+
+
+def _to_go(template: LiteralTemplate, bos: str, end: str) -> str:
+    spec = template.spec
+    content = "{{ $turn.Content }}"
+    words = {"bos": bos, "end": end}
+
+    def said(text: str, lead: str = "") -> str:
+        pieces = []
+        for field, literal in _parts(text):
+            if field in ("text", "system"):
+                pieces.append((lead if field == "text" else "") + content)
+            elif literal or words[field]:
+                pieces.append(f"{{{{ {_quoted(literal or words[field])} }}}}")
+        return "".join(pieces)
+
+    lead = ""
+    if not spec.system:
+        before = '{{ (index $.Messages 0).Content }}{{ "\\n\\n" }}'
+        lead = f"{{{{ if and $first $led }}}}{before}{{{{ end }}}}"
+    others, usual = _questions(template)
+    lines = [
+        said(spec.start.removeprefix("{bos}")),
+        _GO_LOOP,
+        '{{- if eq $turn.Role "system" -}}',
+        said(spec.system),
+        '{{- else if eq $turn.Role "user" -}}',
+    ]
+    for n, ((first, past), text) in enumerate(others):
+        test = f"and {'$first' if first else '(not $first)'} {'(not $last)' if past else '$last'}"
+        lines += [f"{{{{- {'else if' if n else 'if'} {test} -}}}}", said(text, lead)]
+    lines += ["{{- else -}}", said(usual, lead), "{{- end -}}"] if others else [said(usual, lead)]
+    lines += ["{{- else -}}", said(_answer(template)), "{{- end -}}", "{{- end -}}"]
+    return "".join(lines)

@@ -1,0 +1,303 @@
+"""Scores of the next token at every position of a text, whatever holds the model.
+
+A folder is computed layer by layer: the weights of one layer are in memory at a time, in fp32, so
+that a model that only just fits on the disk can be compared with another. What an adapter adds is
+computed beside the base, as it is when somebody talks with it, and never added to the weights: a
+merge is compared with what it claims to equal, not with itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vicuna.errors import UserError
+from vicuna.model.load import pick_device
+from vicuna.model.quiet import quiet_transformers
+from vicuna.model.weights import Weights, open_weights
+
+if TYPE_CHECKING:
+    from vicuna.model.adapter import AdapterFiles
+
+Texts = Sequence[Sequence[int]]
+# Types of models whose head is the one computed here; others are loaded whole.
+_STREAMED = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3",
+}  # fmt: skip
+_HEAD_ROWS = 8192  # rows of the output matrix multiplied at a time
+
+
+class Scorer(Protocol):
+    """What gives the scores of texts."""
+
+    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+        """Scores (T, V) of each text in turn, float32: row t is about the token behind t."""
+        ...
+
+
+class FolderScorer:
+    """A base in Hugging Face's layout, perhaps with adapters, computed in fp32.
+
+    Args:
+        folder: config.json is read from here.
+        weights: the tensors by Hugging Face's names; the folder's own where not given.
+        adapters: each with the weight its part counts with.
+
+    Raises: UserError where the weights cannot be read or do not belong to the config.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        weights: Weights | None = None,
+        adapters: Iterable[tuple[AdapterFiles, float]] = (),
+    ) -> None:
+        self._folder, self._adapters = folder, list(adapters)
+        self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._whole = (
+            self._config.get("model_type") not in _STREAMED or "quantization_config" in self._config
+        )
+        self._weights = weights
+        if not self._whole and weights is None:
+            self._weights = open_weights(folder)
+
+    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+        """See `Scorer.scores`."""
+        if self._whole:
+            return self._loaded().scores(texts)
+        assert self._weights is not None
+        return _Streamed(self._folder, self._weights, _deltas(self._adapters)).scores(texts)
+
+    def _loaded(self) -> ModelScorer:
+        from vicuna.model.load import Chosen, load_base
+
+        if self._weights is not None:
+            raise UserError(
+                f"models of type {self._config.get('model_type')} are compared from a folder only",
+                where=str(self._folder),
+                fix="Add --no-verify.",
+            )
+        precision = "fp16" if "quantization_config" in self._config else "fp32"
+        model = load_base(self._folder, Chosen(precision, "comparing"), pick_device())
+        for module, delta in _deltas(self._adapters).items():
+            _add(model.get_submodule(module), delta)
+        return ModelScorer(model)
+
+
+class ModelScorer:
+    """A causal language model of transformers that is loaded already, quantised or not."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+
+    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+        """See `Scorer.scores`."""
+        device = self._model.get_input_embeddings().weight.device
+        for ids in texts:
+            with torch.inference_mode():
+                given = torch.tensor([list(ids)], device=device)
+                yield self._model(input_ids=given, use_cache=False).logits[0].float().cpu().numpy()
+
+
+class GgufScorer:
+    """A GGUF file, computed by llama.cpp, perhaps with a GGUF LoRA beside it.
+
+    Args:
+        longest: tokens of the longest text.
+
+    Raises: UserError where llama.cpp is missing or cannot load the file.
+    """
+
+    def __init__(
+        self, path: Path, adapter: Path | None = None, longest: int = 512, threads: int = 0
+    ) -> None:
+        from vicuna.generate.engines.llama_context import Context, Model
+        from vicuna.generate.engines.llamacpp import physical_cores
+
+        self._longest = longest
+        self._model = Model(path)
+        try:
+            cores = threads or physical_cores()
+            # Keys and values in f32: what is measured are the weights, not the cache.
+            self._context = Context(self._model, longest, 1, longest, cores, "f32")
+            if adapter is not None:
+                self._context.use_adapters([(self._model.load_adapter(adapter), 1.0)])
+        except (MemoryError, UserError):
+            self._model.close()
+            raise
+
+    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+        """See `Scorer.scores`."""
+        for ids in texts:
+            if len(ids) > self._longest:
+                raise ValueError(f"{len(ids)} tokens, room for {self._longest}")
+            self._context.clear()
+            code = self._context.decode(ids, range(len(ids)), [0] * len(ids), len(ids))
+            if code:
+                raise UserError(f"llama.cpp could not compute a text (code {code})")
+            yield self._context.scores(len(ids)).copy()
+
+    def close(self) -> None:
+        """Free cache and weights, now."""
+        self._context.close()
+        self._model.close()
+
+
+# -- what adapters add ----
+
+# (A (r, in), B (out, r), scale) of each adapter that touches a module.
+_Delta = list[tuple[Tensor, Tensor, float]]
+
+
+def _deltas(adapters: Iterable[tuple[AdapterFiles, float]]) -> dict[str, _Delta]:
+    """What is added, by the name of the module."""
+    found: dict[str, _Delta] = {}
+    for files, weight in adapters:
+        for module, (a, b) in files.pairs().items():
+            found.setdefault(module, []).append((a.float(), b.float(), files.scale * weight))
+    return found
+
+
+def _added(x: Tensor, delta: _Delta) -> Tensor:
+    parts = [F.linear(F.linear(x, a.to(x)), b.to(x)) * scale for a, b, scale in delta]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+def _add(module: nn.Module, delta: _Delta) -> None:
+    module.register_forward_hook(lambda _, given, out: out + _added(given[0], delta))
+
+
+# -- layer by layer ----
+
+
+class _Streamed:
+    """A model without weights, into which each layer's are put while it computes."""
+
+    def __init__(self, folder: Path, weights: Weights, deltas: dict[str, _Delta]) -> None:
+        self._where, self._weights, self._deltas = folder, weights, deltas
+        self._names = set(weights.names())
+        self._device = pick_device()
+        self._model = _empty_model(folder)
+        self._check()
+        self._hook()
+
+    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+        with torch.inference_mode():
+            hidden = self._hidden(texts)
+            for row, ids in zip(hidden, texts):
+                yield self._logits(row[: len(ids)]).cpu().numpy()
+
+    def _hidden(self, texts: Texts) -> Tensor:
+        """The last layer's rows (B, T, H). What stands behind a text is never seen by it."""
+        given = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
+        for row, ids in zip(given, texts):
+            row[: len(ids)] = torch.tensor(list(ids))
+        inner = self._model.model
+        hidden: Tensor = inner(input_ids=given.to(self._device), use_cache=False).last_hidden_state
+        return hidden
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Scores (T, V) of rows (T, H); the output matrix in parts, so that it is fp32 in parts."""
+        name = self._head
+        if getattr(self, "_matrix", None) is None:
+            self._matrix = self._weights.read(name).to(self._device)
+        parts = [F.linear(rows, part.float()) for part in self._matrix.split(_HEAD_ROWS)]
+        scores = torch.cat(parts, dim=-1)
+        if delta := self._deltas.get("lm_head"):
+            scores = scores + _added(rows, delta)
+        if cap := getattr(self._model.config, "final_logit_softcapping", None):
+            scores = torch.tanh(scores / cap) * cap
+        return scores
+
+    @property
+    def _head(self) -> str:
+        own = "lm_head.weight"
+        tied = self._model.config.tie_word_embeddings
+        return "model.embed_tokens.weight" if tied or own not in self._names else own
+
+    def _check(self) -> None:
+        wanted = {f"model.{name}" for name, _ in self._model.model.named_parameters()} | {
+            self._head
+        }
+        missing = sorted(wanted - self._names)
+        if missing:
+            raise UserError(
+                f"the weights lack {missing[0]}"
+                + f" and {len(missing) - 1} more" * (len(missing) > 1),
+                where=str(self._where),
+                fix="Weights and config.json do not belong together, or a file is missing.",
+            )
+        for name, parameter in self._model.model.named_parameters():
+            found = self._weights.shape(f"model.{name}")
+            if found != tuple(parameter.shape):
+                raise UserError(
+                    f"model.{name} has the shape {found}, config.json makes it "
+                    f"{tuple(parameter.shape)}",
+                    where=str(self._where),
+                )
+        modules = {f"model.{name}" for name, _ in self._model.model.named_modules()} | {"lm_head"}
+        strange = sorted(set(self._deltas) - modules)
+        if strange:
+            raise UserError(f"the adapter does not fit: there is no {strange[0]}")
+
+    def _hook(self) -> None:
+        """Weights come before a part computes and go after it."""
+        inner = self._model.model
+        layers = {f"model.layers.{i}": layer for i, layer in enumerate(inner.layers)}
+        for name, part in {
+            "model.embed_tokens": inner.embed_tokens, **layers, "model.norm": inner.norm
+        }.items():  # fmt: skip
+            full = None if name == "model.embed_tokens" else torch.float32
+            part.register_forward_pre_hook(self._filler(name, full))
+            part.register_forward_hook(_emptied)
+        for name, delta in self._deltas.items():
+            if name != "lm_head":
+                _add(self._model.get_submodule(name), delta)
+
+    def _filler(self, prefix: str, dtype: torch.dtype | None) -> Any:
+        def fill(module: nn.Module, _: Any) -> None:
+            for name, _parameter in list(module.named_parameters()):
+                tensor = self._weights.read(f"{prefix}.{name}").to(self._device)
+                owner, leaf = _owner(module, name)
+                value = tensor if dtype is None else tensor.to(dtype)
+                owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+        return fill
+
+
+def _emptied(module: nn.Module, _: Any, out: Any) -> Any:
+    for name, parameter in list(module.named_parameters()):
+        owner, leaf = _owner(module, name)
+        empty = torch.empty_like(parameter, device="meta")
+        owner._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+    return out.float() if isinstance(out, Tensor) else out
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _empty_model(folder: Path) -> Any:
+    """The model as transformers computes it, without weights."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(str(folder))
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise UserError(
+            f"transformers cannot make this model: {str(e).strip().splitlines()[0]}",
+            where=str(folder),
+        ) from e
+    return model.eval()
