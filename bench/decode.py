@@ -36,6 +36,8 @@ TEXT = (
     "请根据下面的材料写一篇短文，介绍这座城市的历史、风景、美食和人们的生活。"
 )
 
+PARTS = ["beams", "greedy", "chat", "overhead"]
+
 
 def main() -> None:
     options = _options()
@@ -45,11 +47,11 @@ def main() -> None:
     results: dict[str, Any] = {
         "machine": machine.describe(options.threads),
         "settings": {k: v for k, v in vars(options).items() if k not in ("out", "write_docs")},
-        "beams": bench.beams(),
-        "greedy": bench.greedy(),
-        "chat": bench.chat(),
-        "overhead": bench.overhead(),
+        **{part: getattr(bench, part)() for part in options.only},
     }
+    if options.only != PARTS:
+        print(json.dumps(results, indent=1))
+        return
     text = tables(results)
     print(text)
     if options.out:
@@ -66,6 +68,7 @@ def _options() -> Any:
     parser.add_argument("--chat", type=int, default=1500, help="tokens of the chat's history")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=machine.physical_threads())
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--tiny", action="store_true", help="a tiny random Llama, no llama.cpp")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     parser.add_argument("--write-docs", action="store_true")

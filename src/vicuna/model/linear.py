@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicuna.model import frozen
+from vicuna.model import frozen, products
 from vicuna.model.dropout import PrefixDropout
 
 
@@ -68,6 +68,7 @@ class Group:
         self.rows = [slice(start, start + n) for start, n in zip(starts, outs)]
         self.width, self.depth = sum(outs), int(self.bases[0].in_features)
         self.weight, self.bias = self._join()
+        self.packed: Tensor | None = None
         self.loras: list[Lora] = []
         self._held: tuple[Tensor | None, Tensor | None] | None = None
         self.refresh()
@@ -103,6 +104,22 @@ class Group:
         for weight, rows in zip(weights, self.rows):
             weight.data = joined[rows]
         return joined, bias
+
+    def pack(self) -> None:
+        """Lay the weights out for answering on this CPU, where that is of use, and give the plain
+        ones back: what answers through `products.product` alone needs them no more.
+
+        The layers' own weights keep shape and type and read as NaN, which whoever computes with
+        them will see; they take no memory.
+        """
+        if self.weight is None:
+            return
+        self.packed = products.packed(self.weight)
+        if self.packed is None:
+            return
+        self.weight = None
+        for base in self.bases:
+            base.weight.data = base.weight.new_full((1, 1), torch.nan).expand(base.weight.shape)
 
     def _adjacent(self, weights: Sequence[Tensor]) -> bool:
         """Whether an earlier group has joined these weights already."""

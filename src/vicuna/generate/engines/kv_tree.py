@@ -1,4 +1,4 @@
-"""The keys and values of a tree of tokens, in one append-only buffer a layer.
+"""The keys and values of a tree of tokens, in one append-only store a layer.
 
 The trunk (the prompt) lies in slots 0 .. P-1, in order. Behind it each step appends one slot for
 each row. Which slots a row sees is a mask, handed down from its parent; so rows fork and die
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vicuna.generate.engines.kv_store import CacheType, Plain, store
+
 # Slots are added so many at a time; dead ones are given back from so many on.
 GROWTH = 256
 RECLAIM = 192
@@ -28,14 +30,19 @@ class Tree:
     Args:
         layers: the device of each layer's keys and values.
         heads: K, heads of keys. size: D, of each.
+        dtype: what attention computes in. kind: how keys and values are stored.
     """
 
     def __init__(
-        self, layers: Sequence[torch.device], heads: int, size: int, dtype: torch.dtype
+        self,
+        layers: Sequence[torch.device],
+        heads: int,
+        size: int,
+        dtype: torch.dtype,
+        kind: CacheType = "auto",
     ) -> None:
-        self._devices, self._shape, self._dtype = list(layers), (heads, size), dtype
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self._devices, self._dtype = list(layers), dtype
+        self.layers: list[Plain] = [store(kind, heads, size, dtype, d) for d in self._devices]
         self.capacity = 0
         self.trunk: list[int] = []
         self._cut_branches()
@@ -55,22 +62,15 @@ class Tree:
     @property
     def memory(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(layer.nbytes for layer in self.layers)
 
     def reserve(self, slots: int) -> None:
         """Make room for so many slots in all."""
         if slots <= self.capacity:
             return
         capacity = -(-slots // GROWTH) * GROWTH
-        heads, size = self._shape
-        for buffers in (self.keys, self.values):
-            for i, device in enumerate(self._devices):
-                new = torch.empty(heads, capacity, size, dtype=self._dtype, device=device)
-                if i < len(buffers):
-                    new[:, : self.used] = buffers[i][:, : self.used]
-                    buffers[i] = new
-                else:
-                    buffers.append(new)
+        for layer in self.layers:
+            layer.resize(capacity, self.used)
         self.capacity = capacity
 
     # -- the trunk ---------------------------------------------------------------------------------
@@ -117,16 +117,20 @@ class Tree:
         self._leaves = list(range(before, before + rows))
         self.depth += 1
 
-    def hidden(self, window: int | None) -> Tensor | None:
-        """True where a live row must not look behind the trunk: bool (rows, slots behind it).
+    def mask(self, window: int | None, first: int) -> Tensor | None:
+        """What live rows must not look at: (rows, slots from `first` on), -inf there, else 0.
 
-        None where every row sees all of it.
+        None where every row sees all of it. `first` is at most the trunk's end.
         """
         hidden = ~self._seen
         if window is not None and self.depth > window:
             depths = torch.tensor(self._depths())
             hidden |= (self.depth - depths >= window)[None]
-        return hidden if bool(hidden.any()) else None
+        if not bool(hidden.any()):
+            return None
+        mask = torch.zeros(len(hidden), self.used - first, dtype=self._dtype)
+        mask[:, len(self.trunk) - first :].masked_fill_(hidden, -torch.inf)
+        return mask
 
     def reclaim(self) -> None:
         """Give back the slots that no live row sees, where they are many."""
@@ -156,6 +160,5 @@ class Tree:
         if not slots or list(slots) == list(range(len(slots))):
             return
         start = len(self.trunk)
-        for buffer in (*self.keys, *self.values):
-            index = torch.tensor(slots, device=buffer.device) + start
-            buffer[:, start : start + len(slots)] = buffer[:, index]
+        for layer, device in zip(self.layers, self._devices):
+            layer.move(torch.tensor(slots, device=device) + start, start)

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.model import answering, kernels, parts, products
 from vicuna.model.decoder import Layer
@@ -24,17 +26,33 @@ from vicuna.model.parts import Heads
 
 # Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
 CHUNK = 512
+# Rotary angles are made for so many positions at a time.
+ANGLES = 1024
 MAX_ROWS = 64
 
 
-def open_engine(model: Any, context_length: int) -> Any:
-    """The engine for a causal LM of transformers, or a PEFT model around one."""
+def open_engine(
+    model: Any, context_length: int, cache_type: CacheType = "auto", alone: bool = False
+) -> Any:
+    """The engine for a causal LM of transformers, or a PEFT model around one.
+
+    Args:
+        cache_type, alone: those of `TorchEngine`.
+
+    Raises: UserError where this kind of model has no such cache.
+    """
     from vicuna.generate.engines.torch_plain import PlainEngine
 
     found = parts.find(causal_of(model), training=False)
-    if isinstance(found, str):
-        return PlainEngine(model, context_length)
-    return TorchEngine(model, context_length)
+    if not isinstance(found, str):
+        return TorchEngine(model, context_length, cache_type, alone)
+    if cache_type != "auto":
+        raise UserError(
+            f"the cache of this model cannot be {cache_type}: {found}",
+            where="cache_type",
+            fix="Leave it out, or use --engine llama.cpp.",
+        )
+    return PlainEngine(model, context_length)
 
 
 def causal_of(model: Any) -> Any:
@@ -61,25 +79,50 @@ class TorchEngine:
         model: a causal LM of transformers, or a PEFT model around one. Its weights are used where
             they lie; layers may lie on different devices.
         context_length: tokens that a prompt and its answer may have together.
+        cache_type: how keys and values are stored: auto (the type of activations), f32, f16, or
+            q8_0 (8 bits, and a scale for each head and token).
+        alone: whether nobody else computes with this model. Then weights are laid out for
+            answering, where that is faster, and the model's own are given up.
 
     Raises: ValueError where the model is not of the known family.
     """
 
     max_rows = MAX_ROWS
 
-    def __init__(self, model: Any, context_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        context_length: int,
+        cache_type: CacheType = "auto",
+        alone: bool = False,
+    ) -> None:
         self.model = model
         self.context_length = context_length
+        self.cache_type: CacheType = cache_type
         causal = causal_of(model)
         found = parts.find(causal, training=False)
         if isinstance(found, str):
             raise ValueError(found)
         self._parts = found
-        self._head = causal.get_output_embeddings()
+        head = causal.get_output_embeddings()
+        self._head, self._head_bias = head.weight, head.bias
         self._layers = [Layer(block, found.eps) for block in found.blocks]
         self._places = [layer.mlp.norm.device for layer in self._layers]
+        self._windows = {layer.heads.window for layer in self._layers}
+        if alone:
+            self._pack()
+        self._angles = _Angles(found)
         self.computed = 0  # positions that went through the model so far
         self.refresh()
+
+    def _pack(self) -> None:
+        """Lay the weights out for answering. The output matrix stays beside its packed copy: it is
+        often the embedding as well."""
+        for layer in self._layers:
+            for group in layer.groups:
+                group.pack()
+        packed = products.packed(self._head)
+        self._head = self._head if packed is None else packed
 
     def refresh(self) -> None:
         """Take the adapters as they are now; needed where they were switched or trained."""
@@ -97,7 +140,8 @@ class TorchEngine:
     def forget(self) -> None:
         """See `Engine.forget`."""
         heads = self._layers[0].heads
-        self.tree = Tree(self._places, heads.key, heads.size, self._layers[0].mlp.norm.dtype)
+        dtype = self._layers[0].mlp.norm.dtype
+        self.tree = Tree(self._places, heads.key, heads.size, dtype, self.cache_type)
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
@@ -121,15 +165,14 @@ class TorchEngine:
             start = tree.used
             tree.grow(token_ids, parents)
             position = len(tree.trunk) + tree.depth - 1
-            hidden = {w: self._mask(w) for w in {layer.heads.window for layer in self._layers}}
+            sights = {w: self._sight(w, position) for w in self._windows}
             self.computed += rows
             x, cos, sin = self._embed(list(token_ids), [position] * rows)
             for number, layer in enumerate(self._layers):
-                x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
+                x, cos, sin = self._moved(number, x, cos, sin)
                 qkv = answering.attention_inputs(layer, x, cos, sin)
                 self._write(number, qkv, layer.heads, start)
-                mask = hidden[layer.heads.window]
-                attended = self._look(number, qkv, layer.heads, position, mask)
+                attended = self._look(number, qkv, layer.heads, sights[layer.heads.window])
                 x = answering.rest(layer, attended, x)
             return self._scores(x)
 
@@ -143,7 +186,7 @@ class TorchEngine:
         self.computed += len(ids)
         x, cos, sin = self._embed(ids, list(range(start, stop)))
         for number, layer in enumerate(self._layers):
-            x, cos, sin = (t.to(self._places[number]) for t in (x, cos, sin))
+            x, cos, sin = self._moved(number, x, cos, sin)
             qkv = answering.attention_inputs(layer, x, cos, sin)
             self._write(number, qkv, layer.heads, start)
             attended = self._over_trunk(number, qkv, layer.heads, start, stop)
@@ -154,24 +197,26 @@ class TorchEngine:
         return x
 
     def _embed(self, ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        device = self._parts.embed_device
-        x = self._parts.embed(torch.tensor(ids, device=device))
-        cos, sin = self._parts.rotary(x[None], torch.tensor([positions], device=device))
-        return x, cos[0], sin[0]
+        x = self._parts.embed(torch.tensor(ids, device=self._parts.embed_device))
+        return (x, *self._angles.at(positions, x))
+
+    def _moved(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Tensors on the device of a layer."""
+        place = self._places[number]
+        if tensors[0].device == place:
+            return tensors
+        return tuple(t.to(place) for t in tensors)
 
     def _write(self, number: int, qkv: Tensor, heads: Heads, start: int) -> None:
         """Put the keys and values of new rows into their slots."""
         split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
-        stop = start + qkv.shape[0]
-        middle = heads.query + heads.key
-        self.tree.keys[number][:, start:stop] = split[heads.query : middle]
-        self.tree.values[number][:, start:stop] = split[middle:]
+        self.tree.layers[number].write(start, split[heads.query :])
 
     def _over_trunk(self, number: int, qkv: Tensor, heads: Heads, start: int, stop: int) -> Tensor:
         """Attention of new rows of the trunk, (t, H D): causal over all of it."""
         q = qkv[:, : heads.query * heads.size].unflatten(1, (heads.query, heads.size))
         first = 0 if heads.window is None else max(0, start - heads.window + 1)
-        k, v = (b[number][None, :, first:stop] for b in (self.tree.keys, self.tree.values))
+        k, v = self.tree.layers[number].plain(first, stop)
         mask = None
         if start > 0 or (heads.window is not None and stop > heads.window):
             rows = torch.arange(start, stop, device=qkv.device)[:, None]
@@ -180,50 +225,44 @@ class TorchEngine:
             if heads.window is not None:
                 mask &= columns > rows - heads.window
         out = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None,
+            q.transpose(0, 1)[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
             scale=heads.scale, enable_gqa=heads.query != heads.key,
         )  # fmt: skip
         return out[0].transpose(0, 1).flatten(1)
 
-    def _look(
-        self, number: int, qkv: Tensor, heads: Heads, position: int, hidden: Tensor | None
-    ) -> Tensor:
-        """Attention of the live rows over trunk and branches: (n, H D).
-
-        The rows and the query heads that share a head of keys are rows of one product, so that
-        keys are read once for all of them.
-        """
-        rows, groups = qkv.shape[0], heads.query // heads.key
-        first = 0 if heads.window is None else max(0, position - heads.window + 1)
+    def _sight(self, window: int | None, position: int) -> tuple[int, Tensor | None]:
+        """The first slot that rows at a position look at, and what they must not look at: for each
+        query head that shares a head of keys, all rows."""
+        first = 0 if window is None else max(0, position - window + 1)
         first = min(first, len(self.tree.trunk))
-        k = self.tree.keys[number][:, first : self.tree.used]
-        v = self.tree.values[number][:, first : self.tree.used]
-        q = qkv[:, : heads.query * heads.size].view(rows, heads.key, groups, heads.size)
-        q = (q * heads.scale).permute(1, 2, 0, 3).reshape(heads.key, groups * rows, heads.size)
-        scores = torch.bmm(q, k.transpose(1, 2))
-        if hidden is not None:
-            branches = scores.view(heads.key, groups, rows, -1)[..., len(self.tree.trunk) - first :]
-            branches.masked_fill_(hidden.to(scores.device), float("-inf"))
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        out = torch.bmm(weights, v).view(heads.key, groups, rows, heads.size)
-        return out.permute(2, 0, 1, 3).reshape(rows, heads.query * heads.size)
+        mask = self.tree.mask(window, first)
+        heads = self._layers[0].heads
+        return first, None if mask is None else mask.repeat(heads.query // heads.key, 1)
 
-    def _mask(self, window: int | None) -> Tensor | None:
-        hidden = self.tree.hidden(window)
-        return None if hidden is None else hidden.to(self._places[0])
+    def _look(
+        self, number: int, qkv: Tensor, heads: Heads, sight: tuple[int, Tensor | None]
+    ) -> Tensor:
+        """Attention of the live rows over trunk and branches: (n, H D)."""
+        rows, groups, (first, mask) = qkv.shape[0], heads.query // heads.key, sight
+        q = qkv[:, : heads.query * heads.size].view(rows, heads.key, groups, heads.size)
+        q = q.permute(1, 2, 0, 3).reshape(heads.key, groups * rows, heads.size)
+        mask = None if mask is None else mask.to(q.device)
+        out = self.tree.layers[number].attend(q, first, self.tree.used, heads.scale, mask)
+        out = out.view(heads.key, groups, rows, heads.size)
+        return out.permute(2, 0, 1, 3).reshape(rows, heads.query * heads.size)
 
     def _scores(self, x: Tensor) -> Tensor:
         norm = self._parts.norm
         x = x.to(norm.device)
-        h = kernels.normalised(x, kernels.rms(x, self._parts.eps), norm)
-        return products.product(h, self._head.weight, self._head.bias).float()
+        h = answering.normalised(kernels.PLAIN, x, norm, self._parts.eps)
+        return products.product(h, self._head, self._head_bias).float()
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
         """No gradients inside; what stops between two layers leaves no sequence at all."""
         whole = False
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 yield
             whole = True
         except RuntimeError as e:
@@ -233,3 +272,20 @@ class TorchEngine:
         finally:
             if not whole:
                 self.forget()
+
+
+class _Angles:
+    """The rotary angles of positions: made once for each, not once for each step."""
+
+    def __init__(self, found: parts.Parts) -> None:
+        self._rotary, self._made = found.rotary, 0
+
+    def at(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (t, D), as `answering.rotate` takes them, in type and place of `like`."""
+        if max(positions) >= self._made or self._cos.dtype != like.dtype:
+            self._made = -(-(max(positions) + 1) // ANGLES) * ANGLES
+            every = torch.arange(self._made, device=like.device)
+            cos, sin = self._rotary(like[None], every[None])
+            self._cos, self._sin = cos[0], answering.signed(sin[0])
+        index = torch.tensor(positions, device=like.device)
+        return self._cos[index], self._sin[index]
