@@ -1,7 +1,7 @@
 """Weights as GGUF's types: 16 bits by PyTorch, quantised by llama.cpp's own code.
 
-The shared object of `xllamacpp` exports ggml's quantisers. They are called tensor by tensor, several
-threads at a time, so no file in between is needed and importance can be given for each column.
+The shared object of `xllamacpp` exports ggml's quantisers. They are called tensor by tensor, in
+several threads, so no file in between is needed and each column's importance can be given.
 Without that wheel the `gguf` package makes the same bytes of the types that it knows.
 """
 
@@ -48,7 +48,7 @@ def encode(
 
     Args:
         name: of the tensor, for messages.
-        importance: float32 (columns,), how much an error in each column counts; for quantised types.
+        importance: float32 (columns,), how much an error in each column counts.
 
     Raises: UserError where a value is not finite, or lies beyond the type's range; where the type
         needs llama.cpp, which is missing.

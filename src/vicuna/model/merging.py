@@ -6,30 +6,22 @@ merged = addition.to("model.layers.0.self_attn.q_proj.weight", weight)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.model.adapter import AdapterFiles
-
-_LEAD = "base_model.model."
 
 
 class Addition:
     """The products B A of an adapter, scaled, each computed when it is asked for."""
 
     def __init__(self, adapter: AdapterFiles) -> None:
-        lora = adapter.lora
-        self._adapter = adapter
-        self._scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-        modules = {key.rsplit(".lora_", 1)[0] for key in adapter.tensors}
-        self._modules = {m.removeprefix(_LEAD) + ".weight": m for m in modules}
+        self._path, self._scale = adapter.path, adapter.scale
+        self._pairs = {f"{module}.weight": pair for module, pair in adapter.pairs().items()}
 
-    @property
-    def names(self) -> set[str]:
-        """The weights it changes, under the base's names."""
-        return set(self._modules)
-
-    def check(self, weights: set[str], tied: bool) -> None:
+    def check(self, weights: Iterable[str], tied: bool) -> None:
         """Refuse a base that lacks a weight which the adapter changes.
 
         Args:
@@ -38,19 +30,15 @@ class Addition:
 
         Raises: UserError naming the weight.
         """
-        if tied and "lm_head.weight" in self._modules:
+        if tied and "lm_head.weight" in self._pairs:
             raise UserError(
                 "the adapter changes the output matrix, which this base shares with its embedding",
-                where=f"adapter {self._adapter.path}",
+                where=f"adapter {self._path}",
                 fix="Merging it would change the embedding, too; train without lm_head.",
             )
-        lacking = sorted(self.names - weights)
+        lacking = sorted(set(self._pairs) - set(weights))
         if lacking:
-            raise UserError(
-                f"the adapter does not fit this base: {lacking[0]} has no counterpart",
-                where=f"adapter {self._adapter.path}",
-                fix="Use the base it was trained on (adapter_config.json names it).",
-            )
+            raise self._unfit(f"{lacking[0]} has no counterpart")
 
     def to(self, name: str, weight: Tensor) -> Tensor:
         """A weight (out, in) of the base with what the adapter adds, in float32; unchanged, and in
@@ -58,15 +46,17 @@ class Addition:
 
         Raises: UserError where the shapes do not fit.
         """
-        module = self._modules.get(name)
-        if module is None:
+        if name not in self._pairs:
             return weight
-        a, b = (self._adapter.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
-        if weight.shape != (b.shape[0], a.shape[1]):
-            raise UserError(
-                f"the adapter does not fit this base: {name} is {tuple(weight.shape)} there, "
-                f"{(b.shape[0], a.shape[1])} in the adapter",
-                where=f"adapter {self._adapter.path}",
-                fix="Use the base it was trained on (adapter_config.json names it).",
-            )
+        a, b = (side.float() for side in self._pairs[name])
+        made = (b.shape[0], a.shape[1])
+        if weight.shape != made:
+            raise self._unfit(f"{name} is {tuple(weight.shape)} there, {made} in the adapter")
         return weight.float().addmm(b, a, alpha=self._scale)
+
+    def _unfit(self, why: str) -> UserError:
+        return UserError(
+            f"the adapter does not fit this base: {why}",
+            where=f"adapter {self._path}",
+            fix="Use the base it was trained on (adapter_config.json names it).",
+        )
