@@ -1,4 +1,4 @@
-"""The settings of the commands that ship a model: `vicuna export`, `quantize`, `run`, `download`.
+"""The settings of the commands that ship a model: `export`, `quantize`, `run`, `download`."""
 
 from __future__ import annotations
 
