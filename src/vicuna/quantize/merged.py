@@ -1,4 +1,4 @@
-"""A base with its adapter merged, in a folder that is there for a while, and how it is talked to."""
+"""A base with its adapter merged, in a folder that is there for a while."""
 
 from __future__ import annotations
 
