@@ -34,6 +34,10 @@ quantize = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Make a model small: 8, 4, 3 or 2 bits."
 )
 app.add_typer(quantize, name="quantize")
+adapter = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Look at an adapter of any age; renew it."
+)
+app.add_typer(adapter, name="adapter")
 
 _ANY: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
@@ -141,6 +145,43 @@ def awq(context: typer.Context) -> None:
 def bnb(context: typer.Context) -> None:
     """Write a model in 8 bits or nf4, as bitsandbytes loads it; needs no calibration."""
     _quantize(context, "bnb")
+
+
+@app.command(**_ANY)
+def merge(context: typer.Context) -> None:
+    """Add adapters to the weights of their base: one model that needs no adapter."""
+    words = _words(context, "MergeSettings", "vicuna merge --adapter RUN --output_dir FOLDER")
+    from vicuna.convert.merge import run
+
+    raise typer.Exit(run(words))
+
+
+@app.command("convert", **_ANY)
+def convert_model(context: typer.Context) -> None:
+    """Write a model in another layout: Hugging Face's, or Meta's."""
+    usage = "vicuna convert --model MODEL --to hf | meta --output_dir FOLDER"
+    words = _words(context, "ConvertModelSettings", usage)
+    from vicuna.convert.command import run
+
+    raise typer.Exit(run(words))
+
+
+@adapter.command(**_ANY)
+def inspect(context: typer.Context) -> None:
+    """Say what an adapter is, and whether it is sound."""
+    words = _words(context, "InspectSettings", "vicuna adapter inspect ADAPTER [--json]")
+    from vicuna.convert.adapter import inspect as run
+
+    raise typer.Exit(run(words))
+
+
+@adapter.command(**_ANY)
+def upgrade(context: typer.Context) -> None:
+    """Write an adapter of any age as PEFT writes it today; the old one stays as it is."""
+    words = _words(context, "UpgradeSettings", "vicuna adapter upgrade ADAPTER --output_dir FOLDER")
+    from vicuna.convert.adapter import upgrade as run
+
+    raise typer.Exit(run(words))
 
 
 @app.command(**_ANY)

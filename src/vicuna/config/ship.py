@@ -94,12 +94,13 @@ class InspectSettings(Settings):
     json_output: bool = setting(False, "Output", "print one JSON object (--json)")
 
 
-class UpgradeSettings(VerifySettings):
+class UpgradeSettings(Settings):
     """The settings of `vicuna adapter upgrade`."""
 
     adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
     alpha: float = setting(
         0.0, "Adapter", "LoRA's alpha, where the adapter does not say; 0: twice the rank", ge=0
     )
+    verify: bool = setting(True, "Result", "compare what was written with what was read")
     output_dir: str = setting("", "Result", "the folder to write")
     force: bool = setting(False, "Result", "replace an existing folder")

@@ -57,7 +57,8 @@ class Vocabulary:
     """All that is needed to encode and decode, as plain data that travels to worker processes.
 
     tokenizer_json: the `tokenizer.json` text. `bos_id` is None where the tokenizer does not itself
-    put one in front; `end_ids` are all ids that generation may stop at, the template's first.
+    put one in front; `end_ids` are all ids that generation may stop at, the template's first;
+    `template` is the one that a merged model brings (`Template.to_dict`).
     """
 
     tokenizer_json: str
@@ -69,10 +70,11 @@ class Vocabulary:
     chat_template: str | None = None
     end_ids: tuple[int, ...] = field(default_factory=tuple)
     special_tokens: dict[str, int] = field(default_factory=dict)
+    template: dict[str, Any] | None = None
 
     def digest(self) -> str:
         """A hash of everything that decides which ids a text becomes."""
-        parts = {k: v for k, v in asdict(self).items() if k != "chat_template"}
+        parts = {k: v for k, v in asdict(self).items() if k not in ("chat_template", "template")}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

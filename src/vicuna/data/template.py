@@ -144,11 +144,14 @@ def builtin() -> dict[str, dict[str, Any]]:
 def find(name: str, vocabulary: Vocabulary) -> Template:
     """The template of this name: `auto`, a built-in one, or a YAML file of the user's.
 
-    `auto` is the tokenizer's own chat template, or alpaca where it has none.
+    `auto` is the one that a merged model brings, else the tokenizer's own chat template, or alpaca
+    where it has none.
 
     Raises: UserError where there is no such template.
     """
     if name == "auto":
+        if vocabulary.template:
+            return from_dict(vocabulary.template)
         if not vocabulary.chat_template:
             return LiteralTemplate("alpaca", builtin()["alpaca"])
         return ChatTemplate(

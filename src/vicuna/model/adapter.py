@@ -1,18 +1,14 @@
-"""LoRA adapters: attach, save, load. The one place that knows how an adapter lies on disk.
+"""LoRA adapters: attach, save, load; which base they belong to.
 
 What is saved is plain PEFT (`adapter_config.json`, `adapter_model.safetensors`) plus `vicuna.json`
-with the template it was trained with and the base it belongs to. What is read is that, what plain
-PEFT saved, and what the 2023 project saved: `adapter_model.bin` or `pytorch_model.bin`, keys with
-or without `.default`, no config at all, or a config that names fewer modules than the weights hold.
-The caller's files are never changed.
+with the template it was trained with and the base it belongs to. `adapter_files` reads that, and
+what others and earlier years saved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from vicuna.errors import UserError
+from vicuna.model.adapter_files import (
+    META,
+    AdapterFiles,
+    LoraSettings,
+    locate_adapter,
+    plain_config,
+    read_adapter,
+)
 
-META = "vicuna.json"
-_WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
-
-
-@dataclass
-class LoraSettings:
-    """The shape of an adapter. target: `all`, or names of linear layers."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target: tuple[str, ...] = ("all",)
-    rslora: bool = False
-
-
-@dataclass
-class AdapterFiles:
-    """An adapter as read from disk: PEFT's settings, tensors under PEFT's keys, and what was noted.
-
-    meta: `vicuna.json`'s content, empty for adapters of other origin. base_name: the base as PEFT's
-    config names it. notes: what had to be guessed
-    or repaired, in words.
-    """
-
-    path: Path
-    lora: LoraSettings
-    tensors: dict[str, Tensor]
-    meta: dict[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    base_name: str = ""
-
-    @property
-    def scale(self) -> float:
-        """What B@A is multiplied by before it is added to a weight."""
-        rank, alpha = self.lora.rank, self.lora.alpha
-        return alpha / (rank**0.5 if self.lora.rslora else rank)
-
-    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A (rank, in), B (out, rank)) by the name of the base's module.
-
-        Raises: UserError where one of a pair is missing.
-        """
-        sides: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self.tensors.items():
-            found = _WEIGHT.match(key)
-            assert found
-            module = found["module"].removeprefix("base_model.model.")
-            sides.setdefault(module, {})[found["side"]] = tensor
-        for module, pair in sides.items():
-            if len(pair) != 2:
-                raise UserError(
-                    f"{module} has lora_{next(iter(pair))} alone, its other half is missing",
-                    where=f"adapter {self.path}",
-                    fix="The file is damaged; fetch it again.",
-                )
-        return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-
+__all__ = [
+    "AdapterFiles",
+    "LoraSettings",
+    "adapter_tensors",
+    "attach",
+    "attach_saved",
+    "check_base",
+    "identify",
+    "locate_adapter",
+    "read_adapter",
+    "save",
+    "save_files",
+]
 
 # -- the base an adapter belongs to ----
 
@@ -185,144 +145,31 @@ def adapter_tensors(peft: Any) -> dict[str, Tensor]:
 
 def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
-    from safetensors.torch import save_file
-
     config = peft.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["target_modules"] = sorted(config["target_modules"])
+    _write(folder, config, adapter_tensors(peft), meta)
+
+
+def save_files(files: AdapterFiles, folder: Path) -> None:
+    """Write an adapter that was read, as `save` would, into an existing folder."""
+    tensors = {k: v.contiguous() for k, v in sorted(files.tensors.items())}
+    _write(folder, plain_config(files), tensors, files.meta)
+
+
+def _write(
+    folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    from safetensors.torch import save_file
+
     text = json.dumps(config, indent=2, default=list, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
-    save_file(
-        adapter_tensors(peft), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"}
-    )
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     text = json.dumps(meta, ensure_ascii=False, indent=2)
     (folder / META).write_text(text + "\n", encoding="utf-8")
 
 
-# -- read ----
-
-
-def locate_adapter(adapter: str) -> Path:
-    """The folder of an adapter: a path, a run folder that holds `adapter/`, or a hub id."""
-    path = Path(adapter).expanduser()
-    if (path / "adapter").is_dir() and not (path / "adapter_config.json").exists():
-        return path / "adapter"
-    if path.is_dir():
-        return path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter) and not path.parent.is_dir():
-        return _from_hub(adapter)
-    raise UserError(
-        "no such adapter",
-        where=f"adapter {adapter}",
-        fix="Give a folder with adapter_config.json, a run folder, or a hub id.",
-    )
-
-
-def _from_hub(adapter: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "adapter_model.*", "pytorch_model.bin"]
-        return Path(snapshot_download(adapter, allow_patterns=wanted))
-    except Exception as e:  # network, name, login: the hub library has a dozen kinds
-        raise UserError(
-            f"the hub has no such adapter or cannot be reached ({type(e).__name__})",
-            where=f"adapter {adapter}",
-            fix="Check the name; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 uses the local cache.",
-        ) from e
-
-
-def read_adapter(adapter: str) -> AdapterFiles:
-    """Read an adapter of any age.
-
-    Raises: UserError where the folder holds none, or its weights are damaged.
-    """
-    folder = locate_adapter(adapter)
-    notes: list[str] = []
-    tensors = _read_tensors(folder, notes)
-    modules, rank = _shape_of(tensors, folder)
-    config: dict[str, Any] = {}
-    path = folder / "adapter_config.json"
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(f"adapter_config.json is broken: {e}", where=str(path)) from e
-    else:
-        notes.append(
-            f"no adapter_config.json: rank {rank} and modules read from the weights, alpha "
-            f"{2 * rank} assumed (the 2023 project's rule)"
-        )
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"only LoRA adapters can be used, this is {kind}", where=str(folder))
-    named = config.get("target_modules") or []
-    if isinstance(named, list) and named and set(modules) - set(named):
-        extra = ", ".join(sorted(set(modules) - set(named)))
-        notes.append(f"the config forgets modules that the weights hold: {extra}; they are used")
-    if config.get("r", rank) != rank:
-        notes.append(f"the config says rank {config['r']}, the weights have {rank}")
-    lora = LoraSettings(
-        rank=rank,
-        alpha=float(config.get("lora_alpha", 2 * rank)),
-        target=tuple(modules),
-        rslora=bool(config.get("use_rslora", False)),
-    )
-    meta_path = folder / META
-    meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else {}
-    name = str(config.get("base_model_name_or_path") or "")
-    return AdapterFiles(folder, lora, tensors, meta, notes, name)
-
-
-def _read_tensors(folder: Path, notes: list[str]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            if path.suffix == ".safetensors":
-                loaded = load_file(str(path))
-            else:
-                # weights_only refuses pickles that would run code.
-                loaded = torch.load(path, map_location="cpu", weights_only=True)
-                notes.append(f"old format {name}")
-        except Exception as e:  # damaged files raise many kinds
-            raise UserError(
-                f"cannot read the weights: {(str(e).splitlines() or [type(e).__name__])[0]}",
-                where=str(path),
-                fix="The file is damaged or not a plain list of tensors; fetch it again.",
-            ) from e
-        tensors = {_plain_key(k): v for k, v in loaded.items() if _WEIGHT.match(k)}
-        if not tensors:
-            raise UserError("no LoRA weights in this file", where=str(path))
-        return tensors
-    raise UserError(
-        "no adapter weights in this folder",
-        where=str(folder),
-        fix="It needs adapter_model.safetensors (or the old adapter_model.bin).",
-    )
-
-
-def _plain_key(key: str) -> str:
-    """The key as PEFT writes it to disk today."""
-    key = re.sub(r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight", key)
-    return key if key.startswith("base_model.model.") else f"base_model.model.{key}"
-
-
-def _shape_of(tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], int]:
-    """(names of the adapted modules, rank) as the weights themselves say."""
-    modules: set[str] = set()
-    ranks: set[int] = set()
-    for key, tensor in tensors.items():
-        found = _WEIGHT.match(key)
-        assert found
-        modules.add(found["module"].rsplit(".", 1)[-1])
-        ranks.add(tensor.shape[0] if found["side"] == "A" else tensor.shape[1])
-    if len(ranks) != 1:
-        raise UserError(f"layers of different ranks {sorted(ranks)}", where=str(folder))
-    return sorted(modules), ranks.pop()
+# -- what was saved ----
 
 
 def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any:

@@ -23,6 +23,8 @@ from vicuna.errors import UserError
 from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
 from vicuna.model.gguf_vocabulary import vocabulary_folder
+from vicuna.model.headers import check_gguf
+from vicuna.model.old_files import refuse_old
 from vicuna.model.quiet import quiet_transformers
 
 EMBEDDED = "smollm2-135m"
@@ -49,6 +51,7 @@ def locate(model: str, weights: bool = True) -> Path:
     if path.is_dir():
         return _folder(path)
     if path.is_file():
+        refuse_old(path)
         if path.suffix.lower() != ".gguf":
             raise UserError(
                 "not a model: expected a folder or a .gguf file",
@@ -95,6 +98,12 @@ def _nearest(path: Path) -> str:
 
 def _folder(path: Path) -> Path:
     config = path / "config.json"
+    if not config.is_file() and any(path.glob("consolidated.*.pth")):
+        raise UserError(
+            "this model is in Meta's layout",
+            where=str(path),
+            fix=f"Convert it once: vicuna convert --model {path} --to hf --output_dir FOLDER",
+        )
     if (path / "adapter_config.json").is_file() and not config.is_file():
         base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise UserError(
@@ -164,6 +173,7 @@ def _from_gguf(gguf: Path, sha256: str) -> Path:
     target = cache_dir("models", f"{gguf.stem}-{sha256[:12]}-{_CONVERSION}")
     if _intact(target):
         return target
+    check_gguf(gguf)
     if file_hash(gguf) != sha256:
         raise UserError(
             "the file is damaged: its hash is not the expected one",

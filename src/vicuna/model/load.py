@@ -12,6 +12,7 @@ import torch
 from vicuna.errors import UserError
 from vicuna.model import attention
 from vicuna.model.base import quiet_transformers
+from vicuna.model.weights import check_weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -82,6 +83,7 @@ def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
 
     quiet_transformers()
     attention.register()
+    check_weights(folder)
     extra: dict[str, Any] = {}
     if chosen.precision in ("int8", "nf4"):
         extra = {"quantization_config": _quantization(chosen), "device_map": {"": device}}

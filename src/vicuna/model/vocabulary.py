@@ -18,6 +18,7 @@ from vicuna.data.template import Renderer, Template
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 
+META = "vicuna.json"  # what this project notes beside an adapter or a merged base
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,8 +31,9 @@ _TOKENIZER_FILES = (
     "config.json",
     "vocab.json",
     "merges.txt",
+    META,
 )
-_FORMAT = "1"  # counts up when what is derived here changes
+_FORMAT = "2"  # counts up when what is derived here changes
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -108,7 +110,17 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
         chat_template=chat_template,
         end_ids=_generation_ends(folder, eos),
         special_tokens=added,
+        template=_brought_template(folder),
     )
+
+
+def _brought_template(folder: Path) -> dict[str, Any] | None:
+    """The template of the adapter that was merged into a base, as `vicuna merge` notes it."""
+    try:
+        noted = json.loads((folder / META).read_text(encoding="utf-8"))["template"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return noted if isinstance(noted, dict) else None
 
 
 def _generation_ends(folder: Path, eos: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
-from vicuna.model.headers import Entry, index_of, read_safetensors
+from vicuna.model.headers import Entry, check_folder, index_of, read_safetensors
 from vicuna.model.pickles import load_pickled
 
 TORCH_TYPES = {
@@ -133,6 +133,23 @@ def open_weights(folder: Path) -> Weights:
     """
     files, safe = weight_files(folder)
     return SafetensorsWeights(files) if safe else PickledWeights(files)
+
+
+def check_weights(folder: Path) -> None:
+    """Check the weights of a base before another library opens them: headers that do not fit their
+    files, pickles that would run code.
+
+    Raises: UserError naming the file and the fault.
+    """
+    files, safe = weight_files(folder)
+    if not safe:
+        for path in files:
+            load_pickled(path)
+    elif files[0].name.startswith("model"):
+        check_folder(folder)
+    else:
+        for path in files:
+            read_safetensors(path)
 
 
 def nbytes(weights: Weights, name: str) -> int:

@@ -21,6 +21,7 @@ from vicuna.generate.engines.libllama import (
     library,
     other_version,
 )
+from vicuna.model.headers import check_gguf
 
 
 class Model:
@@ -31,6 +32,7 @@ class Model:
 
     def __init__(self, path: Path, gpu_layers: int = -1, vocabulary_only: bool = False) -> None:
         self._lib = library()
+        check_gguf(path)
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = gpu_layers
         params.vocab_only = vocabulary_only
@@ -63,6 +65,7 @@ class Model:
 
         Raises: UserError where it does not fit this model.
         """
+        check_gguf(path)
         adapter = self._lib.llama_adapter_lora_init(self.pointer, str(path).encode())
         if not adapter:
             raise UserError(

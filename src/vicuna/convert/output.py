@@ -1,0 +1,93 @@
+"""The folder that a command writes: nothing of value is replaced, and there is room for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vicuna.errors import SettingsError, UserError
+
+# Files beside the weights that belong to a model, by their endings.
+_SIDE = {".json", ".model", ".jinja", ".txt", ".tiktoken", ".md"}
+_NOT_SIDE = ("index.json", "report.json", "manifest.json", "params.json", "vicuna.json")
+
+
+def result_folder(output_dir: str, force: bool, sources: Iterable[Path]) -> Path:
+    """The folder to write, checked before anything is read.
+
+    Raises: UserError where it holds something and --force is missing, or where it holds what was
+        read, or what no command here has written.
+    """
+    if not output_dir:
+        raise SettingsError(["output_dir: which folder shall be written?"])
+    folder = Path(output_dir).expanduser()
+    whole = folder.resolve()
+    for source in (s.resolve() for s in sources):
+        if source == whole or whole in source.parents:
+            raise UserError(
+                "this folder holds what is read", where=str(folder), fix="Choose another one."
+            )
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    if not force:
+        raise UserError(
+            "this exists already",
+            where=str(folder),
+            fix="Choose another --output_dir, or add --force to replace it.",
+        )
+    if not (folder / "report.json").is_file():
+        raise UserError(
+            "--force replaces only what a command here has written (it has a report.json)",
+            where=str(folder),
+            fix="Remove it yourself, or choose another --output_dir.",
+        )
+    return folder
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises: UserError saying how much is needed.
+    """
+    place = target.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"the disk has {free / 2**30:.1f} GiB free, the result takes {needed / 2**30:.1f} GiB",
+            where=str(target),
+            fix="Free some space, or choose a folder on another disk.",
+        )
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights: config, tokenizer, template, licence."""
+    for path in sorted(source.iterdir()):
+        named = path.name.endswith(_NOT_SIDE)
+        plain = path.suffix in _SIDE or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and plain and not named:
+            shutil.copyfile(path, target / path.name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table.
+
+    Raises: UserError where it is none.
+    """
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path.name} is missing or broken: {e}", where=str(path)) from e
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path.name} is broken: expected a table", where=str(path))
+    return loaded
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON table, readable."""
+    text = json.dumps(content, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8")

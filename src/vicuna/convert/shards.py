@@ -1,0 +1,119 @@
+"""Safetensors files written one tensor at a time, cut into files of a largest size, with an index.
+
+The library writes what is in memory as a whole; here a file is as large as the disk allows, and
+memory holds one tensor. The layout is specified in safetensors' README.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vicuna.model.weights import SAFETENSORS_TYPES, Weights
+
+INDEX = "model.safetensors.index.json"
+_ALIGN = 8  # readers map the data: a header of this multiple keeps every type aligned
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write, and what gives it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def copies(weights: Weights, dtype: torch.dtype | None = None) -> list[Planned]:
+    """A plan that copies all tensors; numbers with a fraction as `dtype`, where given."""
+
+    def reader(name: str, kind: torch.dtype) -> Callable[[], Tensor]:
+        return lambda: weights.read(name).to(kind)
+
+    plan = []
+    for name in weights.names():
+        kind = weights.dtype(name)
+        if dtype is not None and kind.is_floating_point:
+            kind = dtype
+        plan.append(Planned(name, kind, weights.shape(name), reader(name, kind)))
+    return plan
+
+
+def write_sharded(folder: Path, plan: Sequence[Planned], largest: int) -> None:
+    """Write a plan into a folder: one file, or several of `largest` bytes at most and their index.
+
+    A tensor that is larger by itself gets a file of its own.
+    """
+    shards = _cut(plan, largest)
+    if len(shards) == 1:
+        write_file(folder / "model.safetensors", plan)
+        return
+    places: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / name, shard)
+        places |= {p.name: name for p in shard}
+    index = {"metadata": {"total_size": sum(p.size for p in plan)}, "weight_map": places}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _cut(plan: Sequence[Planned], largest: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    room = largest
+    for planned in plan:
+        if planned.size > room and shards[-1]:
+            shards.append([])
+            room = largest
+        shards[-1].append(planned)
+        room -= planned.size
+    return shards
+
+
+def write_file(path: Path, plan: Iterable[Planned]) -> None:
+    """Write one safetensors file, a tensor at a time."""
+    # As the library does: wide types first, so that each begins at a multiple of its width.
+    ordered = sorted(plan, key=lambda p: -p.dtype.itemsize)
+    with path.open("wb") as f:
+        f.write(_header(ordered))
+        for planned in ordered:
+            write_bytes(f, planned)
+
+
+def _header(plan: Sequence[Planned]) -> bytes:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for p in plan:
+        table[p.name] = {
+            "dtype": SAFETENSORS_TYPES[p.dtype],
+            "shape": list(p.shape),
+            "data_offsets": [at, at + p.size],
+        }
+        at += p.size
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGN)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_bytes(f: object, planned: Planned) -> None:
+    """Write a tensor's bytes into an open file."""
+    tensor = planned.read()
+    if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+        raise ValueError(
+            f"{planned.name}: planned {planned.dtype} {planned.shape}, "
+            f"got {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if tensor.numel():
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+        f.write(memoryview(flat.numpy()))  # type: ignore[attr-defined]
