@@ -78,7 +78,7 @@ class RunSettings(AnswerSettings):
 
     engine: Literal["llama.cpp"] = Field(
         "llama.cpp", description="what computes: llama.cpp", json_schema_extra={"group": "Model"}
-    )  # type: ignore[assignment]
+    )
 
 
 class DownloadSettings(Settings):

@@ -117,7 +117,7 @@ def _plan_base(
     weights = open_weights(folder)
     addition = Addition(adapter) if adapter else None
     if addition:
-        addition.check(weights.names(), shape.tied)
+        addition.check(set(weights.names()), shape.tied)
     columns: Mapping[str, np.ndarray] = importance.means if importance else {}
     plan = []
     for source in weights.names():
