@@ -52,7 +52,7 @@ class ExportSettings(_FromModelSettings):
 class QuantizeSettings(_FromModelSettings):
     """The settings of `vicuna quantize gptq`, `awq` and `bnb`."""
 
-    bits: Literal[2, 3, 4, 8] = setting(4, "Quantising", "bits a weight: 2, 3, 4, 8")
+    bits: int = setting(4, "Quantising", "bits a weight: 2, 3, 4, 8", ge=2, le=8)
     group_size: int = setting(
         128, "Quantising", "weights that share a scale; -1: a whole row (gptq, awq)", ge=-1
     )
