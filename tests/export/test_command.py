@@ -74,6 +74,16 @@ def test_the_adapters_template_is_the_files(shelf: Path, tmp_path: Path) -> None
     assert "### Response" in (tmp_path / "x.gguf.Modelfile").read_text()
 
 
+def test_a_base_that_has_no_template_gets_none(shelf: Path, tmp_path: Path) -> None:
+    run(words(shelf, tmp_path / "x.gguf", "--no-verify", adapter=False))
+    assert "tokenizer.chat_template" not in read_fields(tmp_path / "x.gguf")
+    run(words(shelf, tmp_path / "y.gguf", "--template", "chatml", "--no-verify", adapter=False))
+    fields = read_fields(tmp_path / "y.gguf")
+    assert "<|im_start|>" in fields["tokenizer.chat_template"]
+    ends = {fields[f"tokenizer.ggml.{n}_token_id"] for n in ("eos", "eot")}
+    assert {fields["tokenizer.ggml.tokens"][i] for i in ends} == {"</s>", "<|im_end|>"}
+
+
 @needs_llamacpp
 def test_an_adapter_alone(shelf: Path, tmp_path: Path) -> None:
     assert run(words(shelf, tmp_path / "lora.gguf", "--adapter_only", "--type", "f32")) == 0

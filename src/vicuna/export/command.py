@@ -83,6 +83,7 @@ def _base(settings: ExportSettings, source: Source, target: Path) -> Report:
     about = {**source.about(), "type": settings.type}
     kind = _GATES.get(settings.type, f"{settings.type[1]}bit")
     report = Report(f"export gguf --type {settings.type}", target, kind, about, source.notes)
+    spoken = Spoken(jinja(source.renderer), source.renderer.end_id) if source.own_way else None
     importance = _importance(settings, source, target) if settings.imatrix else None
     with whole_file(target) as aside:
         write_base(
@@ -91,7 +92,7 @@ def _base(settings: ExportSettings, source: Source, target: Path) -> Report:
             settings.type,
             source.title,
             adapter=source.adapter,
-            spoken=Spoken(jinja(source.renderer), source.renderer.end_id),
+            spoken=spoken,
             importance=importance,
             progress=counter("tensors"),
         )
@@ -153,7 +154,7 @@ def _adapter(settings: ExportSettings, source: Source, target: Path) -> Report:
     assert source.adapter is not None
     about = {**source.about(), "type": settings.type, "adapter_only": True}
     report = Report("export gguf --adapter_only", target, "16bit", about, source.notes)
-    template = jinja(source.renderer) or source.renderer.encoder.vocabulary.chat_template or ""
+    template = jinja(source.renderer) if source.own_way else ""
     with whole_file(target) as aside:
         write_adapter(source.adapter, source.config, aside, settings.type, source.title, template)
         report.measure(size_of(source.adapter.path), aside)

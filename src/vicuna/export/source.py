@@ -30,13 +30,15 @@ class _Asked(Protocol):
 class Source:
     """A base in a folder and perhaps an adapter of it.
 
-    name: of the base, as the user wrote it. notes: what was found, in words.
+    name: of the base, as the user wrote it. own_way: whether it is talked to as the adapter or the
+    user says, not only as the base's tokenizer does. notes: what was found, in words.
     """
 
     name: str
     folder: Path
     adapter: AdapterFiles | None
     renderer: Renderer
+    own_way: bool
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -83,7 +85,8 @@ def open_source(asked: _Asked) -> Source:
         notes += [*files.notes, *([warning] if warning else [])]
     vocabulary = load_vocabulary(folder)
     template = template_of(asked.template, files, vocabulary)
-    return Source(name, folder, files, Renderer(template, Encoder(vocabulary)), notes)
+    own_way = bool(asked.template or (files and files.meta.get("template")))
+    return Source(name, folder, files, Renderer(template, Encoder(vocabulary)), own_way, notes)
 
 
 def check_target(target: Path, force: bool, what: str) -> None:

@@ -17,10 +17,8 @@ def write_speech(renderer: Renderer, folder: Path) -> None:
     tokenizer's files, it is for every other program.
     """
     _write(folder / META, {"template": renderer.template.to_dict()})
-    text = jinja(renderer) or renderer.encoder.vocabulary.chat_template
-    if text:
-        (folder / "chat_template.json").unlink(missing_ok=True)
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").write_text(jinja(renderer), encoding="utf-8")
     generation = folder / "generation_config.json"
     content = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
     content["eos_token_id"] = sorted(renderer.stop_ids)

@@ -137,7 +137,8 @@ def _finish_folder(source: Source, aside: Path) -> None:
     written = (aside / "config.json").read_bytes()
     copy_side_files(source.folder, aside)
     (aside / "config.json").write_bytes(written)
-    write_speech(source.renderer, aside)
+    if source.own_way:
+        write_speech(source.renderer, aside)
     if "quantization_config" not in json.loads(written):
         raise UserError("the library wrote weights that are not quantised", where=str(aside))
 
