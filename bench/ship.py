@@ -131,11 +131,11 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
               "max_position_embeddings": 4096, "tie_word_embeddings": False, "hidden_act": "silu",
               "rope_theta": 10000.0, "torch_dtype": "bfloat16", **shape}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    copy_tokenizer(folder)
+    make_tokenizer(folder)
 
 
-def copy_tokenizer(folder: Path) -> None:
-    """The embedded base's tokenizer, cut to what every shape has rows for."""
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes: what is measured are the weights."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -204,7 +204,6 @@ def child(words: list[str]) -> None:
     import torch  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    from vicuna.config import MergeSettings
     from vicuna.convert import merge
     from vicuna.export.gguf import write_base
     from vicuna.generate.engines.libllama import library
@@ -217,7 +216,6 @@ def child(words: list[str]) -> None:
     began = time.perf_counter()
     if task == "merge":
         words = ["--model", str(base), "--adapter", str(adapter), "--output_dir", str(out)]
-        assert MergeSettings
         merge.run([*words, "--no-verify", "--max_shard_size", "1GiB"])
     elif task != "nothing":
         write_base(base, out, task, adapter=files)
