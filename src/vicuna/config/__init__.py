@@ -18,6 +18,7 @@ from vicuna.config.names import OLD_NAMES
 from vicuna.config.parse import RUN_KEYS, build, builtin_recipes, parse, read_recipe
 from vicuna.config.tools import DemoSettings, DoctorSettings
 from vicuna.config.train import PlanSettings, TrainSettings
+from vicuna.config.web import WebSettings
 
 __all__ = [
     "OLD_NAMES",
@@ -34,6 +35,7 @@ __all__ = [
     "PreviewSettings",
     "Settings",
     "TrainSettings",
+    "WebSettings",
     "build",
     "builtin_recipes",
     "parse",
