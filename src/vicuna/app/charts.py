@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 POINTS = 300  # of a curve: more are no wider than a pixel
 BANDS = 60  # places over which the mouse tells the numbers
@@ -189,7 +190,7 @@ def _bands(
     places = sorted({x for curve in drawn for x in curve.x})
     if len(places) > BANDS:
         places = [places[round(i * (len(places) - 1) / (BANDS - 1))] for i in range(BANDS)]
-    edges = [(a + b) / 2 for a, b in zip(places, places[1:])]
+    edges = [(a + b) / 2 for a, b in pairwise(places)]
     bands = []
     for i, x in enumerate(places):
         begin = frame.x(edges[i - 1]) / 10 if i else 0.0

@@ -207,32 +207,30 @@ def limit_of(lengths: Lengths) -> int:
 
 
 def lengths(found: Lengths, cutoff: int, say: Say) -> str:
-    """The histogram with the cutoff in it, and what the cutoff loses."""
+    """The histogram with the cutoff in it."""
     limit = limit_of(found)
-    chart = charts.histogram(
-        found.histogram(limit, BARS), limit, cutoff, say("data.histogram"), say("data.tokens_axis")
-    )
-    lost = found.lost(cutoff)
+    counts = found.histogram(limit, BARS)
+    return charts.histogram(counts, limit, cutoff, say("data.histogram"), say("data.tokens_axis"))
+
+
+def lost(found: Lengths, cutoff: int, say: Say) -> str:
+    """What a cutoff loses, in numbers."""
+    at = found.lost(cutoff)
     n = len(found)
     total = int(found.tokens.sum()) or 1
     cells = (
-        ("kept", f"{1 - lost.longer:.1%}", say("data.kept", count=round(n * (1 - lost.longer)))),
-        ("longer", f"{lost.longer:.1%}", say("data.longer", count=round(n * lost.longer))),
-        ("dropped", f"{lost.tokens_dropped / total:.1%}", say("data.tokens_dropped")),
-        ("cut", f"{lost.tokens_cut / total:.1%}", say("data.tokens_cut")),
-        ("lost", f"{lost.answer_lost:.1%}", say("data.answer_lost")),
+        ("kept", f"{1 - at.longer:.1%}", say("data.kept", count=round(n * (1 - at.longer)))),
+        ("longer", f"{at.longer:.1%}", say("data.longer", count=round(n * at.longer))),
+        ("dropped", f"{at.tokens_dropped / total:.1%}", say("data.tokens_dropped")),
+        ("cut", f"{at.tokens_cut / total:.1%}", say("data.tokens_cut")),
+        ("lost", f"{at.answer_lost:.1%}", say("data.answer_lost")),
     )
     numbers = "".join(
-        f'<div class="v-number {name}"><b>{value}</b><span>{escape(words)}</span></div>'
+        f'<div class="v-number {name if value != "0.0%" else "none"}"><b>{value}</b>'
+        f"<span>{escape(words)}</span></div>"
         for name, value, words in cells
     )
-    marks = " · ".join(
-        f"{name} {value:,}"
-        for name, value in (
-            *((f"p{q}", found.quantile(q)) for q in (50, 90, 99)),
-            (say("data.longest"), found.longest),
-        )
-    )
-    return (
-        f'{chart}<div class="v-numbers small">{numbers}</div><p class="v-fine">{escape(marks)}</p>'
-    )
+    named = [(f"p{q}", found.quantile(q)) for q in (50, 90, 99)]
+    named.append((say("data.longest"), found.longest))
+    marks = " · ".join(f"{name} {value:,}" for name, value in named)
+    return f'<div class="v-numbers small">{numbers}</div><p class="v-fine">{escape(marks)}</p>'

@@ -1,4 +1,4 @@
-"""What the page knows of a data set once it has looked at it: the report, the examples, the lengths.
+"""What the page knows of a data set once it has looked at it: report, examples, lengths.
 
 Preparing is what costs time; its result lies in the cache on disk (`data/prepare.py`), so that a
 look that was forgotten here comes back at once, and so does the training that follows.

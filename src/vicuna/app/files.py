@@ -15,10 +15,17 @@ from pathlib import Path
 from vicuna.app.state import App
 from vicuna.cache import disk_error, file_hash, whole_file
 from vicuna.data import sources
+from vicuna.data.template import builtin
 from vicuna.errors import UserError
+from vicuna.model.base import EMBEDDED
 
 LISTED = 500  # files offered at once
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SEARCHED = 20_000  # files looked at for that: a data folder may hold anything
+
+
+# Dropped files that may not be kept (`read_only`): they may be looked at where the server put them.
+dropped: set[Path] = set()
 
 
 def samples() -> list[Path]:
@@ -65,7 +72,7 @@ def allowed(app: App, source: str) -> list[Path]:
     source = source.strip()
     if not source:
         raise UserError("no file was chosen", fix="Choose one from the list, or drop one.")
-    known = {str(path): path for path in samples()}
+    known = {str(path): path for path in (*samples(), *dropped)}
     if source in known:
         return [known[source]]
     # Asked before anything is looked for: what is not there must not be told from what is.
@@ -74,7 +81,41 @@ def allowed(app: App, source: str) -> list[Path]:
     return [app.inside(path) for path in sources.expand(source)]
 
 
-def keep(app: App, dropped: Path) -> Path:
+def models(app: App) -> list[str]:
+    """The bases that are offered: any other can be typed."""
+    return list(dict.fromkeys([app.settings.model or EMBEDDED, EMBEDDED]))
+
+
+def allowed_model(app: App, model: str) -> str:
+    """A base that may be used here: the server's own, one inside of the folders, or a hub id.
+
+    Raises: UserError where it is a path that leads outside.
+    """
+    model = model.strip()
+    if not model or model in models(app):
+        return model or EMBEDDED
+    if Path(model).exists() or not _HUB_ID.fullmatch(model):
+        app.inside(model)
+    return model
+
+
+def templates() -> list[str]:
+    """The templates that are offered."""
+    return ["auto", *builtin()]
+
+
+def allowed_template(app: App, template: str) -> str:
+    """A template that may be used here: by name, or a YAML file inside of the folders.
+
+    Raises: UserError where it is a path that leads outside.
+    """
+    template = template.strip() or "auto"
+    if template.endswith((".yaml", ".yml")) or "/" in template or Path(template).exists():
+        app.inside(template)
+    return template
+
+
+def keep(app: App, file: Path) -> Path:
     """A dropped file's place: in the first data folder, or where it is if nothing may be written.
 
     The same file is kept once; another one of the same name gets a number.
@@ -82,10 +123,11 @@ def keep(app: App, dropped: Path) -> Path:
     Raises: UserError where the disk is full or not writable.
     """
     if app.settings.read_only:
-        return dropped
+        dropped.add(file)
+        return file
     folder = app.data_folders[0]
-    digest = file_hash(dropped)
-    name = re.sub(r"[^\w.\- ]+", "_", dropped.name).lstrip(".") or "data"
+    digest = file_hash(file)
+    name = re.sub(r"[^\w.\- ]+", "_", file.name).lstrip(".") or "data"
     stem, ending = name.partition(".")[::2]
     number = 1
     target = folder / name
@@ -95,8 +137,8 @@ def keep(app: App, dropped: Path) -> Path:
         number += 1
         target = folder / f"{stem}-{number}.{ending}" if ending else folder / f"{stem}-{number}"
     try:
-        with whole_file(target) as aside, dropped.open("rb") as file, aside.open("wb") as out:
-            while block := file.read(1 << 20):
+        with whole_file(target) as aside, file.open("rb") as given, aside.open("wb") as out:
+            while block := given.read(1 << 20):
                 out.write(block)
     except OSError as e:
         raise disk_error(e, target) from e
