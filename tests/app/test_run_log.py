@@ -39,7 +39,7 @@ def test_only_what_is_new_is_taken_in_and_half_a_line_waits(tmp_path: Path) -> N
         assert (log.step, log.samples) == (2, [])
         file.write(data[-9:])
     log.read()
-    assert [s["answer"] for s in log.answers()] == ["答"]
+    assert [s["answer"] for s in log.samples] == ["答"]
 
 
 def test_a_log_that_a_resumed_run_began_anew_is_read_from_its_beginning(tmp_path: Path) -> None:

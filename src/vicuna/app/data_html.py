@@ -75,7 +75,7 @@ def _files(found: DataReport, say: Say) -> str:
         + "</tr>"
         for f in found.files
     )
-    return _table(f"<th>{escape(say('data.file'))}</th>{head}", rows)
+    return table(f"<th>{escape(say('data.file'))}</th>{head}", rows)
 
 
 def _reasons(found: DataReport, say: Say) -> str:
@@ -91,14 +91,15 @@ def _reasons(found: DataReport, say: Say) -> str:
     head = "".join(
         f"<th{' class=n' if n == 'count' else ''}>{escape(say(f'data.{n}'))}</th>" for n in names
     )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _chip(action: str, say: Say) -> str:
     return f'<span class="v-chip {action}">{escape(say(f"data.action_{action}"))}</span>'
 
 
-def _table(head: str, rows: str) -> str:
+def table(head: str, rows: str) -> str:
+    """A table of cells that are HTML already; it scrolls by itself where it is too wide."""
     return (
         f'<div class="v-scroll"><table class="v-table"><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -131,7 +132,7 @@ def problems(rows: Sequence[tuple[str, Problem]], page: int, say: Say) -> str:
         f"<th{' class=n' if n == 'line' else ''}>{escape(say(f'data.{n}'))}</th>" for n in names
     )
     more = note("warn", say("data.more_rows", count=ROWS)) if len(rows) == ROWS else ""
-    return _table(head, body) + more
+    return table(head, body) + more
 
 
 def pages(rows: Sequence[Any]) -> int:

@@ -25,7 +25,7 @@ class RunLog:
     """The events of a run. `read` takes in what is new; the rest only looks.
 
     steps: a column for each of COLUMNS, NaN where a step has none (a loss that is not finite).
-    began: the last `start`; end: the `end` after it, if the run came so far.
+    began: the last `start`; first_time: when the first event was written; end: the `end` after it, if the run came so far.
     """
 
     path: Path
@@ -36,6 +36,7 @@ class RunLog:
     began: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    first_time: float = 0.0
     _at: int = 0
     _file: int = 0
     _rest: bytes = b""
@@ -70,6 +71,7 @@ class RunLog:
         self.steps = {name: array("d") for name in COLUMNS}
         self.evaluations, self.samples, self.warnings = [], [], []
         self.began, self.end, self.last = {}, {}, {}
+        self.first_time = 0.0
         self._at, self._file, self._rest = 0, 0, b""
 
     def _take(self, block: bytes) -> None:
@@ -100,6 +102,7 @@ class RunLog:
         elif kind == "end":
             self.end = event
         self.last = event
+        self.first_time = self.first_time or float(event.get("time", 0.0))
 
     # What it says.
 
@@ -132,10 +135,3 @@ class RunLog:
         if len(times) < 2 or missing <= 0 or steps[-1] <= steps[0]:
             return None
         return missing * (times[-1] - times[0]) / (steps[-1] - steps[0])
-
-    def answers(self, step: int | None = None) -> list[dict[str, Any]]:
-        """The sample answers of a step, or the newest ones."""
-        if not self.samples:
-            return []
-        wanted = self.samples[-1]["step"] if step is None else step
-        return [s for s in self.samples if s.get("step") == wanted]
