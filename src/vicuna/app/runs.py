@@ -204,6 +204,16 @@ class Runs:
         tell(run.path, process)
         return self._look(run.path)
 
+    def refuse_second(self) -> None:
+        """Raises: UserError where a training works: two at once would share the memory."""
+        other = self.working()
+        if other is not None:
+            raise UserError(
+                "another training works already, and two would share the memory",
+                where=other.name,
+                fix="Wait until it is done, or pause it.",
+            )
+
     def _may_write(self) -> None:
         if self.read_only:
             raise UserError(
@@ -216,13 +226,7 @@ class Runs:
         """No other training works, and none is started from elsewhere meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._starting, _file_lock(self.folder / ".starting"):
-            other = self.working()
-            if other is not None:
-                raise UserError(
-                    "another training works already, and two would share the memory",
-                    where=other.name,
-                    fix="Wait until it is done, or pause it.",
-                )
+            self.refuse_second()
             yield
 
 

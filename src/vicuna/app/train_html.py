@@ -174,6 +174,14 @@ def output(run: Run) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def output_size(run: Run) -> int:
+    """How much it printed, in bytes: whether there is something new."""
+    try:
+        return (run.path / run_process.OUTPUT).stat().st_size
+    except OSError:
+        return 0
+
+
 def commands(run: Run) -> str:
     """What to type in a terminal to do the same."""
     path = shlex.quote(str(run.path))
