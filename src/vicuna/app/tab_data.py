@@ -6,7 +6,7 @@ and what happens on their events.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ class DataTab:
         self.action.change(self.filter, [self.wish, self.action], rows, **quiet)
         for button, by in ((self.page_back, -1), (self.page_next, 1)):
             inputs = [self.wish, self.action, self.page]
-            button.click(partial(self.leaf, by), inputs, rows, **quiet)
+            button.click(self._leafing(by), inputs, rows, **quiet)
         # What was dropped or saved since the server started is in the list after a reload.
         page = gr.context.Context.root_block
         assert page is not None
@@ -335,13 +335,16 @@ class DataTab:
             return {self.page: gr.skip()}
         return self._leaf(self.looks.get(wish), action, 0, request)
 
-    def leaf(
-        self, by: int, wish: Wish | None, action: str, page: int, request: gr.Request
-    ) -> Updates:
+    def _leafing(self, by: int) -> Callable[..., Updates]:
         """The page of rows before or after this one."""
-        if wish is None:
-            return {self.page: gr.skip()}
-        return self._leaf(self.looks.get(wish), action, page + by, request)
+
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def leaf(wish: Wish | None, action: str, page: int, request: gr.Request) -> Updates:
+            if wish is None:
+                return {self.page: gr.skip()}
+            return self._leaf(self.looks.get(wish), action, page + by, request)
+
+        return leaf
 
     def _leaf(self, look: Look, action: str, page: int, request: gr.Request) -> Updates:
         rows = look.rows(next((a for a in html.ACTIONS if a == action), None))

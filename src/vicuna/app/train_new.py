@@ -1,9 +1,9 @@
-"""The form of a new training: settings, what is wrong with them, the memory they need, the start."""
+"""The form of a new training: settings, what is wrong with them, their memory, the start."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import gradio as gr
 from vicuna import config
 from vicuna.app import files, train_form, train_html
 from vicuna.app.data_html import note
-from vicuna.app.runs import Runs
+from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.train_form import MAIN, Field
 from vicuna.app.train_plan import plan
@@ -136,7 +136,7 @@ class NewTraining:
         outputs = [self.answer, self.misfit, self.other, self.planned, tabs, watch.run, watch.seen]
         for button, anyway in ((self.start, False), (self.anyway, True)):
             button.click(
-                partial(self.begin, tabs, watch, anyway),
+                self._beginning(tabs, watch, anyway),
                 [self.name, self.planned, *form],
                 outputs,
                 trigger_mode="once",
@@ -191,7 +191,7 @@ class NewTraining:
             self.planned: [_key(chosen), found, chosen],
         }
 
-    def use(self, planned: list[Any] | None, other: int | None, request: gr.Request) -> list[Any]:
+    def use(self, planned: list[Any] | None, other: int | None) -> list[Any]:
         """Settings that would fit were taken: they go into the form."""
         same = [gr.skip()] * (len(self.inputs) + 4)
         if planned is None or other is None:
@@ -200,21 +200,43 @@ class NewTraining:
         form = self.values({**planned[2], **settings})
         return [*form, "", gr.update(visible=False), gr.skip(), None]
 
-    def begin(
+    def _beginning(
+        self, tabs: gr.Tabs, watch: Watch, anyway: bool
+    ) -> Callable[..., Iterator[Updates]]:
+        """What a start button does. anyway: also where the plan says that it does not fit."""
+
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def begin(
+            request: gr.Request, name: str, planned: list[Any] | None, *form: Any
+        ) -> Iterator[Updates]:
+            run = None
+            for step in self._begin(request, name, planned, self._chosen(form), anyway):
+                if isinstance(step, Run):
+                    run = step
+                else:
+                    yield step
+            if run is not None:
+                yield {
+                    self.misfit: gr.update(visible=False),
+                    tabs: gr.update(selected="runs"),
+                    watch.run: gr.update(choices=watch.names(request), value=run.name),
+                    watch.seen: None,
+                }
+
+        return begin
+
+    def _begin(
         self,
-        tabs: gr.Tabs,
-        watch: Watch,
-        anyway: bool,
         request: gr.Request,
         name: str,
         planned: list[Any] | None,
-        *form: Any,
-    ) -> Iterator[Updates]:
-        """Check, plan, start; the run is shown then."""
+        chosen: dict[str, Any],
+        anyway: bool,
+    ) -> Iterator[Updates | Run]:
+        """Check, plan, start: what is to be said meanwhile, and the run if there is one."""
         words = partial(say, request)
         try:
             self.app.may_write()
-            chosen = self._chosen(form)
             train_form.check(self.app, chosen)
             self.runs.refuse_second()
             found = planned[1] if planned and planned[0] == _key(chosen) else None
@@ -222,21 +244,12 @@ class NewTraining:
                 yield self._said(note("busy", words("train.planning")))
                 found = plan(chosen)
             yield self._planned(chosen, found, request)
-            if not found["fits"] and not anyway:
-                return
-            run = self.runs.start(chosen, name)
+            if found["fits"] or anyway:
+                yield self.runs.start(chosen, name)
         except SettingsError as e:
             yield self._said(train_html.mistakes(e, words))
-            return
         except UserError as e:
             yield self._said(train_html.mistakes(e, words, "train.not_started"))
-            return
-        yield {
-            self.misfit: gr.update(visible=False),
-            tabs: gr.update(selected="runs"),
-            watch.run: gr.update(choices=watch.names(request), value=run.name),
-            watch.seen: None,
-        }
 
 
 def _english(name: str) -> str:
