@@ -53,6 +53,32 @@ class AdapterFiles:
     notes: list[str] = field(default_factory=list)
     base_name: str = ""
 
+    @property
+    def scale(self) -> float:
+        """What B@A is multiplied by before it is added to a weight."""
+        rank, alpha = self.lora.rank, self.lora.alpha
+        return alpha / (rank**0.5 if self.lora.rslora else rank)
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A (rank, in), B (out, rank)) by the name of the base's module.
+
+        Raises: UserError where one of a pair is missing.
+        """
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            found = _WEIGHT.match(key)
+            assert found
+            module = found["module"].removeprefix("base_model.model.")
+            sides.setdefault(module, {})[found["side"]] = tensor
+        for module, pair in sides.items():
+            if len(pair) != 2:
+                raise UserError(
+                    f"{module} has lora_{next(iter(pair))} alone, its other half is missing",
+                    where=f"adapter {self.path}",
+                    fix="The file is damaged; fetch it again.",
+                )
+        return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+
 
 # -- the base an adapter belongs to ----
 
@@ -170,16 +196,20 @@ def adapter_tensors(peft: Any, name: str = FIRST) -> dict[str, Tensor]:
 
 def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
+    write(adapter_tensors(peft), peft.peft_config[FIRST].to_dict(), folder, meta)
+
+
+def write(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, meta: dict[str, Any]
+) -> None:
+    """The same, of tensors under PEFT's keys and PEFT's settings."""
     from safetensors.torch import save_file
 
-    config = peft.peft_config[FIRST].to_dict()
     config["inference_mode"] = True
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, default=list, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
-    save_file(
-        adapter_tensors(peft), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"}
-    )
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     text = json.dumps(meta, ensure_ascii=False, indent=2)
     (folder / META).write_text(text + "\n", encoding="utf-8")
 
