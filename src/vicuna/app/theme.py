@@ -10,7 +10,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.themes.utils import colors, sizes
 
-STYLE = Path(__file__).with_name("style.css")
+STYLE = sorted(Path(__file__).parent.glob("style*.css"))
 _FONTS = (
     "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei",
     "Noto Sans CJK SC", "Noto Sans SC", "sans-serif",

@@ -38,11 +38,21 @@ def texts() -> dict[str, tuple[str, str]]:
 
     found: dict[str, tuple[str, str]] = {}
     for path in sorted((Path(__file__).parent / "texts").glob("*.yaml")):
-        for key, both in (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).items():
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if path.stem == "settings":
+            loaded = {f"settings.{name}": [_help(name), text] for name, text in loaded.items()}
+        for key, both in loaded.items():
             if key in found or not isinstance(both, list) or len(both) != len(LANGUAGES):
                 raise ValueError(f"{path.name}: {key} is there twice or lacks a language")
             found[key] = (str(both[0]), str(both[1]))
     return found
+
+
+def _help(setting: str) -> str:
+    """What a setting of a training is for, in English: the table of `config/` has it."""
+    from vicuna.config import TrainSettings
+
+    return TrainSettings.model_fields[setting].description or ""
 
 
 def t(key: str) -> str:
