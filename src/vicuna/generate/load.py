@@ -150,6 +150,18 @@ class Loaded:
             self.mix = before
             raise
 
+    def renderer_of(self, mix: Mapping[str, float], template: str = "") -> Renderer:
+        """The renderer of an answer of these adapters; of this template where one is named.
+
+        Raises: UserError where there is no such template.
+        """
+        if template:
+            return self.render_with(template)
+        heaviest = max(mix, key=lambda name: abs(mix[name]), default=None)
+        if heaviest is None or heaviest not in self.adapters:
+            return self._plain
+        return self.adapters[heaviest].renderer
+
     def _known(self, names: Any) -> None:
         for name in names:
             if name in self.adapters:
@@ -169,8 +181,7 @@ class Loaded:
         if self._count:
             engine: Any = self.engine  # every engine that has loaded an adapter can switch it
             engine.use_adapters({self.adapters[n].inner: w for n, w in self.mix.items()})
-        heaviest = max(self.mix, key=lambda n: abs(self.mix[n]), default=None)
-        self.renderer = self._plain if heaviest is None else self.adapters[heaviest].renderer
+        self.renderer = self.renderer_of(self.mix)
 
 
 def open_model(settings: AnswerSettings) -> Loaded:
@@ -179,7 +190,7 @@ def open_model(settings: AnswerSettings) -> Loaded:
     Raises: UserError where base and adapter do not belong together, or something is missing.
     """
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
-    base = settings.model or _base_of(files)
+    base = settings.model or base_of(files)
     loaded = Loaded(open_engine(settings, base, files), settings, base)
     if files is None:
         return loaded
@@ -192,7 +203,7 @@ def open_model(settings: AnswerSettings) -> Loaded:
     return loaded
 
 
-def _base_of(files: adapters.AdapterFiles | None) -> str:
+def base_of(files: adapters.AdapterFiles | None) -> str:
     """The base an adapter names, else the embedded one."""
     if files is None:
         return EMBEDDED

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from vicuna.errors import UserError
+from vicuna.model.adapter_names import META, WEIGHTS
 
-META = "vicuna.json"
 FIRST = "default"  # PEFT's own name of an adapter
 _WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
@@ -292,7 +292,7 @@ def read_adapter(adapter: str) -> AdapterFiles:
 def _read_tensors(folder: Path, notes: list[str]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
+    for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
             continue
