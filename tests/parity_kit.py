@@ -62,26 +62,13 @@ def base(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any
     return model.to(dtype).requires_grad_(False)
 
 
-def quantised(family: str, precision: str, folder: Path) -> Any:
+def quantised(family: str, precision: Any, folder: Path) -> Any:
     """The same through bitsandbytes, computing in fp32. precision: int8 or nf4."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from vicuna.model.load import choose, load_base
 
     if not (folder / "config.json").exists():
         base(family, **QUANTISED).save_pretrained(folder)
-    wanted = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if precision == "int8"
-        else BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, quantization_config=wanted, device_map={"": CPU}
-    )
-    return model.requires_grad_(False).eval()
+    return load_base(folder, choose(precision, CPU), CPU)
 
 
 def adapted(model: Any, **lora: Any) -> Any:

@@ -27,13 +27,17 @@ def serve(app: App, wait: bool = True) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from starlette.middleware import Middleware
 
+    from vicuna.app.headers import Headers
     from vicuna.app.page import build
     from vicuna.app.theme import STYLE, theme
     from vicuna.app.words import Translation
 
     settings = app.settings
+    app.room  # noqa: B018  the model first: what is wrong with it is said before a page opens
     page = build(app)
     page.queue(default_concurrency_limit=64)
+    if settings.share:
+        print("warning: --share opens the page to the internet through somebody else's server")
     page.launch(
         server_name=settings.host,
         server_port=free_port(settings),
@@ -48,16 +52,27 @@ def serve(app: App, wait: bool = True) -> Any:
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
-        app_kwargs={"middleware": [Middleware(Translation)]},
+        allowed_paths=[],
+        max_file_size="2gb",
+        app_kwargs={"middleware": [Middleware(Translation), Middleware(Headers)]},
         theme=theme(),
         css_paths=STYLE,
     )
-    print(f"The page is open at {page.local_url} (Ctrl-C ends it)")
-    if word:
-        print(f"user: {USER}   password: {word}")
+    _tell(app, page, word)
     if wait:
         page.block_thread()
     return page
+
+
+def _tell(app: App, page: Any, word: str) -> None:
+    settings = app.settings
+    print(f"The page is open at {page.local_url} (Ctrl-C ends it)")
+    if word:
+        print(f"user: {USER}   password: {word}")
+    if settings.share:
+        print(f"and at {page.share_url}, for everybody on the internet who knows this address")
+    elif not word and settings.host not in _LOOPBACK:
+        print("warning: everybody who reaches this machine can use the page: there is no password")
 
 
 def password(settings: WebSettings) -> str:

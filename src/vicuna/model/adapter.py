@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vicuna.errors import UserError
+from vicuna.model.adapter_names import META, WEIGHTS
 
-META = "vicuna.json"
+FIRST = "default"  # PEFT's own name of an adapter
 _WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 
 
@@ -51,6 +52,32 @@ class AdapterFiles:
     meta: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     base_name: str = ""
+
+    @property
+    def scale(self) -> float:
+        """What B@A is multiplied by before it is added to a weight."""
+        rank, alpha = self.lora.rank, self.lora.alpha
+        return alpha / (rank**0.5 if self.lora.rslora else rank)
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A (rank, in), B (out, rank)) by the name of the base's module.
+
+        Raises: UserError where one of a pair is missing.
+        """
+        sides: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            found = _WEIGHT.match(key)
+            assert found
+            module = found["module"].removeprefix("base_model.model.")
+            sides.setdefault(module, {})[found["side"]] = tensor
+        for module, pair in sides.items():
+            if len(pair) != 2:
+                raise UserError(
+                    f"{module} has lora_{next(iter(pair))} alone, its other half is missing",
+                    where=f"adapter {self.path}",
+                    fix="The file is damaged; fetch it again.",
+                )
+        return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
 
 # -- the base an adapter belongs to ----
@@ -110,12 +137,18 @@ def check_base(adapter: AdapterFiles, base: dict[str, Any], allow_other: bool) -
 # -- attach ----
 
 
-def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> Any:
+def attach(
+    model: Any, lora: LoraSettings, seed: int, base_name: str = "", name: str = FIRST
+) -> Any:
     """A PEFT model with a fresh adapter in fp32 whose initial weights depend on the seed alone.
+
+    Args:
+        model: a base; or a PEFT model, which gets a further adapter that is not active yet.
+        name: of the adapter among those of the model.
 
     Raises: UserError where no layer has one of the names.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     target: str | list[str] = "all-linear" if lora.target == ("all",) else list(lora.target)
     config = LoraConfig(
@@ -129,7 +162,11 @@ def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> An
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            peft = get_peft_model(model, config)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                peft: Any = model
+            else:
+                peft = get_peft_model(model, config, adapter_name=name)
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise UserError(
@@ -138,7 +175,7 @@ def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> An
             fix=f"Use all, or some of: {', '.join(names)}.",
         ) from e
     if base_name:
-        peft.peft_config["default"].base_model_name_or_path = base_name
+        peft.peft_config[name].base_model_name_or_path = base_name
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -149,26 +186,30 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or "Linear" in type(module).__name__
 
 
-def adapter_tensors(peft: Any) -> dict[str, Tensor]:
-    """The adapter's tensors under the keys PEFT writes to disk, as contiguous CPU copies."""
+def adapter_tensors(peft: Any, name: str = FIRST) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys PEFT writes to disk, as contiguous CPU copies."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    state = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
 
 
 def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
+    write(adapter_tensors(peft), peft.peft_config[FIRST].to_dict(), folder, meta)
+
+
+def write(
+    tensors: dict[str, Tensor], config: dict[str, Any], folder: Path, meta: dict[str, Any]
+) -> None:
+    """The same, of tensors under PEFT's keys and PEFT's settings."""
     from safetensors.torch import save_file
 
-    config = peft.peft_config["default"].to_dict()
     config["inference_mode"] = True
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, default=list, sort_keys=True)
     (folder / "adapter_config.json").write_text(text + "\n")
-    save_file(
-        adapter_tensors(peft), str(folder / "adapter_model.safetensors"), metadata={"format": "pt"}
-    )
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     text = json.dumps(meta, ensure_ascii=False, indent=2)
     (folder / META).write_text(text + "\n", encoding="utf-8")
 
@@ -251,7 +292,7 @@ def read_adapter(adapter: str) -> AdapterFiles:
 def _read_tensors(folder: Path, notes: list[str]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    for name in ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin"):
+    for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
             continue
@@ -299,17 +340,29 @@ def _shape_of(tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], int]
     return sorted(modules), ranks.pop()
 
 
-def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any:
-    """A PEFT model with the weights of an adapter that was read.
+def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0, name: str = FIRST) -> Any:
+    """A PEFT model with the weights of an adapter that was read; see `attach`.
 
-    Raises: UserError where they do not fit the base.
+    Raises: UserError where they do not fit the base; a PEFT model is then as it was before.
     """
+    lora = LoraSettings(**{**adapter.lora.__dict__, "dropout": dropout})
+    belongs = str(adapter.meta.get("base", {}).get("name", ""))
+    peft = attach(model, lora, seed=0, base_name=belongs, name=name)
+    try:
+        _fill(peft, adapter, name)
+    except UserError:
+        if len(peft.peft_config) > 1:
+            peft.delete_adapter(name)
+        raise
+    return peft
+
+
+def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
+    """Put an adapter's weights into a PEFT model."""
     from peft import set_peft_model_state_dict
 
-    lora = LoraSettings(**{**adapter.lora.__dict__, "dropout": dropout})
-    peft = attach(model, lora, seed=0, base_name=str(adapter.meta.get("base", {}).get("name", "")))
     try:
-        result: Any = set_peft_model_state_dict(peft, adapter.tensors)
+        result: Any = set_peft_model_state_dict(peft, adapter.tensors, adapter_name=name)
         unused = list(result.unexpected_keys)
     except RuntimeError as e:
         raise UserError(
@@ -317,7 +370,7 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any
             where=f"adapter {adapter.path}",
             fix="Use the base it was trained on (adapter_config.json names it).",
         ) from e
-    wanted = set(adapter_tensors(peft))
+    wanted = set(adapter_tensors(peft, name))
     if unused or wanted - set(adapter.tensors):
         odd = (unused or sorted(wanted - set(adapter.tensors)))[0]
         raise UserError(
@@ -325,4 +378,3 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any
             where=f"adapter {adapter.path}",
             fix="Use the base it was trained on (adapter_config.json names it).",
         )
-    return peft

@@ -101,9 +101,19 @@ def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
         ) from e
     if not extra:
         model.to(device)  # type: ignore[arg-type]
+    _keep_layout(model)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model.eval()
+
+
+def _keep_layout(model: Any) -> None:
+    """bitsandbytes lays 4-bit weights out anew for CPUs with AVX-512 bf16, at the first forward
+    without gradients. `frozen.dense` reads them as they were quantised; and widths that are not
+    whole blocks cannot be laid out so."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(chosen: Chosen) -> Any:

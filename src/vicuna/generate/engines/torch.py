@@ -7,7 +7,7 @@ not computed again, also after `/undo` and along the answer of a beam.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
+from vicuna.model import adapter as adapters
 from vicuna.model import answering, kernels, parts, products
+from vicuna.model.adapter import AdapterFiles
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -42,16 +44,29 @@ def causal_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def switch_adapter(model: Any, name: str | None, strength: float) -> None:
-    """Make another adapter of a PEFT model the active one, scaled by `strength`, or none."""
-    if name is None:
+def use_adapters(model: Any, mix: Mapping[str, float]) -> None:
+    """Make adapters of a PEFT model the active ones, each scaled by its strength; none at all where
+    the mix is empty."""
+    if not hasattr(model, "peft_config"):
+        return
+    if not mix:
         model.base_model.disable_adapter_layers()
         return
     model.base_model.enable_adapter_layers()
-    model.set_adapter(name)
+    model.base_model.set_adapter(list(mix))
     for module in model.modules():
-        if hasattr(module, "set_scale") and name in getattr(module, "lora_A", {}):
-            module.set_scale(name, strength)
+        if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
+            for name, strength in mix.items():
+                module.set_scale(name, strength)
+
+
+def attach_adapter(model: Any, name: str, files: AdapterFiles) -> Any:
+    """The model with a further adapter, a PEFT model from now on. No adapter is active then."""
+    peft = adapters.attach_saved(model, files, name=name)
+    peft.to(causal_of(peft).get_input_embeddings().weight.device)
+    peft.eval()
+    use_adapters(peft, {})
+    return peft
 
 
 class TorchEngine:
@@ -68,17 +83,20 @@ class TorchEngine:
     max_rows = MAX_ROWS
 
     def __init__(self, model: Any, context_length: int) -> None:
-        self.model = model
         self.context_length = context_length
+        self.computed = 0  # positions that went through the model so far
+        self._take(model)
+
+    def _take(self, model: Any) -> None:
+        """Compute with a model from now on."""
         causal = causal_of(model)
         found = parts.find(causal, training=False)
         if isinstance(found, str):
             raise ValueError(found)
-        self._parts = found
+        self.model, self._parts = model, found
         self._head = causal.get_output_embeddings()
         self._layers = [Layer(block, found.eps) for block in found.blocks]
         self._places = [layer.mlp.norm.device for layer in self._layers]
-        self.computed = 0  # positions that went through the model so far
         self.refresh()
 
     def refresh(self) -> None:
@@ -89,9 +107,22 @@ class TorchEngine:
                 group.hold(layer.mlp.norm.dtype)
         self.forget()
 
-    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
-        """Use another adapter of a PEFT model, or none. What was computed is forgotten."""
-        switch_adapter(self.model, name, strength)
+    def load_adapter(self, name: str, files: AdapterFiles) -> None:
+        """Attach a further adapter. It changes nothing until it is chosen; none is chosen now.
+
+        Raises: UserError where it does not fit the base.
+        """
+        self._take(attach_adapter(self.model, name, files))
+
+    def drop_adapter(self, name: str) -> None:
+        """Free an adapter; none is chosen now."""
+        self.model.delete_adapter(name)
+        self.use_adapters({})
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
+        """Add these adapters to the base from now on, each scaled. What was computed is
+        forgotten."""
+        use_adapters(self.model, mix)
         self.refresh()
 
     def forget(self) -> None:

@@ -1,0 +1,5 @@
+"""Names of an adapter's files. Apart from `adapter.py`, so that looking for them needs no PyTorch."""
+
+META = "vicuna.json"
+# Today's, then those of 2023.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
