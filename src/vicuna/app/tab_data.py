@@ -137,7 +137,7 @@ class DataTab:
         self.problems = gr.HTML(elem_id="data-problems")
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         chosen = [self.source, self.model, self.template, self.cutoff]
         found = [
             *(
@@ -194,10 +194,12 @@ class DataTab:
         for button, by in ((self.page_back, -1), (self.page_next, 1)):
             inputs = [self.wish, self.action, self.page]
             button.click(self._leafing(by), inputs, rows, **quiet)
-        # What was dropped or saved since the server started is in the list after a reload.
-        page = gr.context.Context.root_block
-        assert page is not None
-        page.load(lambda: gr.update(choices=files.listed(self.app)), None, self.source, **quiet)
+        # What was dropped or saved meanwhile is in the list when the tab is opened again.
+        self.app.opening.append((self.list_files, None, self.source))
+
+    def list_files(self) -> Any:
+        """The data sets there are now."""
+        return gr.update(choices=files.listed(self.app))
 
     # What happens.
 

@@ -119,16 +119,18 @@ class NewTraining:
         self.inputs[field.name] = made
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         form = list(self.inputs.values())
         said = [self.answer, self.misfit, self.other, self.planned]
         self.recipe.input(self.fill, [self.recipe, self.inputs["dataset"]], form, **quiet)
         self.check.click(self.look, form, said, trigger_mode="once", **quiet)
         self.take.click(self.use, [self.planned, self.other], [*form, *said], **quiet)
-        page = gr.context.Context.root_block
-        assert page is not None
         data = [self.inputs[name] for name in ("dataset", "val_dataset")]
-        page.load(lambda: [gr.update(choices=files.listed(self.app))] * 2, None, data, **quiet)
+        self.app.opening.append((self.list_files, None, data))
+
+    def list_files(self) -> list[Any]:
+        """The data sets there are now."""
+        return [gr.update(choices=files.listed(self.app))] * 2
 
     def then(self, tabs: gr.Tabs, watch: Watch) -> None:
         """What the start button does, and that the run is shown then."""
@@ -141,7 +143,11 @@ class NewTraining:
                 outputs,
                 trigger_mode="once",
                 show_progress="hidden",
-            ).then(watch.refresh, watch.asked, watch.shown, show_progress="hidden")
+                api_visibility="private",
+            ).then(
+                watch.refresh, watch.asked, watch.shown, show_progress="hidden",
+                api_visibility="private",
+            )  # fmt: skip
 
     # What happens.
 

@@ -10,6 +10,7 @@ import gradio as gr
 
 from vicuna.app import train_html
 from vicuna.app.data_html import note
+from vicuna.app.room import choose
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.words import language_of, say, t
@@ -40,7 +41,7 @@ class Watch:
         self.shown = [
             *(self.run, self.compare, self.seen, self.head, self.buttons, self.curves),
             *(self.others, self.samples, self.output, self.terminal, self.table, self.body),
-            *(self.pause, self.resume, self.stop, self.delete, self.again, self.sure),
+            *(self.pause, self.resume, self.stop, self.talk, self.again, self.delete, self.sure),
         ]
         self._events()
 
@@ -65,6 +66,7 @@ class Watch:
                 t("train.resume"), variant="primary", elem_id="train-resume", **small
             )
             self.stop = gr.Button(t("train.stop"), elem_id="train-stop", **small)
+            self.talk = gr.Button(t("train.talk"), variant="primary", elem_id="train-talk", **small)
             self.again = gr.Button(t("train.again"), elem_id="train-again", **small)
             self.delete = gr.Button(t("train.delete"), elem_id="train-delete", **small)
         with gr.Group(visible=False, elem_id="train-sure") as self.sure:
@@ -90,10 +92,8 @@ class Watch:
             self.table = gr.HTML(elem_id="train-table")
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
-        page = gr.context.Context.root_block
-        assert page is not None
-        page.load(self.refresh, self.asked, self.shown, **quiet)
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        self.app.opening.append((self.refresh, self.asked, self.shown))
         gr.Timer(SECONDS).tick(self.refresh, self.asked, self.shown, trigger_mode="once", **quiet)
         for chosen in (self.run, self.compare):
             chosen.input(self.refresh, self.asked, self.shown, trigger_mode="always_last", **quiet)
@@ -101,6 +101,7 @@ class Watch:
             button.click(partial(self.act, act), self.run, self.seen, **quiet).then(
                 self.refresh, self.asked, self.shown, **quiet
             )
+        self.talk.click(self.talk_with, [self.app.tab, self.run], _page_tabs(), **quiet)
         asking = [self.wish, self.sure, self.question, self.yes]
         for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
             button.click(partial(self.ask, wish), self.run, asking, **quiet)
@@ -116,7 +117,10 @@ class Watch:
             values = new.values(self.runs.get(name or "").settings())
             return [gr.update(selected="new"), *values]
 
-        self.again.click(fill, self.run, [tabs, *new.inputs.values()], show_progress="hidden")
+        self.again.click(
+            fill, self.run, [tabs, *new.inputs.values()], show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
 
     # What happens.
 
@@ -167,6 +171,7 @@ class Watch:
             self.pause: gr.update(visible=run.state in _PAUSABLE),
             self.resume: gr.update(visible=run.state in _RESUMABLE),
             self.stop: gr.update(visible=run.working),
+            self.talk: gr.update(visible=run.has_adapter and not run.working),
             self.again: gr.update(visible=not run.working),
             self.delete: gr.update(visible=not run.working),
         }
@@ -178,6 +183,22 @@ class Watch:
         except UserError as e:
             raise gr.Error(str(e), print_exception=False) from e
         return None
+
+    def talk_with(self, tab: str, name: str | None) -> Any:
+        """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
+        try:
+            path = self.app.shelf.get(
+                str((self.runs.get(name or "").path / "adapter").resolve())
+            ).path
+            session = self.app.sessions.get(tab)
+            mix = {path: 1.0}
+            # Loaded now, so that an adapter of another base is refused here and not at a question.
+            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+        except UserError as e:
+            raise gr.Error(str(e), print_exception=False) from e
+        session.mix.clear()
+        session.mix.update(mix)
+        return gr.update(selected="chat")
 
     def ask(self, wish: str, name: str | None, request: gr.Request) -> Updates:
         """Ask whether it is really meant."""
@@ -201,6 +222,13 @@ class Watch:
         except UserError as e:
             raise gr.Error(str(e), print_exception=False) from e
         return "", gr.update(visible=False), None
+
+
+def _page_tabs() -> Any:
+    """The tabs of the page, around this one."""
+    page = gr.context.Context.root_block
+    assert page is not None
+    return next(block for block in page.blocks.values() if block.elem_id == "tabs")
 
 
 def _shown(run: Run, request: gr.Request) -> str:
