@@ -15,7 +15,7 @@ from vicuna.app.data_html import note
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.train_form import MAIN, Field
-from vicuna.app.train_plan import plan
+from vicuna.app.train_plan import longest_example, plan
 from vicuna.app.words import say, t, texts
 from vicuna.errors import SettingsError, UserError
 
@@ -172,9 +172,9 @@ class NewTraining:
         try:
             self.app.may_write()
             chosen = self._chosen(form)
-            train_form.check(self.app, chosen)
+            settings = train_form.check(self.app, chosen)
             yield self._said(note("busy", words("train.planning")))
-            yield self._planned(chosen, plan(chosen), request)
+            yield self._planned(chosen, plan(chosen, longest_example(settings)), request)
         except SettingsError as e:
             yield self._said(train_html.mistakes(e, words))
         except UserError as e:
@@ -243,12 +243,12 @@ class NewTraining:
         words = partial(say, request)
         try:
             self.app.may_write()
-            train_form.check(self.app, chosen)
+            settings = train_form.check(self.app, chosen)
             self.runs.refuse_second()
             found = planned[1] if planned and planned[0] == _key(chosen) else None
             if found is None:
                 yield self._said(note("busy", words("train.planning")))
-                found = plan(chosen)
+                found = plan(chosen, longest_example(settings))
             yield self._planned(chosen, found, request)
             if found["fits"] or anyway:
                 yield self.runs.start(chosen, name)
