@@ -43,6 +43,10 @@ class DataTab:
         self._choosing()
         self.status = gr.HTML(html.note("empty", t("data.empty")), elem_id="data-status")
         self.report = gr.HTML(elem_id="data-report", visible=False)
+        with gr.Row(elem_classes="v-bar"):
+            self.train = gr.Button(
+                t("data.train"), visible=False, size="sm", scale=0, elem_id="data-train"
+            )
         with gr.Tabs(
             visible=False, overflow_behavior="wrap", elem_id="data-details"
         ) as self.details:
@@ -138,7 +142,7 @@ class DataTab:
 
     def _events(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        chosen = [self.source, self.model, self.template, self.cutoff]
+        chosen = [self.source, self.model, self.template, self.wish]
         found = [
             *(
                 self.wish,
@@ -221,9 +225,15 @@ class DataTab:
         }
 
     def look(
-        self, source: str | None, model: str, template: str, cutoff: float, request: gr.Request
+        self,
+        source: str | None,
+        model: str,
+        template: str,
+        before: Wish | None,
+        request: gr.Request,
     ) -> Iterator[Updates]:
-        """Something was chosen: read it, and show everything there is."""
+        """Something was chosen: read it, and show everything there is. A cutoff that was chosen
+        before is kept."""
         if not (source or "").strip():
             yield {
                 self.wish: None,
@@ -232,6 +242,7 @@ class DataTab:
                 ),
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),
+                self.train: gr.update(visible=False),
             }
             return
         yield self._said(html.note("busy", say(request, "data.reading")))
@@ -240,7 +251,7 @@ class DataTab:
                 tuple(files.allowed(self.app, str(source))),
                 files.allowed_model(self.app, model or ""),
                 files.allowed_template(self.app, template or ""),
-                int(cutoff),
+                before.cutoff if before else CUTOFF,
             )
             for step in self.looks.watch(wish):
                 if isinstance(step, Look):
@@ -254,6 +265,7 @@ class DataTab:
                 self.wish: None,
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),
+                self.train: gr.update(visible=False),
             }
 
     def _said(self, note: str) -> Updates:
@@ -262,15 +274,16 @@ class DataTab:
     def _found(self, look: Look, request: gr.Request) -> Updates:
         words = partial(say, request)
         some = len(look.whole) > 0
+        limit = html.limit_of(look.lengths)
         status = gr.update(value=html.note("error", words("data.nothing_usable")), visible=True)
         return {
             self.wish: look.wish,
             self.status: gr.update(visible=False) if some else status,
             self.report: gr.update(value=html.report(look.report, words), visible=True),
             self.details: gr.update(visible=True, selected="lengths" if some else "rows"),
-            self.cutoff: gr.update(
-                maximum=html.limit_of(look.lengths), value=look.wish.cutoff, visible=some
-            ),
+            self.train: gr.update(visible=some and not self.app.settings.read_only),
+            # A cutoff beyond all examples is at the slider's end, and stays what it was.
+            self.cutoff: gr.update(maximum=limit, value=min(look.wish.cutoff, limit), visible=some),
             **self._chart(look, look.wish.cutoff, request),
             self.example: gr.update(value=1, maximum=max(1, len(look.whole))),
             self.count: words("data.example_of", count=len(look.whole)),

@@ -149,6 +149,21 @@ class NewTraining:
                 api_visibility="private",
             )  # fmt: skip
 
+    def from_data(self, tabs: gr.Tabs) -> None:
+        """The button of the tab Data that brings its data set and cutoff here."""
+
+        def bring(source: str, cutoff: float) -> list[Any]:
+            there = gr.update(selected="train"), gr.update(selected="new")
+            return [*there, [source] if source else [], int(cutoff)]
+
+        of_page("data-train").click(
+            bring,
+            [of_page("data-source"), of_page("data-cutoff")],
+            [of_page("tabs"), tabs, self.inputs["dataset"], self.inputs["cutoff_len"]],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
     # What happens.
 
     def fill(self, recipe: str, dataset: list[str]) -> list[Any]:
@@ -256,6 +271,13 @@ class NewTraining:
             yield self._said(train_html.mistakes(e, words))
         except UserError as e:
             yield self._said(train_html.mistakes(e, words, "train.not_started"))
+
+
+def of_page(name: str) -> Any:
+    """A component of another tab, by its id; that tab was built before."""
+    page = gr.context.Context.root_block
+    assert page is not None
+    return next(block for block in page.blocks.values() if block.elem_id == name)
 
 
 def _english(name: str) -> str:

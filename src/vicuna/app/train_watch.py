@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
@@ -13,11 +13,9 @@ from vicuna.app.data_html import note
 from vicuna.app.room import choose
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
+from vicuna.app.train_new import NewTraining, of_page
 from vicuna.app.words import language_of, say, t
 from vicuna.errors import UserError
-
-if TYPE_CHECKING:
-    from vicuna.app.train_new import NewTraining
 
 SECONDS = 2.0
 # The buttons that make sense in a state.
@@ -101,7 +99,7 @@ class Watch:
             button.click(partial(self.act, act), self.run, self.seen, **quiet).then(
                 self.refresh, self.asked, self.shown, **quiet
             )
-        self.talk.click(self.talk_with, [self.app.tab, self.run], _page_tabs(), **quiet)
+        self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **quiet)
         asking = [self.wish, self.sure, self.question, self.yes]
         for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
             button.click(partial(self.ask, wish), self.run, asking, **quiet)
@@ -222,13 +220,6 @@ class Watch:
         except UserError as e:
             raise gr.Error(str(e), print_exception=False) from e
         return "", gr.update(visible=False), None
-
-
-def _page_tabs() -> Any:
-    """The tabs of the page, around this one."""
-    page = gr.context.Context.root_block
-    assert page is not None
-    return next(block for block in page.blocks.values() if block.elem_id == "tabs")
 
 
 def _shown(run: Run, request: gr.Request) -> str:
