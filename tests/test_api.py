@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from generate_kit import tiny_llama
+from generate_kit import byte_level, tiny_llama, vocabulary
 
 import vicuna
 from kit import save_tokenizer, with_adapter
+from vicuna.data.template import find
 from vicuna.data.types import Turn
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import fused
@@ -291,6 +292,56 @@ def test_the_adapter_is_switched_between_requests(place: Path, engine: str) -> N
         assert ask(model) == adapted
         with pytest.raises(UserError, match="a strength is a number"):
             model.set_adapter(True, float("nan"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_adapters_are_loaded_later_mixed_and_dropped(
+    place: Path, tmp_path: Path, engine: str
+) -> None:
+    from vicuna.model.adapter import read_adapter, save
+    from vicuna.model.mix import save_mix
+
+    base = tiny_llama(340, eos_token_id=3)  # the seed of `place`, other adapters
+    chatml = {"template": find("chatml", vocabulary(byte_level())).to_dict()}
+    (tmp_path / "other").mkdir()
+    save(with_adapter(base, 7, alpha=48, target=("v_proj",)), tmp_path / "other", chatml)
+    parts = {
+        n: read_adapter(str(p))
+        for n, p in (("one", place / "adapter"), ("two", tmp_path / "other"))
+    }
+    save_mix({"one": (parts["one"], 0.5), "two": (parts["two"], 0.8)}, tmp_path / "mix")
+
+    def ask(model: vicuna.Model) -> str:
+        return model.generate(QUESTION, max_new_tokens=8).text
+
+    with load(place, engine=engine, precision="fp32", template="") as model:
+        alone, prompt = ask(model), model.fit(QUESTION).prompt_ids
+        model.load_adapter("one", str(place / "adapter"))
+        model.load_adapter("two", str(tmp_path / "other"))
+        model.load_adapter("mix", str(tmp_path / "mix"))
+        assert ask(model) == alone
+        model.set_adapter("one")
+        assert ask(model) != alone
+        assert model.fit(QUESTION).prompt_ids == prompt
+        model.set_adapter({"one": 0.5, "two": 0.8})
+        assert model.fit(QUESTION).prompt_ids != prompt  # the heaviest one's template
+        both = ask(model)
+        model.set_adapter("mix")
+        assert ask(model) == both
+        model.set_adapter({"one": 0.5, "two": 0.8})
+        model.drop_adapter("one")
+        model.set_adapter({"two": 0.8})
+        assert ask(model) != both
+        with pytest.raises(UserError, match="no adapter 'one' is loaded"):
+            model.set_adapter({"one": 1.0})
+        model.load_adapter("two", str(tmp_path / "mix"))  # replaced where it answers
+        model.set_adapter("two")
+        assert ask(model) == both
+        model.set_adapter({})
+        assert ask(model) == alone
+        with pytest.raises(UserError, match="no such adapter"):
+            model.load_adapter("three", str(tmp_path / "nowhere"))
+        assert ask(model) == alone
 
 
 @needs_llamacpp

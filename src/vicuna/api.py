@@ -141,16 +141,42 @@ class Model:
         engine, renderer = self._loaded.engine, self._loaded.renderer
         return fit(_turns(messages), renderer, engine.context_length, reserve)
 
-    def set_adapter(self, on: bool, strength: float = 1.0) -> None:
-        """Answer with the adapter from now on, or with the base alone.
+    def load_adapter(self, name: str, adapter: str) -> None:
+        """Load a further adapter beside the base, under a name. `set_adapter` chooses it.
 
         Args:
-            strength: multiplies what the adapter adds; vLLM knows only 0 and 1.
+            adapter: an adapter's or a run's folder, or a hub id, of any age.
 
-        Raises: UserError where no adapter was loaded, or the engine cannot scale it so.
+        Raises: UserError where it does not belong to the base.
+
+        Warns: of what is odd about it; `notes` has it too.
         """
         self._request = object()
-        self._loaded.set_adapter(on, strength)
+        for note in self._loaded.load_adapter(name, adapter):
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=2)
+
+    def drop_adapter(self, name: str) -> None:
+        """Free an adapter.
+
+        Raises: UserError where there is none of this name.
+        """
+        self._request = object()
+        self._loaded.drop_adapter(name)
+
+    def set_adapter(self, which: bool | str | Mapping[str, float], strength: float = 1.0) -> None:
+        """Answer with adapters from now on, or with the base alone.
+
+        Args:
+            which: true for the one that the model was loaded with (its name is "default"), false
+                for the base alone; a name; or several with the strength of each:
+                {"law": 0.7, "medicine": 0.3}. The prompt is that of the heaviest one's template.
+            strength: multiplies what the adapter adds; vLLM knows only 0 and 1.
+
+        Raises: UserError where no such adapter is loaded, or the engine cannot scale or mix it so.
+        """
+        self._request = object()
+        self._loaded.set_adapter(which, strength)
 
     def close(self) -> None:
         """Free what the engine holds; the model is of no use afterwards. May be called twice."""

@@ -185,6 +185,15 @@ def upgrade(context: typer.Context) -> None:
 
 
 @app.command(**_ANY)
+def web(context: typer.Context) -> None:
+    """Open the web page: chat, try adapters, look at data, train."""
+    words = _words(context, "WebSettings", "vicuna web [--adapter RUN]")
+    from vicuna.app.command import run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
 def demo(context: typer.Context) -> None:
     """Train the embedded base on the sample data and show what it learned."""
     words = _words(context, "DemoSettings", "vicuna demo")

@@ -14,6 +14,7 @@ from generate_kit import byte_level, make_renderer
 
 from vicuna import config
 from vicuna.data import dataset, prepare
+from vicuna.data.lengths import Lengths
 from vicuna.data.pack import targets_of
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
@@ -147,7 +148,7 @@ def test_duplicates_are_named(tmp_path: Path, renderer: Renderer) -> None:
 
 def test_the_cutoff_is_explained_in_words() -> None:
     lengths = np.array([100] * 61 + [300] * 24 + [900] * 12 + [3000] * 3)
-    words = dataset.cutoff_words(lengths, np.minimum(lengths, 50), 256)
+    words = dataset.cutoff_words(Lengths(lengths, np.minimum(lengths, 50)), 256)
     assert words == (
         "cutoff_len 256: 39% of examples are longer, 0% would lose the whole answer; "
         "1,024 keeps 97%"

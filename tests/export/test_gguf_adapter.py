@@ -45,7 +45,7 @@ def test_scores_with_an_adapter_are_those_of_peft(
         tmp_path / "base.gguf", context_length=256, threads=1, cache_type="f32"
     ) as engine:
         engine.load_adapter("mine", tmp_path / "lora.gguf")
-        engine.set_adapter("mine")
+        engine.use_adapters({"mine": 1.0})
         scores = engine.prefill(prompt)
         assert (scores - scores_after(peft, prompt)).abs().max() < 1e-3
         with peft.disable_adapter():

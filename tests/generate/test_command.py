@@ -23,10 +23,21 @@ def decoding(*words: str) -> Settings:
     return load.decoding(config.parse(config.AnswerSettings, words)[0])
 
 
+class Ready:
+    """What `Loaded` is to the commands."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.engine: Any = None
+        self.renderer, self.notes, self.about = renderer, [], ""
+
+    def set_adapter(self, *_: Any) -> None:
+        raise AssertionError("no command of these tests switches")
+
+
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, renderer: Renderer) -> Any:
     """What the commands load: an engine of the test's choice, the template, no notes."""
-    made = load.Loaded(engine=None, renderer=renderer, model=None, notes=[])  # type: ignore[arg-type]
+    made = Ready(renderer)
     monkeypatch.setattr(load, "open_model", lambda _: made)
     return made
 

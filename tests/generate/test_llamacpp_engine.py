@@ -365,11 +365,11 @@ def test_an_adapter_is_loaded_scaled_and_switched(adapted: tuple[Any, Path, Path
     with LlamaCppEngine(gguf, CONTEXT, threads=1, cache_type="f32") as engine:
         engine.load_adapter("mine", lora)
         assert close_to(engine.prefill(prompt), base)  # loaded is not chosen
-        engine.set_adapter("mine")
+        engine.use_adapters({"mine": 1.0})
         assert close_to(engine.prefill(prompt), with_it)
-        engine.set_adapter("mine", 0.0)
+        engine.use_adapters({"mine": 0.0})
         assert close_to(engine.prefill(prompt), base)
-        engine.set_adapter("mine", 0.5)
+        engine.use_adapters({"mine": 0.5})
         for module in peft.modules():
             if hasattr(module, "set_scale"):
                 module.set_scale("default", 0.5)
@@ -377,13 +377,13 @@ def test_an_adapter_is_loaded_scaled_and_switched(adapted: tuple[Any, Path, Path
         for module in peft.modules():
             if hasattr(module, "set_scale"):
                 module.set_scale("default", 1.0)
-        engine.set_adapter(None)
+        engine.use_adapters({})
         assert close_to(engine.prefill(prompt), base)
 
 
 def test_an_unknown_adapter_is_named(engine: LlamaCppEngine) -> None:
     with pytest.raises(UserError, match="no adapter 'other' is loaded"):
-        engine.set_adapter("other")
+        engine.use_adapters({"other": 1.0})
 
 
 def test_an_adapter_of_another_shape_is_refused(

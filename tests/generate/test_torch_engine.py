@@ -256,13 +256,13 @@ def test_adapters_are_switched_between_requests(kind: Any) -> None:
         wanted[name] = fresh(peft, [1, 2, 3])
     assert not near(wanted["one"], wanted["two"])
     for name in ("two", "one", "two"):
-        engine.set_adapter(name)
+        engine.use_adapters({name: 1.0})
         assert near(engine.prefill([1, 2, 3]), wanted[name])
-        engine.set_adapter(None)
+        engine.use_adapters({})
         assert near(engine.prefill([1, 2, 3]), plain)
-    engine.set_adapter("one", 0.0)
+    engine.use_adapters({"one": 0.0})
     assert near(engine.prefill([1, 2, 3]), plain)
-    engine.set_adapter("one", 1.0)
+    engine.use_adapters({"one": 1.0})
     assert near(engine.prefill([1, 2, 3]), wanted["one"])
 
 

@@ -156,15 +156,23 @@ def test_adapters_are_named_and_switched(base: Path, tmp_path: Path) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_text("{}")
     engine.load_adapter("mine", folder)
-    for name, strength in (("mine", 1.0), ("mine", 0.0), (None, 1.0)):
-        engine.set_adapter(name, strength)
+    for mix in ({"mine": 1.0}, {"mine": 0.0}, {}):
+        engine.use_adapters(mix)
         engine.prefill([5, 6])
     used = LLM.made[0].adapters
     assert used == [LoRARequest("mine", 1, str(folder)), None, None]
     with pytest.raises(UserError, match="no adapter 'other'"):
-        engine.set_adapter("other")
+        engine.use_adapters({"other": 1.0})
     with pytest.raises(UserError, match=r"cannot scale an adapter by 0\.5"):
-        engine.set_adapter("mine", 0.5)
+        engine.use_adapters({"mine": 0.5})
+    engine.load_adapter("further", folder)
+    with pytest.raises(UserError, match="one adapter at a time, not with 2"):
+        engine.use_adapters({"mine": 1.0, "further": 1.0})
+    engine.drop_adapter("further")
+    with pytest.raises(UserError, match="no adapter 'further'"):
+        engine.use_adapters({"further": 1.0})
+    with pytest.raises(UserError, match="only where it was opened with one"):
+        VllmEngine(base).load_adapter("mine", folder)
 
 
 def test_the_command_opens_it_with_the_strategies_over_it(base: Path) -> None:

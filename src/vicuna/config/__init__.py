@@ -31,6 +31,7 @@ from vicuna.config.ship import (
 )
 from vicuna.config.tools import DemoSettings, DoctorSettings
 from vicuna.config.train import PlanSettings, TrainSettings
+from vicuna.config.web import WebSettings
 
 __all__ = [
     "OLD_NAMES",
@@ -56,6 +57,7 @@ __all__ = [
     "TrainSettings",
     "UpgradeSettings",
     "VerifySettings",
+    "WebSettings",
     "build",
     "builtin_recipes",
     "parse",

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 from vicuna import config
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.config.parse import T
 from vicuna.data import dataset, formats
-from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder
+from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example
+from vicuna.data.lengths import CUTOFFS, Lost
+from vicuna.data.preview import spans
 from vicuna.data.read import read
 from vicuna.data.sources import expand
 from vicuna.data.template import Renderer, find
@@ -29,7 +29,11 @@ def _parse(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
     return settings, files
 
 
-def _renderer(settings: DataSettings) -> Renderer:
+def renderer_for(settings: DataSettings) -> Renderer:
+    """The template and tokenizer of these settings; needs no weights.
+
+    Raises: UserError where there is no such base or template.
+    """
     from vicuna.model.base import locate_vocabulary
     from vicuna.model.vocabulary import load_vocabulary
 
@@ -41,7 +45,7 @@ def check(words: Sequence[str]) -> int:
     """Exit code 0 where every file has usable records, 2 where one has none."""
     settings, files = _parse(config.DataCommandSettings, words)
     entries = [DatasetEntry(path=f) for f in files]
-    _, report = dataset.load(entries, settings, _renderer(settings))
+    _, report = dataset.load(entries, settings, renderer_for(settings))
     if settings.json_output:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
@@ -54,7 +58,7 @@ def check(words: Sequence[str]) -> int:
 def stats(words: Sequence[str]) -> int:
     """Token lengths of each file, and what each cutoff would lose."""
     settings, files = _parse(config.DataCommandSettings, words)
-    renderer = _renderer(settings)
+    renderer = renderer_for(settings)
     # Every length counts here, so nothing is dropped for being long.
     whole = settings.model_copy(update={"cutoff_len": 1 << 30, "overlong": "drop"})
     results = []
@@ -84,23 +88,23 @@ def _answer_lengths(found: dataset.Dataset, renderer: Renderer) -> tuple[int, in
 
 
 def _stats(name: str, found: dataset.Dataset, tokens_per_character: float) -> dict[str, Any]:
-    lengths, first = found.column("length"), found.column("first_target")
-    p50, p90, p99 = (int(np.percentile(lengths, q)) for q in (50, 90, 99))
+    lengths = found.lengths()
     return {
         "path": name,
         "examples": len(found),
-        "tokens": int(lengths.sum()),
+        "tokens": int(lengths.tokens.sum()),
         "supervised_tokens": int(found.column("targets").sum()),
-        "length": {"p50": p50, "p90": p90, "p99": p99, "max": int(lengths.max())},
-        "tokens_per_character": round(tokens_per_character, 3),
-        "cutoffs": {
-            str(c): {
-                "longer": round(float((lengths > c).mean()), 4),
-                "answer_lost": round(float((first >= c).mean()), 4),
-            }
-            for c in dataset.CUTOFFS
+        "length": {
+            **{f"p{q}": lengths.quantile(q) for q in (50, 90, 99)},
+            "max": lengths.longest,
         },
+        "tokens_per_character": round(tokens_per_character, 3),
+        "cutoffs": {str(c): _cutoff(lengths.lost(c)) for c in CUTOFFS},
     }
+
+
+def _cutoff(lost: Lost) -> dict[str, float]:
+    return {"longer": round(lost.longer, 4), "answer_lost": round(lost.answer_lost, 4)}
 
 
 def _print_stats(results: Sequence[dict[str, Any]], settings: DataSettings) -> None:
@@ -134,7 +138,7 @@ def _print_stats(results: Sequence[dict[str, Any]], settings: DataSettings) -> N
 def preview(words: Sequence[str]) -> int:
     """Print examples token by token: green is learned, reversed is a control token."""
     settings, files = _parse(config.PreviewSettings, words)
-    renderer = _renderer(settings)
+    renderer = renderer_for(settings)
     entries = [DatasetEntry(path=f) for f in files]
     found, _ = dataset.load(entries, settings, renderer)
     if settings.start >= len(found):
@@ -150,39 +154,19 @@ def preview(words: Sequence[str]) -> int:
         example = found[i]
         learned = int((example.labels != NO_TARGET).sum())
         console.rule(f"example {i}: {len(example.ids)} tokens, {learned} learned")
-        console.print(_coloured(example.ids, example.labels, renderer))
+        console.print(_coloured(example, renderer))
     return 0
 
 
-def _coloured(ids: np.ndarray, labels: np.ndarray, renderer: Renderer) -> Any:
-    """Runs of equal style, so that characters of several tokens are decoded whole."""
+def _coloured(example: Example, renderer: Renderer) -> Any:
     from rich.text import Text
 
-    encoder = renderer.encoder
     text = Text()
-    run: list[int] = []
-    style = ""
-
-    def flush() -> None:
-        if run:
-            text.append(encoder.decode(run), style)
-            run.clear()
-
-    for position, token in enumerate(ids.tolist()):
-        learned = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
-        now = "green" if learned else ""
-        if token in encoder.control_ids:
-            flush()
-            text.append(encoder.token(token), "reverse green" if learned else "reverse")
-        else:
-            if now != style:
-                flush()
-            run.append(token)
-        style = now
-        if labels[position] == END_TOKEN:
-            flush()
-            text.append(encoder.token(renderer.end_id), "reverse green dim")
-    flush()
+    for span in spans(example, renderer):
+        style = ["reverse"] if span.control else []
+        style += ["green"] if span.learned else []
+        style += ["dim"] if span.silent else []
+        text.append(span.text, " ".join(style))
     return text
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import checks
 from vicuna.data.encode import Example
+from vicuna.data.lengths import CUTOFFS, Lengths
 from vicuna.data.order import Group, Order, split_validation
 from vicuna.data.prepare import Recipe, prepare_file
 from vicuna.data.report import DataReport, FileReport
@@ -26,7 +27,6 @@ from vicuna.errors import UserError
 
 Overlong = Literal["drop", "split", "cut"]
 Say = Callable[[str], None]
-CUTOFFS = (256, 512, 1024, 2048, 4096)
 
 
 @dataclass
@@ -64,6 +64,10 @@ class Dataset:
         """A column of the stores' indices for all usable examples."""
         parts = [s.store.index[name][s.keep] for s in self.sources]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def lengths(self) -> Lengths:
+        """How long all usable examples are."""
+        return Lengths(self.column("length"), self.column("first_target"))
 
     def digest(self) -> str:
         """A hash of exactly which examples these are, in order."""
@@ -175,20 +179,19 @@ def _warn_duplicates(store: Store, report: FileReport) -> None:
             report.warn(int(store.lines[i]), "", f"{reason}: of line {store.lines[found[i]]}")
 
 
-def cutoff_words(lengths: np.ndarray, first_targets: np.ndarray, cutoff: int) -> str:
+def cutoff_words(lengths: Lengths, cutoff: int) -> str:
     """What a cutoff costs, in words: `cutoff_len 256: 39 % of records are longer ...`."""
     if not len(lengths):
         return ""
-    longer = float((lengths > cutoff).mean())
-    lost = float((first_targets >= cutoff).mean())
-    text = f"cutoff_len {cutoff:,}: {longer:.0%} of examples are longer"
-    if not longer:
+    lost = lengths.lost(cutoff)
+    text = f"cutoff_len {cutoff:,}: {lost.longer:.0%} of examples are longer"
+    if not lost.longer:
         return text
-    text += f", {lost:.0%} would lose the whole answer"
-    larger = [c for c in CUTOFFS if c > cutoff]
-    enough = [c for c in larger if (lengths <= c).mean() >= 0.95]
+    text += f", {lost.answer_lost:.0%} would lose the whole answer"
+    kept = {c: 1 - lengths.lost(c).longer for c in CUTOFFS if c > cutoff}
+    enough = [c for c in kept if kept[c] >= 0.95]
     if enough:
-        text += f"; {enough[0]:,} keeps {float((lengths <= enough[0]).mean()):.0%}"
+        text += f"; {enough[0]:,} keeps {kept[enough[0]]:.0%}"
     return text
 
 
@@ -243,11 +246,11 @@ def split(
         digest.update(group.indices.tobytes() + f";{group.weight};".encode())
     digest.update(held_out.digest().encode() if held_out is not None else b"")
     index = [s.store.index for s in dataset.sources]
-    words = cutoff_words(
+    lengths = Lengths(
         np.concatenate([i["length"] for i in index]),
         np.concatenate([i["first_target"] for i in index]),
-        dataset.cutoff,
     )
+    words = cutoff_words(lengths, dataset.cutoff)
     return Split(
         dataset, order, validation, len(training), digest.hexdigest()[:32], report, [words]
     )

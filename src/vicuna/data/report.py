@@ -253,11 +253,8 @@ class DataReport:
             table.add_row(Text(f.path), formats, *(f"{n:,}" for n in numbers))
         return table
 
-    def _reasons(self) -> Any:
-        """One row an action and reason, most frequent first within an action."""
-        from rich.table import Table
-        from rich.text import Text
-
+    def reasons(self) -> list[tuple[Action, str, int, list[str]]]:
+        """(action, reason, how often, first places), most frequent first within an action."""
         counts: dict[tuple[Action, str], int] = {}
         places: dict[tuple[Action, str], list[str]] = {}
         for f in self.files:
@@ -268,12 +265,19 @@ class DataReport:
                 if counts[key] <= PLACES:
                     place = f"{name}:{problem.line} {problem.field}".rstrip()
                     places.setdefault(key, []).append(place)
+        ranked = sorted(counts, key=lambda k: (_ORDER.index(k[0]), -counts[k]))
+        return [(*key, counts[key], places[key]) for key in ranked]
+
+    def _reasons(self) -> Any:
+        """One row an action and reason."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table("action", "reason")
         table.add_column("count", justify="right")
         table.add_column("first places")
-        for action, reason in sorted(counts, key=lambda k: (_ORDER.index(k[0]), -counts[k])):
-            first = Text("\n".join(places[action, reason]))
-            table.add_row(action, Text(reason), f"{counts[action, reason]:,}", first)
+        for action, reason, count, places in self.reasons():
+            table.add_row(action, Text(reason), f"{count:,}", Text("\n".join(places)))
         return table
 
 

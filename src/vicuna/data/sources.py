@@ -43,7 +43,8 @@ def expand(source: str) -> list[Path]:
     raise _missing(path, source)
 
 
-def _known(path: Path) -> bool:
+def known(path: Path) -> bool:
+    """Whether a file is taken for data by its name, where a folder is searched."""
     return path.name.lower().endswith(ENDINGS) and path.name.lower() not in NOT_DATA
 
 
@@ -52,7 +53,7 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if _known(path)
+        if known(path)
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
@@ -75,7 +76,7 @@ def _matching(pattern: Path, source: str) -> list[Path]:
             where=source,
             fix="Check it with ls; folders below are searched only by **, and hidden files never.",
         )
-    return [path for path in files if _known(path)] or files
+    return [path for path in files if known(path)] or files
 
 
 def _is_hub_id(source: str) -> bool:

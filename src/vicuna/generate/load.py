@@ -1,8 +1,9 @@
-"""A base and perhaps an adapter, ready to answer, from the settings of a command."""
+"""A base and perhaps adapters, ready to answer, from the settings of a command."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,50 +11,177 @@ from vicuna.config import AnswerSettings
 from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import UserError
-from vicuna.generate.engines.base import Engine
-from vicuna.generate.openers import open_engine
+from vicuna.generate.openers import Opened, open_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
+from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED
 from vicuna.model.vocabulary import load_vocabulary
 
+FIRST = adapters.FIRST  # the name of the adapter that a model is opened with
 
-@dataclass
-class Loaded:
-    """What answers.
 
-    model: torch's, where torch computes.
-    notes: what the user should know about base and adapter.
-    about: what computes, in words; "" where there is nothing to tell.
-    adapter: the engine's name of the adapter; "" where there is none.
+@dataclass(frozen=True)
+class Attached:
+    """An adapter that is loaded beside the base.
+
+    inner: the engine's name of it.
+    renderer: of the template that it was trained with.
     """
 
-    engine: Engine
+    inner: str
+    files: AdapterFiles
     renderer: Renderer
-    model: Any
-    notes: list[str]
-    about: str = ""
-    adapter: str = ""
 
-    def set_adapter(self, on: bool, strength: float = 1.0) -> None:
-        """Answer with the adapter from now on, or with the base alone. What was computed before is
-        forgotten.
+
+class Loaded:
+    """What answers: an engine over a base, and the adapters beside it.
+
+    base: its name.
+    renderer: of the next answer: the heaviest adapter's; that of the model as it was opened where
+        the base answers alone.
+    adapters: by name. mix: the strengths of those that answer now.
+    notes: what the user should know about base and adapters.
+    about: what computes, in words; "" where there is nothing to tell.
+    """
+
+    def __init__(self, opened: Opened, settings: AnswerSettings, base: str) -> None:
+        self._opened, self._settings = opened, settings
+        self.base, self.engine, self.about = base, opened.engine, opened.about
+        self.vocabulary = load_vocabulary(opened.vocabulary)
+        self.adapters: dict[str, Attached] = {}
+        self.mix: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._count = 0
+        self._plain = self.renderer = self.render_with("")
+
+    @property
+    def model(self) -> Any:
+        """Torch's, where torch computes."""
+        return getattr(self.engine, "model", None)
+
+    def render_with(self, template: str) -> Renderer:
+        """A renderer of a template, by name; "" for the one of the settings, else the tokenizer's.
+
+        Raises: UserError where there is no such template.
+        """
+        name = template or self._settings.template or "auto"
+        return Renderer(find(name, self.vocabulary), Encoder(self.vocabulary))
+
+    def open_with(self, name: str) -> None:
+        """Answer with this adapter; its template is that of the base alone, too."""
+        self._plain = self.adapters[name].renderer
+        self.set_adapter(name)
+
+    def load_adapter(self, name: str, adapter: str) -> list[str]:
+        """Load an adapter beside the base, under a name. Who answers does not change, unless it is
+        the name of one that answers now, which is replaced.
 
         Args:
+            adapter: an adapter's or a run's folder, or a hub id.
+
+        Returns: what the user should know about it.
+
+        Raises: UserError where it does not belong to the base.
+        """
+        return self.attach(name, adapters.read_adapter(adapter))
+
+    def attach(self, name: str, files: AdapterFiles) -> list[str]:
+        """The same, of an adapter that was read."""
+        notes = self._opened.check(files)
+        template = template_of(self._settings.template, files, self.vocabulary)
+        renderer = Renderer(template, Encoder(self.vocabulary))
+        self._count += 1
+        inner = FIRST if self._count == 1 else f"{FIRST}{self._count}"
+        try:
+            self._opened.load(inner, files)
+        finally:
+            self._apply()
+        old = self.adapters.pop(name, None)
+        self.adapters[name] = Attached(inner, files, renderer)
+        self._free(old)
+        self.notes += [n for n in notes if n not in self.notes]
+        return notes
+
+    def drop_adapter(self, name: str) -> None:
+        """Free an adapter. If it answers now, the others of the mix go on without it.
+
+        Raises: UserError where there is none of this name.
+        """
+        self._known([name])
+        self.mix.pop(name, None)
+        self._free(self.adapters.pop(name))
+
+    def _free(self, old: Attached | None) -> None:
+        if old is not None:
+            engine: Any = self.engine
+            engine.drop_adapter(old.inner)
+        self._apply()
+
+    def set_adapter(
+        self, which: bool | str | Mapping[str, float] = True, strength: float = 1.0
+    ) -> None:
+        """Answer with adapters from now on, or with the base alone. Where that is a change, what
+        was computed before is forgotten.
+
+        Args:
+            which: true for the one that the model was opened with, false for the base alone; a
+                name; or several with the strength of each.
             strength: multiplies what the adapter adds.
 
-        Raises: UserError where no adapter was loaded, or the engine cannot scale it so.
+        Raises: UserError where no such adapter is loaded, or the engine cannot scale it so.
         """
-        if not self.adapter:
-            raise UserError(
-                "there is no adapter to switch",
-                where="adapter",
-                fix="Name one when the model is loaded: --adapter RUN, vicuna.load(adapter=...).",
-            )
-        if not math.isfinite(strength):
-            raise UserError(f"a strength is a number, not {strength}", where="adapter")
-        engine: Any = self.engine  # every engine that has loaded an adapter can switch it
-        engine.set_adapter(self.adapter if on else None, strength)
+        if isinstance(which, Mapping):
+            mix = {name: float(weight) * strength for name, weight in which.items()}
+        else:
+            name = FIRST if isinstance(which, bool) else which
+            self._known([name])
+            mix = {name: strength} if which else {}
+        self._known(mix)
+        for weight in mix.values():
+            if not math.isfinite(weight):
+                raise UserError(f"a strength is a number, not {weight}", where="adapter")
+        if mix == self.mix:
+            return
+        before, self.mix = self.mix, mix
+        try:
+            self._apply()
+        except UserError:
+            self.mix = before
+            raise
+
+    def renderer_of(self, mix: Mapping[str, float], template: str = "") -> Renderer:
+        """The renderer of an answer of these adapters; of this template where one is named.
+
+        Raises: UserError where there is no such template.
+        """
+        if template:
+            return self.render_with(template)
+        heaviest = max(mix, key=lambda name: abs(mix[name]), default=None)
+        if heaviest is None or heaviest not in self.adapters:
+            return self._plain
+        return self.adapters[heaviest].renderer
+
+    def _known(self, names: Any) -> None:
+        for name in names:
+            if name in self.adapters:
+                continue
+            if name == FIRST:
+                raise UserError(
+                    "there is no adapter to switch",
+                    where="adapter",
+                    fix="Name one when the model is loaded: --adapter RUN, "
+                    "vicuna.load(adapter=...).",
+                )
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+
+    def _apply(self) -> None:
+        """Let the engine and the template follow the mix."""
+        if self._count:
+            engine: Any = self.engine  # every engine that has loaded an adapter can switch it
+            engine.use_adapters({self.adapters[n].inner: w for n, w in self.mix.items()})
+        self.renderer = self.renderer_of(self.mix)
 
 
 def open_model(settings: AnswerSettings) -> Loaded:
@@ -62,11 +190,17 @@ def open_model(settings: AnswerSettings) -> Loaded:
     Raises: UserError where base and adapter do not belong together, or something is missing.
     """
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
-    opened = open_engine(settings, settings.model or base_of(files), files)
-    vocabulary = load_vocabulary(opened.vocabulary)
-    template = template_of(settings.template, files, vocabulary)
-    renderer = Renderer(template, Encoder(vocabulary))
-    return Loaded(opened.engine, renderer, opened.model, opened.notes, opened.about, opened.adapter)
+    base = settings.model or base_of(files)
+    loaded = Loaded(open_engine(settings, base, files), settings, base)
+    if files is None:
+        return loaded
+    try:
+        loaded.attach(FIRST, files)
+        loaded.open_with(FIRST)
+    except UserError:
+        getattr(loaded.engine, "close", loaded.engine.forget)()
+        raise
+    return loaded
 
 
 def base_of(files: adapters.AdapterFiles | None) -> str:

@@ -18,7 +18,6 @@ from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
 # precision -> type of the GGUF file that is written for it.
 _GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
 _VLLM_TYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_ADAPTER = "adapter"
 
 
 @dataclass
@@ -26,22 +25,24 @@ class Opened:
     """An opened engine.
 
     vocabulary: the folder its vocabulary is in.
-    notes: what the user should know about base and adapter.
-    adapter: the engine's name of the adapter; "" where there is none.
+    check: refuses an adapter of another base (UserError); what was found, in words.
+    load: gives an adapter to the engine under a name. It changes nothing until it is chosen.
     about: what computes, in words.
-    model: torch's model, if it is torch that computes.
     """
 
     engine: Engine
     vocabulary: Path
-    notes: list[str]
-    adapter: str = ""
+    check: Callable[[AdapterFiles], list[str]]
+    load: Callable[[str, AdapterFiles], None]
     about: str = ""
-    model: Any = None
 
 
 def open_engine(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
-    """The engine that the settings ask for, over a base, with an adapter where there is one.
+    """The engine that the settings ask for, over a base alone.
+
+    Args:
+        files: the adapter that will be loaded first. If it belongs to another base, that is said
+            before anything is loaded.
 
     Raises: UserError where base and adapter do not belong together, or something is missing.
     """
@@ -53,32 +54,34 @@ def open_engine(settings: AnswerSettings, base: str, files: AdapterFiles | None)
 
 def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
     from vicuna.generate.engines import torch as torch_engines
-    from vicuna.model import fused, load
+    from vicuna.model import load
 
     folder = locate(base)
-    notes = _check(settings, files, lambda: adapters.identify(folder))
+    check = _checker(settings, lambda: adapters.identify(folder))
+    _check(check, files)
     device = load.pick_device()
     model = load.load_base(folder, load.choose(settings.precision, device), device)
-    if files is not None:
-        model = adapters.attach_saved(model, files)
-        model.to(device)
     model.eval()
     context = settings.context_length or load.context_length(model)
     engine = torch_engines.open_engine(model, context)
-    if files is not None and not isinstance(engine, torch_engines.TorchEngine):
-        fused.install(model)  # the other engine has a forward pass of its own
-    name = model.active_adapters[0] if files is not None else ""
-    return Opened(engine, folder, notes, name, model=model)
+    return Opened(engine, folder, check, engine.load_adapter)
 
 
-def _check(
-    settings: AnswerSettings, files: AdapterFiles | None, identify: Callable[[], dict[str, Any]]
-) -> list[str]:
-    """Refuse an adapter of another base; what was found, in words."""
-    if files is None:
-        return []
-    warning = adapters.check_base(files, identify(), settings.allow_other_base)
-    return [*files.notes, *([warning] if warning else [])]
+def _checker(
+    settings: AnswerSettings, identify: Callable[[], dict[str, Any]]
+) -> Callable[[AdapterFiles], list[str]]:
+    """What refuses an adapter of another base than the one that `identify` describes."""
+
+    def check(files: AdapterFiles) -> list[str]:
+        warning = adapters.check_base(files, identify(), settings.allow_other_base)
+        return [*files.notes, *([warning] if warning else [])]
+
+    return check
+
+
+def _check(check: Callable[[AdapterFiles], list[str]], files: AdapterFiles | None) -> None:
+    if files is not None:
+        check(files)
 
 
 # -- llama.cpp ----
@@ -91,7 +94,8 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     from vicuna.generate.engines.llamacpp import LlamaCppEngine
 
     library()  # a missing wheel is met before a base is converted
-    gguf, folder, notes, taken = _gguf_of(settings, base, files)
+    gguf, folder, check, taken = _gguf_of(settings, base)
+    _check(check, files)
     # Filters and penalties are torch's. Its threads would spin between two of them, on the cores
     # that llama.cpp computes on; a few rows of scores need no more than one.
     torch.set_num_threads(1)
@@ -102,28 +106,25 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
         spare=lambda context: others * min(settings.max_new_tokens, context),
         threads=settings.threads,
     )
-    if files is not None:
+
+    def load(name: str, files: AdapterFiles) -> None:
         from vicuna.export.gguf_cache import adapter_file
 
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        try:
-            engine.load_adapter(_ADAPTER, adapter_file(files, config))
-        except UserError:
-            engine.close()
-            raise
-        engine.set_adapter(_ADAPTER)
+        engine.load_adapter(name, adapter_file(files, config))
+
     many = "" if engine.threads == 1 else "s"
     about = (
         f"llama.cpp: {taken}, {engine.threads} thread{many}, a context of {engine.context_length} "
         f"tokens (the model was made for {engine.trained_context})"
     )
-    return Opened(engine, folder, notes, _ADAPTER if files else "", about)
+    return Opened(engine, folder, check, load, about)
 
 
 def _gguf_of(
-    settings: AnswerSettings, base: str, files: AdapterFiles | None
-) -> tuple[Path, Path, list[str], str]:
-    """(GGUF file, folder of vocabulary and config.json, notes, which file it is in words).
+    settings: AnswerSettings, base: str
+) -> tuple[Path, Path, Callable[[AdapterFiles], list[str]], str]:
+    """(GGUF file, folder of vocabulary and config.json, what checks adapters, which file it is).
 
     A GGUF file that the user gives is taken as it is unless a precision is asked for; a folder is
     written as GGUF once. So is the embedded base: its own file, of 4 bits, is only how it travels,
@@ -132,8 +133,8 @@ def _gguf_of(
     given = locate_gguf(base)
     if given is not None and settings.precision == "auto" and base != EMBEDDED:
         folder = locate_vocabulary(base)
-        notes = _check_shape(settings, files, folder, base)
-        return given, folder, notes, f"{given.name} as it is"
+        check = _shape_checker(settings, folder, base)
+        return given, folder, check, f"{given.name} as it is"
     kind = _GGUF_TYPES.get(settings.precision)
     if kind is None:
         raise UserError(
@@ -144,23 +145,25 @@ def _gguf_of(
     from vicuna.export.gguf_cache import base_file
 
     folder = locate(base)
-    notes = _check(settings, files, lambda: adapters.identify(folder))
-    return base_file(folder, kind), folder, notes, f"{base} in {kind.upper()}"
+    check = _checker(settings, lambda: adapters.identify(folder))
+    return base_file(folder, kind), folder, check, f"{base} in {kind.upper()}"
 
 
-def _check_shape(
-    settings: AnswerSettings, files: AdapterFiles | None, folder: Path, base: str
-) -> list[str]:
-    """As `_check`, for a GGUF file: of quantised weights only the shape can be compared."""
-    if files is None:
-        return []
+def _shape_checker(
+    settings: AnswerSettings, folder: Path, base: str
+) -> Callable[[AdapterFiles], list[str]]:
+    """As `_checker`, for a GGUF file: of quantised weights only the shape can be compared."""
     shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    belongs = files.meta.get("base", {})
-    keys = [k for k in shape if k in belongs and k != "model_type"]
-    notes = _check(settings, files, lambda: {k: shape[k] for k in keys})
-    if belongs.get("name", base) != base:
-        notes.append(f"only the shape of {base} was compared with {belongs['name']}'s")
-    return notes
+
+    def check(files: AdapterFiles) -> list[str]:
+        belongs = files.meta.get("base", {})
+        keys = [k for k in shape if k in belongs and k != "model_type"]
+        notes = _checker(settings, lambda: {k: shape[k] for k in keys})(files)
+        if belongs.get("name", base) != base:
+            notes.append(f"only the shape of {base} was compared with {belongs['name']}'s")
+        return notes
+
+    return check
 
 
 # -- vllm ----
@@ -171,7 +174,8 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
 
     library()
     folder = locate(base)
-    notes = _check(settings, files, lambda: adapters.identify(folder))
+    check = _checker(settings, lambda: adapters.identify(folder))
+    _check(check, files)
     dtype = _VLLM_TYPES.get(settings.precision)
     if dtype is None:
         raise UserError(
@@ -181,10 +185,11 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
         )
     rank = files.lora.rank if files else 0
     engine = VllmEngine(folder, settings.context_length, dtype, lora_rank=rank)
-    if files is not None:
-        engine.load_adapter(_ADAPTER, adapters.plain_folder(files))
-        engine.set_adapter(_ADAPTER)
-    return Opened(engine, folder, notes, _ADAPTER if files else "")
+
+    def load(name: str, files: AdapterFiles) -> None:
+        engine.load_adapter(name, adapters.plain_folder(files))
+
+    return Opened(engine, folder, check, load)
 
 
 _OPENERS: dict[str, Callable[[AnswerSettings, str, AdapterFiles | None], Opened]] = {

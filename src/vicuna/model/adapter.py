@@ -39,7 +39,10 @@ __all__ = [
     "read_adapter",
     "save",
     "save_files",
+    "write",
 ]
+
+FIRST = "default"  # PEFT's own name of an adapter
 
 # -- the base an adapter belongs to ----
 
@@ -98,12 +101,18 @@ def check_base(adapter: AdapterFiles, base: dict[str, Any], allow_other: bool) -
 # -- attach ----
 
 
-def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> Any:
+def attach(
+    model: Any, lora: LoraSettings, seed: int, base_name: str = "", name: str = FIRST
+) -> Any:
     """A PEFT model with a fresh adapter in fp32 whose initial weights depend on the seed alone.
+
+    Args:
+        model: a base; or a PEFT model, which gets a further adapter that is not active yet.
+        name: of the adapter among those of the model.
 
     Raises: UserError where no layer has one of the names.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     target: str | list[str] = "all-linear" if lora.target == ("all",) else list(lora.target)
     config = LoraConfig(
@@ -117,7 +126,11 @@ def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> An
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            peft = get_peft_model(model, config)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+                peft: Any = model
+            else:
+                peft = get_peft_model(model, config, adapter_name=name)
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise UserError(
@@ -126,7 +139,7 @@ def attach(model: Any, lora: LoraSettings, seed: int, base_name: str = "") -> An
             fix=f"Use all, or some of: {', '.join(names)}.",
         ) from e
     if base_name:
-        peft.peft_config["default"].base_model_name_or_path = base_name
+        peft.peft_config[name].base_model_name_or_path = base_name
     for parameter in peft.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -137,31 +150,32 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or "Linear" in type(module).__name__
 
 
-def adapter_tensors(peft: Any) -> dict[str, Tensor]:
-    """The adapter's tensors under the keys PEFT writes to disk, as contiguous CPU copies."""
+def adapter_tensors(peft: Any, name: str = FIRST) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys PEFT writes to disk, as contiguous CPU copies."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    state = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
     return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in sorted(state.items())}
 
 
 def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
-    config = peft.peft_config["default"].to_dict()
+    config = peft.peft_config[FIRST].to_dict()
     config["inference_mode"] = True
     config["target_modules"] = sorted(config["target_modules"])
-    _write(folder, config, adapter_tensors(peft), meta)
+    write(folder, config, adapter_tensors(peft), meta)
 
 
 def save_files(files: AdapterFiles, folder: Path) -> None:
     """Write an adapter that was read, as `save` would, into an existing folder."""
     tensors = {k: v.contiguous() for k, v in sorted(files.tensors.items())}
-    _write(folder, plain_config(files), tensors, files.meta)
+    write(folder, plain_config(files), tensors, files.meta)
 
 
-def _write(
+def write(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> None:
+    """Write tensors under PEFT's keys, and PEFT's settings, into an existing folder."""
     from safetensors.torch import save_file
 
     text = json.dumps(config, indent=2, default=list, sort_keys=True)
@@ -191,17 +205,29 @@ def plain_folder(files: AdapterFiles) -> Path:
 # -- what was saved ----
 
 
-def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any:
-    """A PEFT model with the weights of an adapter that was read.
+def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0, name: str = FIRST) -> Any:
+    """A PEFT model with the weights of an adapter that was read; see `attach`.
 
-    Raises: UserError where they do not fit the base.
+    Raises: UserError where they do not fit the base; a PEFT model is then as it was before.
     """
+    lora = LoraSettings(**{**adapter.lora.__dict__, "dropout": dropout})
+    belongs = str(adapter.meta.get("base", {}).get("name", ""))
+    peft = attach(model, lora, seed=0, base_name=belongs, name=name)
+    try:
+        _fill(peft, adapter, name)
+    except UserError:
+        if len(peft.peft_config) > 1:
+            peft.delete_adapter(name)
+        raise
+    return peft
+
+
+def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
+    """Put an adapter's weights into a PEFT model."""
     from peft import set_peft_model_state_dict
 
-    lora = LoraSettings(**{**adapter.lora.__dict__, "dropout": dropout})
-    peft = attach(model, lora, seed=0, base_name=str(adapter.meta.get("base", {}).get("name", "")))
     try:
-        result: Any = set_peft_model_state_dict(peft, adapter.tensors)
+        result: Any = set_peft_model_state_dict(peft, adapter.tensors, adapter_name=name)
         unused = list(result.unexpected_keys)
     except RuntimeError as e:
         raise UserError(
@@ -209,7 +235,7 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any
             where=f"adapter {adapter.path}",
             fix="Use the base it was trained on (adapter_config.json names it).",
         ) from e
-    wanted = set(adapter_tensors(peft))
+    wanted = set(adapter_tensors(peft, name))
     if unused or wanted - set(adapter.tensors):
         odd = (unused or sorted(wanted - set(adapter.tensors)))[0]
         raise UserError(
@@ -217,4 +243,3 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0) -> Any
             where=f"adapter {adapter.path}",
             fix="Use the base it was trained on (adapter_config.json names it).",
         )
-    return peft

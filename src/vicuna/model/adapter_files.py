@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.model.adapter_names import META, WEIGHTS
 from vicuna.model.pickles import load_pickled
-from vicuna.model.vocabulary import META
 from vicuna.model.weights import SafetensorsWeights
 
 CONFIG = "adapter_config.json"
 LEAD = "base_model.model."
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
 _WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 # Keys of an adapter that is more than a LoRA.
 _MORE = re.compile(r"lora_magnitude_vector|lora_embedding_[AB]|modules_to_save|lora_[AB]\.")
@@ -123,7 +122,7 @@ def _refuse_file(path: Path) -> None:
     from vicuna.model.old_files import refuse_old
 
     refuse_old(path)
-    if path.name in WEIGHT_FILES:
+    if path.name in WEIGHTS:
         raise UserError("an adapter is a folder", where=str(path), fix=f"Give {path.parent}.")
 
 
@@ -183,7 +182,7 @@ def read_adapter(adapter: str, checked: bool = True) -> AdapterFiles:
 
 def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], str]:
     """(LoRA tensors under PEFT's keys, the file they came from)."""
-    for name in WEIGHT_FILES:
+    for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
             continue
@@ -199,7 +198,7 @@ def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], st
             raise UserError("no LoRA weights in this file", where=str(path), fix=_made_empty(path))
         _check_rest([k for k in loaded if not _WEIGHT.match(k)], path, notes)
         return tensors, name
-    inside = sorted(p.parent.name for n in WEIGHT_FILES for p in folder.glob(f"checkpoint-*/{n}"))
+    inside = sorted(p.parent.name for n in WEIGHTS for p in folder.glob(f"checkpoint-*/{n}"))
     fix = f"Name a checkpoint in it: {', '.join(inside[-3:])}." if inside else (
         "It needs adapter_model.safetensors (or the old adapter_model.bin)."
     )  # fmt: skip
@@ -222,9 +221,9 @@ def _plain_key(key: str) -> str:
 def _check_rest(keys: list[str], path: Path, notes: list[str]) -> None:
     """Refuse what was trained beside the LoRA; a checkpoint's copy of the base is left alone."""
     more = [k for k in keys if _MORE.search(k)]
-    if not more and path.name == WEIGHT_FILES[0]:
+    if not more and path.name == WEIGHTS[0]:
         more = keys
-    if not more and path.name == WEIGHT_FILES[1]:
+    if not more and path.name == WEIGHTS[1]:
         more = [k for k in keys if "base_layer" not in k]
     if more:
         raise UserError(

@@ -50,9 +50,10 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    name = self.active_adapters[0]
-    dropping = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
-    if self.disable_adapters or self.merged or dropping or args or kwargs:
+    names = self.active_adapters
+    name = names[0] if len(names) == 1 and names[0] in self.lora_A else None
+    dropping = self.training and name and not isinstance(self.lora_dropout[name], nn.Identity)
+    if name is None or self.disable_adapters or self.merged or dropping or args or kwargs:
         plain: Tensor = type(self).forward(self, x, *args, **kwargs)
         return plain
     base = self.base_layer

@@ -17,8 +17,8 @@ from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import Renderer, Template
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.model.adapter_names import META
 
-META = "vicuna.json"  # what this project notes beside an adapter or a merged base
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

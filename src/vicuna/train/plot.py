@@ -23,7 +23,7 @@ def plot_loss(run: Path) -> Path | None:
     axes = figure.add_subplot()
     x, y = [e["step"] for e in steps], [e["loss"] for e in steps]
     axes.plot(x, y, color="#9bb7d4", linewidth=0.8, label="each update")
-    axes.plot(x, _smooth(y), color="#1f4e79", linewidth=1.6, label="smoothed")
+    axes.plot(x, smooth(y), color="#1f4e79", linewidth=1.6, label="smoothed")
     if evals:
         held_out = [e["step"] for e in evals], [e["loss"] for e in evals]
         axes.plot(*held_out, "o-", color="#c0504d", markersize=4, label="held out")
@@ -38,7 +38,7 @@ def plot_loss(run: Path) -> Path | None:
     return target
 
 
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average, corrected for its start."""
     smoothed, average = [], 0.0
     for n, value in enumerate(values, 1):

@@ -66,7 +66,8 @@ def prepare(settings: TrainSettings, given: dict[str, Any], screen: Screen) -> S
     Raises: UserError for everything a user can mend.
     """
     settings, origin = origins.find(settings, given, screen)
-    _check(settings)
+    if found := mistakes(settings):
+        raise SettingsError(found)
     run = RunFolder(Path(settings.output_dir))
     try:
         return _build(settings, given, origin, run, screen)
@@ -144,34 +145,34 @@ def _set_aside_later(run: RunFolder, step: int, screen: Screen) -> None:
 # -- checks that need no data --------------------------------------------------------------------
 
 
-def _check(settings: TrainSettings) -> None:
-    mistakes = []
+def mistakes(settings: TrainSettings) -> list[str]:
+    """What is wrong with settings that are good one by one."""
+    found = []
     if not settings.dataset:
-        mistakes.append("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
+        found.append("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
     if settings.val_size and settings.val_dataset:
-        mistakes.append("val_size and val_dataset exclude each other: give one of them")
+        found.append("val_size and val_dataset exclude each other: give one of them")
     if settings.early_stopping_patience and not (settings.val_size or settings.val_dataset):
-        mistakes.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
-    mistakes += optimizers.mistakes(settings, load.pick_device())
+        found.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
+    found += optimizers.mistakes(settings, load.pick_device())
     known = ("wandb", "swanlab", "tensorboard", "none")
-    mistakes += [
+    found += [
         f"report_to is {w}, but must be one of {', '.join(known)}"
         for w in settings.report_to
         if w not in known
     ]
-    mistakes += [
+    found += [
         f"report_to: {w} is not installed (pip install {w})"
         for w in settings.report_to
         if w in known[:3] and find_spec(w) is None
     ]
     allowed = (*DECISIVE, "data")
-    mistakes += [
+    found += [
         f"allow_changes: {w} is not among {', '.join(allowed)}"
         for w in settings.allow_changes
         if w not in allowed
     ]
-    if mistakes:
-        raise SettingsError(mistakes)
+    return found
 
 
 def _template(

@@ -9,7 +9,7 @@ prompt is there once, and no key or value is ever copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,18 +138,24 @@ class LlamaCppEngine:
         if name not in self._adapters:
             self._adapters[name] = self._model.load_adapter(path)
 
-    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
-        """Answer with this adapter from now on, or with the base alone. What was read is forgotten.
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; none is chosen now. llama.cpp frees it with the model."""
+        self.use_adapters({})
+        del self._adapters[name]
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
+        """Add these adapters to the base from now on, each scaled. What was read is forgotten.
 
         Args:
-            strength: multiplies what the adapter adds; 0 is the base alone.
+            mix: strength by name; empty: the base alone.
 
-        Raises: UserError where no adapter of this name was loaded.
+        Raises: UserError where no adapter of a name was loaded.
         """
-        if name is not None and name not in self._adapters:
-            known = ", ".join(self._adapters) or "none"
-            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
-        wanted = () if name is None else ((self._adapters[name], strength),)
+        for name in mix:
+            if name not in self._adapters:
+                known = ", ".join(self._adapters) or "none"
+                raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+        wanted = tuple((self._adapters[name], strength) for name, strength in mix.items())
         if wanted == self._wanted:
             return
         self.forget()

@@ -8,7 +8,7 @@ new prompt keeps of it what both begin with. Where beams fork the cache is reord
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,9 +19,12 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.torch import (
     CHUNK,
     MAX_ROWS,
+    attach_adapter,
     causal_of,
-    switch_adapter,
+    use_adapters,
 )
+from vicuna.model import fused
+from vicuna.model.adapter import AdapterFiles
 from vicuna.model.memory_errors import is_memory
 
 
@@ -47,9 +50,24 @@ class PlainEngine:
         """What was computed with other weights is of no use."""
         self.forget()
 
-    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
-        """Use another adapter of a PEFT model, or none. What was computed is forgotten."""
-        switch_adapter(self.model, name, strength)
+    def load_adapter(self, name: str, files: AdapterFiles) -> None:
+        """Attach a further adapter. It changes nothing until it is chosen; none is chosen now.
+
+        Raises: UserError where it does not fit the base.
+        """
+        self.model = attach_adapter(self.model, name, files)
+        fused.install(self.model)
+        self.refresh()
+
+    def drop_adapter(self, name: str) -> None:
+        """Free an adapter; none is chosen now."""
+        self.model.delete_adapter(name)
+        self.use_adapters({})
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
+        """Add these adapters to the base from now on, each scaled. What was computed is
+        forgotten."""
+        use_adapters(self.model, mix)
         self.refresh()
 
     def forget(self) -> None:

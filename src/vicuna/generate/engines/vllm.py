@@ -12,7 +12,7 @@ more than with the other engines: this one is for large models on several GPUs, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ class VllmEngine:
         self._params = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False
         )
+        self._takes_adapters = bool(lora_rank)
         self._adapters: dict[str, Any] = {}
         self._adapter: Any = None
         self._rows: list[list[int]] = []
@@ -111,6 +112,11 @@ class VllmEngine:
 
         Raises: UserError where the folder is not in that layout.
         """
+        if not self._takes_adapters:
+            raise UserError(
+                "vLLM takes adapters only where it was opened with one",
+                fix="Name one when the model is loaded: --adapter RUN, vicuna.load(adapter=...).",
+            )
         files = ("adapter_config.json", "adapter_model.safetensors")
         missing = [f for f in files if not (folder / f).is_file()]
         if missing:
@@ -124,24 +130,38 @@ class VllmEngine:
 
         self._adapters[name] = LoRARequest(name, len(self._adapters) + 1, str(folder))
 
-    def set_adapter(self, name: str | None, strength: float = 1.0) -> None:
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter; none is chosen now."""
+        self.use_adapters({})
+        del self._adapters[name]
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
         """Answer with this adapter from now on, or with the base alone. Rows are dropped.
 
         Args:
-            strength: 1, or 0 for the base alone: vLLM does not scale adapters.
+            mix: at most one adapter, of strength 1: vLLM neither scales nor mixes. What has
+                strength 0 does not count.
 
-        Raises: UserError where no adapter of this name was loaded, or for another strength.
+        Raises: UserError where no adapter of this name was loaded, or vLLM cannot do it.
         """
-        if name is not None and name not in self._adapters:
-            known = ", ".join(self._adapters) or "none"
-            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
-        if strength not in (0, 1):
+        for name in mix:
+            if name not in self._adapters:
+                known = ", ".join(self._adapters) or "none"
+                raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+        active = {name: strength for name, strength in mix.items() if strength}
+        if len(active) > 1:
             raise UserError(
-                f"vLLM cannot scale an adapter by {strength}",
-                fix="Use strength 1 or 0, or another engine.",
+                f"vLLM answers with one adapter at a time, not with {len(active)}",
+                fix="Merge them into one, or use another engine.",
             )
+        for strength in active.values():
+            if strength != 1:
+                raise UserError(
+                    f"vLLM cannot scale an adapter by {strength}",
+                    fix="Use strength 1 or 0, or another engine.",
+                )
         self._rows = []  # vLLM's cache tells adapters apart by itself
-        self._adapter = self._adapters[name] if name is not None and strength else None
+        self._adapter = next((self._adapters[name] for name in active), None)
 
     def _scores(self) -> Tensor:
         """Log-probabilities of the next token after each row (n, V)."""

@@ -1,0 +1,52 @@
+"""Buttons inside of HTML that tell the server what they are for.
+
+An element with `data-act` inside of an `acting()` component triggers its click event with that act
+and everything else that the element carries as `data-...`; a range or a checkbox tells its value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+# `copy` is done in the browser: the text is in the turn's hidden textarea.
+_LISTEN = """
+const tell = (b, more) => trigger('click', {...b.dataset, ...more});
+const copy = (b) => {
+  const raw = b.closest('.v-turn').querySelector('.v-raw');
+  raw.select();
+  if (navigator.clipboard) navigator.clipboard.writeText(raw.value); else document.execCommand('copy');
+  raw.blur(); b.classList.add('on'); setTimeout(() => b.classList.remove('on'), 900);
+};
+element.addEventListener('click', (e) => {
+  const b = e.target.closest('button[data-act]');
+  if (!b || b.disabled) return;
+  if (b.dataset.act === 'copy') copy(b); else tell(b, {});
+});
+element.addEventListener('change', (e) => {
+  const b = e.target.closest('input[data-act]');
+  if (b) tell(b, {value: b.type === 'checkbox' ? String(b.checked) : b.value});
+});
+element.addEventListener('input', (e) => {
+  const out = e.target.closest('label')?.querySelector('output');
+  if (out) out.textContent = Number(e.target.value).toFixed(2);
+});
+"""
+
+
+def acting(value: str = "", **options: Any) -> gr.HTML:
+    """An HTML component whose buttons act; `told` reads what they say."""
+    return gr.HTML(value, js_on_load=_LISTEN, **options)
+
+
+def told(event: gr.EventData) -> dict[str, str]:
+    """What the button carried: `act`, and the rest of its data. Nothing of it is to be trusted."""
+    found = event._data if isinstance(event._data, dict) else {}
+    return {str(k): str(v) for k, v in found.items()}
+
+
+def number(found: dict[str, str], key: str = "i") -> int:
+    """A whole number that a button carried; -1 where it is none."""
+    text = found.get(key, "")
+    return int(text) if text.isdigit() and len(text) < 10 else -1

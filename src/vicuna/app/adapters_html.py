@@ -1,0 +1,84 @@
+"""Cards of adapters, as HTML."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from html import escape
+
+from vicuna.app.charts import Curve, curves
+from vicuna.app.run_log import RunLog
+from vicuna.app.shelf import Card
+
+Say = Callable[..., str]
+
+
+def cards(found: list[Card], mix: Mapping[str, float], writable: bool, say: Say) -> str:
+    """A card for each adapter; those of the mix are marked and say their strength."""
+    if not found:
+        return f'<div class="v-note empty"><p>{say("adapters.none")}</p></div>'
+    inner = "".join(_card(card, mix.get(card.path), writable, say) for card in found)
+    return f'<div class="v-cards">{inner}</div>'
+
+
+def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
+    used = strength is not None
+    rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(card, say) if value)
+    delete = (
+        f'<button type="button" class="v-text-act" data-act="delete" '
+        f'data-path="{escape(card.path)}">{say("adapters.delete")}</button>'
+        if writable and card.changed
+        else ""
+    )
+    return (
+        f'<article class="v-card{" on" if used else ""}"><header><h3>{escape(card.name)}</h3>{delete}'
+        f"</header><dl>{rows}</dl>{_loss(card, say)}<footer>{_use(card, strength, say)}</footer>"
+        "</article>"
+    )
+
+
+def _facts(card: Card, say: Say) -> list[tuple[str, str]]:
+    rank = f"{card.rank} · α {card.alpha:g}" if card.rank else ""
+    size = f"{card.size / 1e6:,.1f} MB" if card.size else ""
+    date = time.strftime("%Y-%m-%d %H:%M", time.localtime(card.changed)) if card.changed else ""
+    mixed = ", ".join(f"{escape(name)} {weight:g}" for name, weight in card.mixed)
+    return [
+        (say("adapters.base"), escape(card.base) or say("adapters.unknown")),
+        (say("adapters.rank"), rank),
+        (say("adapters.template"), escape(card.template)),
+        (say("adapters.data"), escape(", ".join(card.data))),
+        (say("adapters.mixed"), mixed),
+        (say("adapters.size"), size),
+        (say("adapters.date"), date),
+    ]
+
+
+def _loss(card: Card, say: Say) -> str:
+    """The run's loss over its updates, where it is known."""
+    if card.log is None:
+        return ""
+    log = RunLog(card.log)
+    log.read()
+    held_out = log.evaluations
+    found = [
+        Curve(say("adapters.loss"), log.steps["step"], log.steps["loss"], "faint"),
+        Curve(
+            say("adapters.held_out"), [e["step"] for e in held_out],
+            [e["loss"] for e in held_out], "dots", 1,
+        ),
+    ]  # fmt: skip
+    return curves(found, say("adapters.loss"), "")
+
+
+def _use(card: Card, strength: float | None, say: Say) -> str:
+    checked = " checked" if strength is not None else ""
+    path = escape(card.path)
+    now = 1.0 if strength is None else strength
+    off = " disabled" if strength is None else ""
+    return (
+        f'<label class="v-check"><input type="checkbox" data-act="use" data-path="{path}"{checked}>'
+        f"{say('adapters.use')}</label>"
+        f'<label class="v-strength{off}">{say("adapters.strength")} <input type="range" min="-1" '
+        f'max="2" step="0.05" value="{now:g}" data-act="strength" data-path="{path}"{off}>'
+        f"<output>{now:.2f}</output></label>"
+    )

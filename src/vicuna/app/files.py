@@ -1,0 +1,145 @@
+"""The data sets that the page may use: files in its folders, samples of the package, dropped files.
+
+Whatever path comes from a browser goes through `allowed`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from importlib import resources
+from itertools import islice
+from pathlib import Path
+
+from vicuna.app.state import App
+from vicuna.cache import disk_error, file_hash, whole_file
+from vicuna.data import sources
+from vicuna.data.template import builtin
+from vicuna.errors import UserError
+from vicuna.model.base import EMBEDDED
+
+LISTED = 500  # files offered at once
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+SEARCHED = 20_000  # files looked at for that: a data folder may hold anything
+
+
+# Dropped files that may not be kept (`read_only`): they may be looked at where the server put them.
+dropped: set[Path] = set()
+
+
+def samples() -> list[Path]:
+    """The data sets that come with the package."""
+    folder = Path(str(resources.files("vicuna.samples")))
+    return sorted(folder.glob("*.jsonl"))
+
+
+def listed(app: App) -> list[tuple[str, str]]:
+    """What can be chosen, as (what is shown, path): the page's folders, then the samples."""
+    found = [
+        (_shown(path, folder), str(path))
+        for folder in app.data_folders
+        for path in islice(_files(folder), LISTED)
+    ]
+    return found + [(f"vicuna · {path.name}", str(path)) for path in samples()]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Data files below a folder, hidden ones left out, sorted within each folder."""
+    looked = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            looked += 1
+            if looked > SEARCHED:
+                return
+            if not name.startswith(".") and sources.known(Path(name)):
+                yield Path(place, name)
+
+
+def _shown(path: Path, folder: Path) -> str:
+    return str(Path(folder.name) / path.relative_to(folder))
+
+
+def allowed(app: App, source: str) -> list[Path]:
+    """The files that a path names, all of them inside of the page's folders or samples.
+
+    Args:
+        source: a file, a folder or a glob; never a hub id.
+
+    Raises: UserError where nothing is there, or it lies outside.
+    """
+    source = source.strip()
+    if not source:
+        raise UserError("no file was chosen", fix="Choose one from the list, or drop one.")
+    known = {str(path): path for path in (*samples(), *dropped)}
+    if source in known:
+        return [known[source]]
+    # Asked before anything is looked for: what is not there must not be told from what is.
+    app.inside(re.split(r"[*?\[]", source)[0] if not Path(source).exists() else source)
+    # A link inside of a folder may lead out of it.
+    return [app.inside(path) for path in sources.expand(source)]
+
+
+def models(app: App) -> list[str]:
+    """The bases that are offered: any other can be typed."""
+    return list(dict.fromkeys([app.settings.model or EMBEDDED, EMBEDDED]))
+
+
+def allowed_model(app: App, model: str) -> str:
+    """A base that may be used here: the server's own, one inside of the folders, or a hub id.
+
+    Raises: UserError where it is a path that leads outside.
+    """
+    model = model.strip()
+    if not model or model in models(app):
+        return model or EMBEDDED
+    if Path(model).exists() or not _HUB_ID.fullmatch(model):
+        app.inside(model)
+    return model
+
+
+def templates() -> list[str]:
+    """The templates that are offered."""
+    return ["auto", *builtin()]
+
+
+def allowed_template(app: App, template: str) -> str:
+    """A template that may be used here: by name, or a YAML file inside of the folders.
+
+    Raises: UserError where it is a path that leads outside.
+    """
+    template = template.strip() or "auto"
+    if template.endswith((".yaml", ".yml")) or "/" in template or Path(template).exists():
+        app.inside(template)
+    return template
+
+
+def keep(app: App, file: Path) -> Path:
+    """A dropped file's place: in the first data folder, or where it is if nothing may be written.
+
+    The same file is kept once; another one of the same name gets a number.
+
+    Raises: UserError where the disk is full or not writable.
+    """
+    if app.settings.read_only:
+        dropped.add(file)
+        return file
+    folder = app.data_folders[0]
+    digest = file_hash(file)
+    name = re.sub(r"[^\w.\- ]+", "_", file.name).lstrip(".") or "data"
+    stem, ending = name.partition(".")[::2]
+    number = 1
+    target = folder / name
+    while target.exists():
+        if file_hash(target) == digest:
+            return target
+        number += 1
+        target = folder / f"{stem}-{number}.{ending}" if ending else folder / f"{stem}-{number}"
+    try:
+        with whole_file(target) as aside, file.open("rb") as given, aside.open("wb") as out:
+            while block := given.read(1 << 20):
+                out.write(block)
+    except OSError as e:
+        raise disk_error(e, target) from e
+    return target

@@ -1,0 +1,66 @@
+"""Answers side by side, as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+from vicuna.app import chat_html, markdown
+from vicuna.app.room import Picture, Waiting
+
+Say = Callable[..., str]
+
+
+def grid(columns: Sequence[tuple[str, Waiting | Picture | str]], say: Say) -> str:
+    """A column for each of those who answer: (name, how its answer stands; a text: its failure)."""
+    cells = "".join(
+        f'<section class="v-column"><h3>{escape(name)}</h3>{_cell(now, say)}</section>'
+        for name, now in columns
+    )
+    return f'<div class="v-columns n{min(len(columns), 3)}">{cells}</div>'
+
+
+def _cell(now: Waiting | Picture | str, say: Say) -> str:
+    if isinstance(now, str):
+        return chat_html.problem(now)
+    if isinstance(now, Waiting):
+        words = say("chat.ahead", ahead=now.ahead) if now.ahead else say("chat.reading")
+        return f'<p class="v-wait">{words}</p>'
+    if now.finished is None:
+        return _growing(now, say)
+    answers = now.finished.answers
+    score = len(answers) > 1
+    cards = "".join(
+        _answer(a.text, i if score else 0, a.score, say) for i, a in enumerate(answers, 1)
+    )
+    return cards + f'<p class="v-acts">{chat_html.stats(_stats(now), say)}</p>'
+
+
+def _answer(text: str, place: int, score: float, say: Say) -> str:
+    head = f"<header><i>{place}</i><b>{score + 0.0:.3f}</b></header>" if place else ""
+    body = markdown.html(text) if text.strip() else f"<p class='v-fine'>{say('chat.silent')}</p>"
+    return f'<article class="v-answer">{head}<div class="v-md">{body}</div></article>'
+
+
+def _growing(now: Picture, say: Say) -> str:
+    if len(now.branches) > 1:
+        text = f'<div class="v-md v-growing">{markdown.html(now.text)}</div>'
+        return f'<article class="v-answer">{text}</article>' + chat_html.live_beams(
+            now, "rows", say
+        )
+    rest = now.branches[0].text if now.branches else ""
+    return (
+        f'<article class="v-answer"><div class="v-md v-growing">{markdown.html(now.text + rest)}'
+        "</div></article>"
+    )
+
+
+def _stats(now: Picture) -> dict[str, object]:
+    found = now.finished
+    assert found is not None
+    return {
+        "tokens": found.completion_tokens,
+        "speed": found.tokens_per_second,
+        "first": found.first_token_seconds,
+        "why": found.finish_reason,
+    }

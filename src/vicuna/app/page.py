@@ -1,0 +1,86 @@
+"""The page: a line with the name and two switches, and the tabs."""
+
+from __future__ import annotations
+
+from html import escape
+
+import gradio as gr
+
+from vicuna.app import tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app.state import App
+from vicuna.app.words import COOKIE, t
+
+TABS = {
+    "chat": tab_chat,
+    "instruct": tab_instruct,
+    "adapters": tab_adapters,
+    "data": tab_data,
+    "train": tab_train,
+}
+_SWITCH_LANGUAGE = (
+    f"() => {{ document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
+    "samesite=lax'; location.reload(); }"
+)
+_SWITCH_DARK = """() => {
+  const dark = document.body.classList.toggle('dark');
+  localStorage.setItem('vicuna-dark', dark ? '1' : '0');
+}"""
+# The name of this tab: made up once, kept as long as the tab is. The thread follows its end, unless
+# the reader has scrolled up.
+_OPEN = """() => {
+  const dark = localStorage.getItem('vicuna-dark');
+  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+  let name = sessionStorage.getItem('vicuna-tab');
+  if (!/^[0-9a-f]{32}$/.test(name || '')) {
+    const bytes = crypto.getRandomValues(new Uint8Array(16));
+    name = Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
+    sessionStorage.setItem('vicuna-tab', name);
+  }
+  const thread = document.getElementById('thread');
+  if (thread && !thread.dataset.follows) {
+    thread.dataset.follows = '1';
+    let near = true;
+    thread.addEventListener('scroll', () => {
+      near = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
+    });
+    new MutationObserver(() => { if (near) thread.scrollTop = thread.scrollHeight; })
+      .observe(thread, {childList: true, subtree: true, characterData: true});
+  }
+  return name;
+}"""
+_MOON = (
+    '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M20 14.5A8 8 0 0 1 9.5 4 8 8 0 1 0 20 '
+    '14.5z"/></svg>'
+)
+
+
+def build(app: App) -> gr.Blocks:
+    """The page of an app; every tab's components have the id `tab-NAME` around them."""
+    base = app.room.loaded
+    with gr.Blocks(title=t("page.title"), analytics_enabled=False, fill_width=True) as page:
+        app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
+        app.opening.clear()
+        with gr.Row(elem_id="top"):
+            read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
+            gr.HTML(
+                f"<h1>{t('page.title')}</h1><span>{escape(base.base)}</span>{read_only}",
+                elem_id="name",
+            )
+            dark = gr.Button(t("page.appearance"), size="sm", elem_id="dark", min_width=0)
+            language = gr.Button(t("page.language"), size="sm", elem_id="language", min_width=0)
+        language.click(None, js=_SWITCH_LANGUAGE)
+        dark.click(None, js=_SWITCH_DARK)
+        with gr.Tabs(elem_id="tabs"):
+            for name, tab in TABS.items():
+                with gr.Tab(t(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
+                    before = len(app.opening)
+                    tab.build(app)
+                # What a tab shows is looked up again whenever it is opened.
+                for fn, inputs, outputs in app.opening[before:]:
+                    inside.select(
+                        fn, inputs, outputs, show_progress="hidden", api_visibility="private"
+                    )
+        opened = page.load(None, None, app.tab, js=_OPEN, show_progress="hidden")
+        for fn, inputs, outputs in app.opening:
+            opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
+    return page

@@ -1,0 +1,119 @@
+"""The queue before the one model: who is computed next. Plain Python, no web and no model.
+
+People take turns: whoever asks many things at once waits behind those who asked one. Requests of
+one person keep their order. A request that was cancelled while it waited is never begun.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, Literal
+
+State = Literal["waiting", "running", "done"]
+
+
+class Job:
+    """A request of somebody.
+
+    person: who asks. work: what is done when it is its turn.
+    cancelled: set by the one who asked; `work` looks at it.
+    latest: the newest thing that `work` had to tell; error: what it raised.
+    """
+
+    def __init__(self, person: str, work: Callable[[Job], Any]) -> None:
+        self.person, self.work = person, work
+        self.cancelled = threading.Event()
+        self.ended = threading.Event()
+        self.state: State = "waiting"
+        self.latest: Any = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def cancel(self) -> None:
+        """The answer is no longer wanted; what was said until then is kept."""
+        self.cancelled.set()
+
+    def run(self) -> None:
+        """Do the work. What goes wrong is kept in `error`, so that the next job is done."""
+        try:
+            if not self.cancelled.is_set():
+                self.result = self.work(self)
+        except BaseException as e:
+            self.error = e
+        finally:
+            self.state = "done"
+            self.ended.set()
+
+    def wait(self) -> Any:
+        """The result. Raises: what the work raised."""
+        self.ended.wait()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class FairQueue:
+    """Jobs in the order in which they will be done: people in turn, each one's in order."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._running: Job | None = None
+        self._closed = False
+
+    def join(self, job: Job) -> Job:
+        """Take a job in."""
+        with self._changed:
+            self._waiting.setdefault(job.person, deque()).append(job)
+            self._changed.notify()
+        return job
+
+    def next(self) -> Job | None:
+        """Wait for the job whose turn it is; None when the queue was closed."""
+        with self._changed:
+            self._running = None
+            while not self._closed:
+                if self._waiting:
+                    person, jobs = self._waiting.popitem(last=False)
+                    job = jobs.popleft()
+                    if jobs:
+                        self._waiting[person] = jobs  # behind everybody else
+                    job.state, self._running = "running", job
+                    return job
+                self._changed.wait()
+            return None
+
+    def ahead(self, job: Job) -> int:
+        """How many jobs will be done before this one; 0 where it is its turn."""
+        with self._changed:
+            if job.state != "waiting":
+                return 0
+            people = list(self._waiting)
+            own = self._waiting.get(job.person, deque())
+            if job not in own:
+                return 0
+            round_, place = own.index(job), people.index(job.person)
+            before = sum(
+                min(len(jobs), round_ + (i < place))
+                for i, jobs in enumerate(self._waiting.values())
+                if people[i] != job.person
+            )
+            return before + round_ + (self._running is not None)
+
+    def length(self) -> int:
+        """Jobs that wait or are being done."""
+        with self._changed:
+            return sum(map(len, self._waiting.values())) + (self._running is not None)
+
+    def close(self) -> None:
+        """Let `next` return None; what still waits is cancelled."""
+        with self._changed:
+            self._closed = True
+            for jobs in self._waiting.values():
+                for job in jobs:
+                    job.cancel()
+                    job.run()
+            self._waiting.clear()
+            self._changed.notify_all()

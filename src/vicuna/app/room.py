@@ -1,0 +1,218 @@
+"""The room of the one model: a thread in which everything is computed, one request at a time.
+
+Whoever asks gets a `Job` at once and looks at it when it pleases: nothing that serves browsers ever
+waits for the model. Each request says with which adapters it wants to be answered, so that people
+do not change the model under each other. What the model has read is kept between requests that
+begin alike; where two people take turns, it reads each one's conversation again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vicuna.app.queue import FairQueue, Job
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+from vicuna.generate.chat import Fitted, fit
+
+if TYPE_CHECKING:
+    from vicuna.generate.events import Finished, Step
+    from vicuna.generate.load import Loaded
+    from vicuna.generate.settings import Settings
+
+RATE = 25  # pictures of a growing answer a second at most
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request for an answer.
+
+    turns: as a template takes them, a question at the end.
+    mix: strengths of adapters, by the path or hub id they are loaded from; none: the base alone.
+    template: by name; "" for the adapter's own, or the base's.
+    limit: tokens that prompt and answer may have; 0: the whole context.
+    """
+
+    turns: Sequence[Turn]
+    settings: Settings
+    mix: Mapping[str, float] = field(default_factory=dict)
+    template: str = ""
+    limit: int = 0
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A beam as it is shown: the text behind the agreed one, its score, its tokens."""
+
+    text: str
+    score: float
+    tokens: int
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How an answer stands.
+
+    text: final. branches: the open ones, best first, behind the best finished one.
+    dropped: turns that did not fit. finished: the end.
+    """
+
+    text: str = ""
+    branches: tuple[Branch, ...] = ()
+    tokens: int = 0
+    seconds: float = 0.0
+    dropped: int = 0
+    prompt_tokens: int = 0
+    finished: Finished | None = None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Not yet begun: so many requests of others come before."""
+
+    ahead: int
+
+
+class Room:
+    """A model, the thread it lives in, and the queue before it.
+
+    Args:
+        open_model: opens the model, inside the thread.
+
+    Raises: what `open_model` raises.
+    """
+
+    def __init__(self, open_model: Callable[[], Loaded]) -> None:
+        self.queue = FairQueue()
+        self._opened: Loaded | None = None
+        self._failed: BaseException | None = None
+        ready = threading.Event()
+        self._thread = threading.Thread(
+            target=self._live, args=(open_model, ready), name="model", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+        if self._failed is not None:
+            raise self._failed
+
+    def _live(self, open_model: Callable[[], Loaded], ready: threading.Event) -> None:
+        try:
+            self._opened = open_model()
+        except BaseException as e:
+            self._failed = e
+            return
+        finally:
+            ready.set()
+        while (job := self.queue.next()) is not None:
+            job.run()
+            if job.error is not None and not isinstance(job.error, UserError):
+                traceback.print_exception(job.error, file=sys.stderr)
+
+    @property
+    def loaded(self) -> Loaded:
+        """The model. Only what changes nothing may be asked of it outside of the thread."""
+        assert self._opened is not None
+        return self._opened
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.loaded.engine.context_length
+
+    def close(self) -> None:
+        """End the thread, after the job that is being done."""
+        self.queue.close()
+        self._thread.join()
+        engine: Any = self.loaded.engine
+        getattr(engine, "close", engine.forget)()
+
+    def do(self, person: str, work: Callable[[Loaded], Any]) -> Job:
+        """Queue anything that changes the model."""
+        return self.queue.join(Job(person, lambda _: work(self.loaded)))
+
+    def ask(self, person: str, ask: Ask) -> Job:
+        """Queue a request; `job.latest` is a `Picture` as soon as there is one."""
+        return self.queue.join(Job(person, lambda job: _answer(self.loaded, ask, job)))
+
+    def fitted(self, ask: Ask) -> Fitted:
+        """What of a conversation would be read. The adapters need not be loaded."""
+        renderer = self.loaded.renderer_of(ask.mix, ask.template)
+        return fit(ask.turns, renderer, _limit(self.context, ask), ask.settings.max_new_tokens)
+
+    async def follow(self, job: Job) -> AsyncIterator[Waiting | Picture]:
+        """What happens to a job, as it happens; ends with it. Leaving early cancels it.
+
+        Raises: what the work raised.
+        """
+        shown: Any = None
+        try:
+            while not job.ended.is_set():
+                now = Waiting(self.queue.ahead(job)) if job.state == "waiting" else job.latest
+                if now is not None and now != shown:
+                    yield now
+                    shown = now
+                await asyncio.sleep(1 / RATE)
+            if job.error is not None:
+                raise job.error
+            if job.latest is not None and job.latest is not shown:
+                yield job.latest
+        finally:
+            job.cancel()
+
+
+def _limit(context: int, ask: Ask) -> int:
+    return min(context, ask.limit or context)
+
+
+def choose(loaded: Loaded, mix: Mapping[str, float]) -> None:
+    """Answer with these adapters from now on; what is not loaded yet is loaded.
+
+    Raises: UserError where one does not belong to the base.
+    """
+    for adapter in mix:
+        if adapter not in loaded.adapters:
+            loaded.load_adapter(adapter, adapter)
+    loaded.set_adapter(mix)
+
+
+def _answer(loaded: Loaded, ask: Ask, job: Job) -> Picture:
+    """Compute an answer; pictures of it go into `job.latest`."""
+    from vicuna.generate.decode import decode
+    from vicuna.generate.events import Finished
+
+    choose(loaded, ask.mix)
+    renderer = loaded.renderer_of(ask.mix, ask.template)
+    engine, began = loaded.engine, time.perf_counter()
+    limit = _limit(engine.context_length, ask)
+    fitted = fit(ask.turns, renderer, limit, ask.settings.max_new_tokens)
+    said: list[str] = []
+    dropped, prompt = len(fitted.dropped), len(fitted.prompt_ids)
+    due = 0.0
+    for event in decode(engine, fitted.prompt_ids, ask.settings, renderer, job.cancelled.is_set):
+        now = time.perf_counter()
+        if isinstance(event, Finished):
+            job.latest = Picture(
+                event.text, (), len(event.token_ids), now - began, dropped, prompt, event
+            )
+            continue
+        said.append(event.text)
+        if now >= due:
+            due = now + 1 / RATE
+            job.latest = _picture("".join(said), event, now - began, dropped, prompt)
+    assert isinstance(job.latest, Picture)
+    return job.latest
+
+
+def _picture(text: str, step: Step, seconds: float, dropped: int, prompt: int) -> Picture:
+    done = [Branch(b.open, b.score, b.token_count, True) for b in step.finished[:1]]
+    live = [Branch(b.open, b.score, b.token_count) for b in step.beams]
+    tokens = max((b.tokens for b in live), default=0)
+    return Picture(text, (*done, *live), tokens, seconds, dropped, prompt)

@@ -1,0 +1,170 @@
+"""Who is there: a conversation for each tab of each browser, kept on the server until it is old.
+
+A tab makes up its own name (128 random bits, in its session storage), so that a reload finds the
+conversation again and nobody else does.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vicuna.app.queue import Job
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+from vicuna.generate.chat import Chat
+
+Rating = Literal["up", "down", ""]
+_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass
+class Note:
+    """What stands under an answer. stats: words and numbers; rating: of the reader."""
+
+    stats: dict[str, Any] = field(default_factory=dict)
+    rating: Rating = ""
+
+
+@dataclass
+class Session:
+    """What one tab of a browser has.
+
+    notes: one for each answer. editing: the question that the next one replaces.
+    mix: strengths of the adapters that answer, by their path.
+    job: what is being computed for it.
+    """
+
+    name: str
+    chat: Chat = field(default_factory=Chat)
+    notes: list[Note] = field(default_factory=list)
+    editing: int | None = None
+    mix: dict[str, float] = field(default_factory=dict)
+    job: Job | None = None
+    seen: float = field(default_factory=time.monotonic)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is being computed, or waits."""
+        return self.job is not None and not self.job.ended.is_set()
+
+    def stop(self) -> None:
+        """End what is being computed for this session, and for no other."""
+        if self.job is not None:
+            self.job.cancel()
+
+    def begin(self, text: str) -> list[Turn]:
+        """A question, in the place of the one that is edited; the turns to answer."""
+        if self.editing is not None:
+            self.cut(self.editing)
+        return self.chat.ask(text)
+
+    def end(self, text: str, stats: dict[str, Any]) -> None:
+        """Its answer; where nothing was said, the question goes too."""
+        if self.chat.turns and self.chat.turns[-1].role == "user":
+            self.chat.answer(text)
+        if text.strip():
+            self.notes.append(Note(stats))
+
+    def cut(self, question: int) -> str:
+        """Take back a question (counted from 0) and all behind it; its text.
+
+        Raises: UserError where there is none.
+        """
+        self.editing = None
+        if not 0 <= question < len(self.notes):
+            raise UserError("there is no such question any more")
+        text = self.chat.turns[2 * question].text
+        del self.chat.turns[2 * question :]
+        del self.notes[question:]
+        return text
+
+    def question(self, place: int) -> str:
+        """The text of a question. Raises: UserError where there is none."""
+        if not 0 <= place < len(self.notes):
+            raise UserError("there is no such question any more")
+        return self.chat.turns[2 * place].text
+
+    def clear(self) -> None:
+        """Forget the conversation; the system prompt stays."""
+        self.chat.reset()
+        self.notes.clear()
+        self.editing = None
+
+    def load(self, line: str) -> None:
+        """Take a conversation from a line of JSONL as `vicuna train` reads it.
+
+        Raises: UserError where it is none.
+        """
+        from vicuna.data.formats import parse
+        from vicuna.data.types import Raw
+
+        parsed = parse(Raw(1, line))
+        if parsed.conversation is None or parsed.conversation.kind != "chat":
+            reasons = ", ".join(sorted({p.reason for p in parsed.problems})) or "no turns"
+            raise UserError(f"not a conversation: {reasons}", where="conversation")
+        turns = list(parsed.conversation.turns)
+        system = turns.pop(0).text if turns and turns[0].role == "system" else ""
+        if len(turns) % 2:
+            turns.pop()
+        turns = [Turn(t.role, f"{t.text}\n{t.input}" if t.input else t.text) for t in turns]
+        self.chat = Chat(system, turns)
+        self.notes = [Note() for _ in range(len(turns) // 2)]
+        self.editing = None
+
+
+class Sessions:
+    """All sessions by name; the oldest go where there are too many.
+
+    Args:
+        most: how many are kept.
+        hours: how long one that nobody uses is kept.
+    """
+
+    def __init__(self, most: int = 1000, hours: float = 24) -> None:
+        self._most, self._seconds = most, hours * 3600
+        self._lock = threading.Lock()
+        self._all: OrderedDict[str, Session] = OrderedDict()
+
+    def get(self, name: str) -> Session:
+        """The session of a tab, a new one where there is none.
+
+        Raises: UserError where this is no name that a tab makes up.
+        """
+        if not _NAME.fullmatch(name or ""):
+            raise UserError("this page has no session yet", fix="Load it again.")
+        with self._lock:
+            session = self._all.setdefault(name, Session(name))
+            session.seen = time.monotonic()
+            self._all.move_to_end(name)
+            while len(self._all) > 1 and self._old(next(iter(self._all.values()))):
+                self._all.popitem(last=False)
+            return session
+
+    def _old(self, session: Session) -> bool:
+        if session.busy:
+            return False
+        return len(self._all) > self._most or time.monotonic() - session.seen > self._seconds
+
+
+def rate(session: Session, answer: int, rating: Rating, path: Path) -> None:
+    """Note what the reader thinks of an answer, in a data file: one line, a conversation that ends
+    with this answer. The same rating again takes it back on the page, not in the file.
+
+    Raises: UserError where there is no such answer, or the file cannot be written.
+    """
+    if not 0 <= answer < len(session.notes):
+        raise UserError("there is no such answer any more")
+    note = session.notes[answer]
+    if note.rating == rating:
+        note.rating = ""
+        return
+    talk = Chat(session.chat.system, session.chat.turns[: 2 * answer + 2])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    talk.save(path)
+    note.rating = rating

@@ -1,0 +1,371 @@
+"""The tab Chat: a conversation that streams, with its beams, settings, and files."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from vicuna.app import chat_html
+from vicuna.app.acts import acting, number, told
+from vicuna.app.controls import Controls
+from vicuna.app.room import Ask, Picture, Waiting
+from vicuna.app.sessions import Session, rate
+from vicuna.app.state import App
+from vicuna.app.words import say, t
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+
+Updates = dict[Any, Any]
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+VIEWS = ("columns", "rows", "hidden")
+
+
+def build(app: App) -> None:
+    """Add the tab's components."""
+    ChatTab(app)
+
+
+class ChatTab:
+    """The components of the tab, and what they do. What was said is in the tab's `Session`."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        with gr.Row(elem_classes="v-split"):
+            with gr.Column(scale=3, min_width=320, elem_classes="v-main"):
+                self._conversation()
+            with gr.Column(scale=1, min_width=290, elem_id="chat-side", elem_classes="v-side"):
+                self._side()
+        self._inputs = [
+            app.tab, self.adapters, self.strength, self.system, self.template, self.memory,
+            self.view, *self.controls.values,
+        ]  # fmt: skip
+        self._shown = [
+            self.box, self.history, self.live, self.send, self.stop, self.gauge, self.note,
+        ]  # fmt: skip
+        self._events()
+
+    # What is there.
+
+    def _conversation(self) -> None:
+        with gr.Column(elem_id="thread", elem_classes="v-thread"):
+            self.history = acting(elem_id="chat-history")
+            self.live = gr.HTML(elem_id="chat-live")
+        self.note = gr.HTML(elem_id="chat-note")
+        with gr.Row(elem_classes="v-ask"):
+            self.box = gr.Textbox(
+                placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
+                scale=6, min_width=160, elem_id="chat-box", autofocus=True,
+            )  # fmt: skip
+            self.send = gr.Button(
+                t("chat.send"), variant="primary", scale=0, min_width=86, elem_id="chat-send"
+            )
+            self.stop = gr.Button(
+                t("chat.stop"), scale=0, min_width=86, visible=False, elem_id="chat-stop"
+            )
+        with gr.Row(elem_classes="v-under"):
+            self.gauge = gr.HTML(elem_id="chat-gauge", elem_classes="v-grow")
+            self.view = gr.Radio(
+                [(t(f"chat.beams_{v}"), v) for v in VIEWS], value="columns", label=t("chat.beams"),
+                elem_id="chat-view", elem_classes="v-pills v-inline", scale=0, min_width=230,
+                visible=False,
+            )  # fmt: skip
+            self.clear = gr.Button(
+                t("chat.clear"), size="sm", scale=0, min_width=120, elem_id="chat-clear"
+            )
+
+    def _side(self) -> None:
+        self.adapters = gr.Dropdown(
+            [], multiselect=True, label=t("chat.adapters"), info=t("chat.adapters_info"),
+            elem_id="chat-adapters",
+        )  # fmt: skip
+        self.strength = gr.Slider(
+            0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
+            elem_id="chat-strength", visible=False,
+        )  # fmt: skip
+        self.controls = Controls("chat", several=False)
+        with gr.Accordion(t("chat.prompt"), open=False, elem_id="chat-prompt"):
+            self.system = gr.Textbox(
+                lines=2, max_lines=8, label=t("chat.system"), info=t("chat.system_info"),
+                elem_id="chat-system",
+            )  # fmt: skip
+            self.template = gr.Dropdown(
+                [(t("chat.template_auto"), ""), *self.app.templates()[1:]], value="",
+                label=t("chat.template"), info=t("chat.template_info"), elem_id="chat-template",
+            )  # fmt: skip
+            context = self.app.room.context
+            self.memory = gr.Slider(
+                min(128, context), context, context, step=1, label=t("chat.memory"),
+                info=t("chat.memory_info"), elem_id="chat-memory",
+            )  # fmt: skip
+        with gr.Accordion(t("chat.keep"), open=False, elem_id="chat-keep"):
+            self.save = gr.Button(
+                t("chat.save"), size="sm", visible=not self.app.settings.read_only,
+                elem_id="chat-save",
+            )  # fmt: skip
+            self.download = gr.DownloadButton(
+                t("chat.download"), size="sm", elem_id="chat-download"
+            )
+            self.load = gr.UploadButton(
+                t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
+            )
+
+    # What happens.
+
+    def _events(self) -> None:
+        gr.on(
+            [self.box.submit, self.send.click], self.answer, [self.box, *self._inputs],
+            self._shown, show_progress="hidden", api_name="chat",
+        )  # fmt: skip
+        self.history.click(self.act, self._inputs, self._shown, **_QUIET)
+        self.stop.click(self.end, self.app.tab, None, **_QUIET)
+        self.clear.click(self.forget, self._inputs, self._shown, **_QUIET)
+        counted = [self.memory.release, self.system.blur, self.template.input]
+        gr.on(counted, self.count, self._inputs, self.gauge, **_QUIET)
+        self.controls.mode.change(
+            lambda mode: gr.update(visible="beam" in mode), self.controls.mode, self.view, **_QUIET
+        )
+        self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **_QUIET)
+        self.save.click(self.keep, self._inputs, None, **_QUIET)
+        # The file is written when it is asked for, and is gone with the next one.
+        self.download.click(self.hand_out, self._inputs, self.download, **_QUIET)
+        self.app.opening.append(
+            (
+                self.opened,
+                self._inputs,
+                [self.history, self.gauge, self.adapters, self.strength],
+            )
+        )
+        self.load.upload(
+            self.take, [self.load, *self._inputs], [*self._shown, self.system], **_QUIET
+        )
+
+    def _asked(self, values: tuple[Any, ...]) -> tuple[Session, Ask, str]:
+        """(session, what is asked but for its turns, view), from the values of `_inputs`."""
+        tab, adapters, strength, system, template, memory, view, *rest = values
+        session = self.app.sessions.get(tab)
+        session.chat.system = (system or "").strip()
+        known = self.app.shelf.paths()
+        mix = {a: session.mix.get(a, 1.0) * float(strength) for a in adapters or [] if a in known}
+        template = template if template in ("", *self.app.templates()) else ""
+        settings = self.controls.settings(rest)
+        view = view if view in VIEWS else "columns"
+        return session, Ask((), settings, mix, template, int(memory)), view
+
+    async def answer(
+        self, question: str, *values: Any, request: gr.Request
+    ) -> AsyncIterator[Updates]:
+        """Answer a question, showing how the answer grows."""
+        if not (question or "").strip():
+            yield {self.box: ""}
+            return
+        async for update in self._answer(question.strip(), values, request):
+            yield update
+
+    async def _answer(
+        self, question: str, values: tuple[Any, ...], request: gr.Request
+    ) -> AsyncIterator[Updates]:
+        words = partial(say, request)
+        try:
+            session, ask, view = self._asked(values)
+            if session.busy:
+                raise UserError(words("chat.busy"))
+        except UserError as e:
+            yield {self.note: chat_html.problem(e.what, e.fix)}
+            return
+        turns = session.begin(question)
+        ask = Ask(turns, ask.settings, ask.mix, ask.template, ask.limit)
+        session.job = job = self.app.room.ask(session.name, ask)
+        last, kept = Picture(), False
+        try:
+            yield {
+                self.box: "", self.note: "", self.live: chat_html.waiting(0, words),
+                self.history: self._history(session, words), **self._running(True),
+            }  # fmt: skip
+            async for now in self.app.room.follow(job):
+                if isinstance(now, Waiting):
+                    yield {self.live: chat_html.waiting(now.ahead, words)}
+                    continue
+                last = now
+                if now.finished is None:
+                    yield {self.live: chat_html.growing(now, view, words)}
+            problem = "" if last.text.strip() else chat_html.problem(words("chat.silent"))
+        except Exception as e:
+            problem = self._problem(e, words)
+        finally:
+            if not kept:
+                session.end(last.text, _stats(last, self._who(ask, words)))
+                kept = True
+        lost = question if problem and not last.text.strip() else gr.skip()
+        yield {
+            self.box: lost, self.live: "", self.note: problem, **self._running(False),
+            self.history: self._history(session, words), self.gauge: self._gauge(session, ask, words),
+        }  # fmt: skip
+
+    def _who(self, ask: Ask, words: Any) -> str:
+        """The adapters that answered, in words."""
+        return self.app.shelf.in_words(ask.mix) or words("chat.base")
+
+    def _problem(self, error: Exception, words: Any) -> str:
+        if isinstance(error, UserError):
+            return chat_html.problem(error.what, error.fix)
+        traceback.print_exception(error, file=sys.stderr)
+        return chat_html.problem(words("chat.failed", words=f"{type(error).__name__}: {error}"))
+
+    def _history(self, session: Session, words: Any) -> str:
+        return chat_html.history(session, words, not self.app.settings.read_only)
+
+    def _running(self, on: bool) -> Updates:
+        return {self.send: gr.update(visible=not on), self.stop: gr.update(visible=on)}
+
+    def _gauge(self, session: Session, ask: Ask, words: Any) -> str:
+        """The room that the conversation and its longest next answer take."""
+        limit = min(ask.limit or self.app.room.context, self.app.room.context)
+        turns = session.chat.all_turns()
+        if not session.chat.turns:
+            return chat_html.gauge(0, limit, 0, words)
+        # The answers so far are in the next prompt: an empty question stands for it.
+        asked = Ask([*turns, Turn("user", "")], ask.settings, ask.mix, ask.template, ask.limit)
+        fitted = self.app.room.fitted(asked)
+        return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
+
+    async def act(
+        self, *values: Any, request: gr.Request, event: gr.EventData
+    ) -> AsyncIterator[Updates]:
+        """What a button beside a turn is for."""
+        found, words = told(event), partial(say, request)
+        try:
+            session, ask, _ = self._asked(values)
+            if session.busy:
+                raise UserError(words("chat.busy"))
+            act, i = found.get("act"), number(found)
+            if act == "again":
+                async for update in self._answer(session.cut(i), values, request):
+                    yield update
+                return
+            yield {**self._do(act, i, session, words), self.gauge: self._gauge(session, ask, words)}
+        except UserError as e:
+            yield {self.note: chat_html.problem(e.what, e.fix)}
+
+    def _do(self, act: str | None, i: int, session: Session, words: Any) -> Updates:
+        """Change the conversation. Raises: UserError where that is not possible."""
+        changed: Updates = {self.note: ""}
+        if act == "edit":
+            changed[self.box] = session.question(i)
+            session.editing = i
+            words_ = words("chat.editing", number=i + 1)
+            changed[self.note] = f'<div class="v-note busy-not">{words_}</div>'
+        elif act == "undo":
+            changed[self.box] = session.cut(i)
+        elif act in ("up", "down"):
+            self.app.may_write()
+            path = self.app.data_folders[0] / f"rated-{act}.jsonl"
+            rate(session, i, act, path)  # type: ignore[arg-type]
+            if session.notes[i].rating:
+                gr.Info(words("chat.rated", path=path.name), duration=3)
+        changed[self.history] = self._history(session, words)
+        return changed
+
+    def end(self, tab: str) -> None:
+        """Stop the answer; what was said stays."""
+        self.app.sessions.get(tab).stop()
+
+    def forget(self, *values: Any, request: gr.Request) -> Updates:
+        """Begin a new conversation."""
+        words = partial(say, request)
+        session, ask, _ = self._asked(values)
+        session.stop()
+        session.clear()
+        return {
+            self.history: self._history(session, words), self.note: "", self.box: "",
+            self.gauge: self._gauge(session, ask, words),
+        }  # fmt: skip
+
+    def count(self, *values: Any, request: gr.Request) -> str:
+        """The gauge, where something changed that it depends on."""
+        session, ask, _ = self._asked(values)
+        return self._gauge(session, ask, partial(say, request))
+
+    def mix(self, tab: str, adapters: list[str]) -> Any:
+        """Adapters were chosen: each with the weight it had."""
+        session = self.app.sessions.get(tab)
+        session.mix = {a: session.mix.get(a, 1.0) for a in adapters}
+        return gr.update(visible=bool(adapters))
+
+    def opened(self, *values: Any, request: gr.Request) -> list[Any]:
+        """A browser comes, or comes again: what it had, and the adapters there are."""
+        words = partial(say, request)
+        session, ask, _ = self._asked(values)
+        choices = self.app.shelf.choices()
+        known = [path for _, path in choices]
+        session.mix = {a: w for a, w in session.mix.items() if a in known}
+        if not session.mix and not session.chat.turns and self.app.first in known:
+            session.mix = {self.app.first: 1.0}
+        chosen = list(session.mix)
+        return [
+            self._history(session, words), self._gauge(session, ask, words),
+            gr.update(choices=choices, value=chosen), gr.update(visible=bool(chosen)),
+        ]  # fmt: skip
+
+    # Files.
+
+    def keep(self, *values: Any, request: gr.Request) -> None:
+        """Save the conversation on the server, in the data folder."""
+        words = partial(say, request)
+        session, _, _ = self._asked(values)
+        if not session.chat.turns:
+            gr.Warning(words("chat.nothing"))
+            return
+        try:
+            self.app.may_write()
+            folder = self.app.data_folders[0]
+            folder.mkdir(parents=True, exist_ok=True)
+            session.chat.save(folder / "conversations.jsonl")
+        except UserError as e:
+            gr.Warning(str(e))
+            return
+        gr.Info(words("chat.saved", path="conversations.jsonl"))
+
+    def hand_out(self, *values: Any) -> Any:
+        """A file for the browser, with the conversation in it."""
+        session, _, _ = self._asked(values)
+        if not session.chat.turns:
+            return gr.skip()
+        import tempfile
+
+        path = Path(tempfile.mkdtemp(prefix="vicuna-")) / "conversation.jsonl"
+        session.chat.save(path)
+        return str(path)
+
+    def take(self, file: str, *values: Any, request: gr.Request) -> Updates:
+        """Go on with a conversation from a file: its first line."""
+        words = partial(say, request)
+        session, ask, _ = self._asked(values)
+        try:
+            text = Path(file).read_text(encoding="utf-8-sig").strip()
+            session.load(text.splitlines()[0] if text else "")
+        except (UserError, UnicodeDecodeError) as e:
+            return {self.note: chat_html.problem(str(e))}
+        gr.Info(words("chat.loaded", number=len(session.notes)))
+        return {
+            self.history: self._history(session, words), self.note: "",
+            self.gauge: self._gauge(session, ask, words), self.system: session.chat.system,
+        }  # fmt: skip
+
+
+def _stats(picture: Picture, who: str) -> dict[str, Any]:
+    found = picture.finished
+    if found is None:
+        return {}
+    return {
+        "tokens": len(found.token_ids),
+        "speed": found.tokens_per_second,
+        "first": found.first_token_seconds,
+        "why": found.finish_reason,
+        "who": who,
+    }

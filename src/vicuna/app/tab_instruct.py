@@ -1,0 +1,168 @@
+"""The tab Instruct: one instruction, answered side by side by the base and by adapters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from vicuna.app import chat_html, instruct_html
+from vicuna.app.controls import Controls
+from vicuna.app.queue import Job
+from vicuna.app.room import Ask, Picture, Waiting
+from vicuna.app.state import App
+from vicuna.app.words import say, t
+from vicuna.data.types import Turn
+from vicuna.errors import UserError
+
+BASE = ""  # the choice that is no adapter
+MOST = 6  # columns
+Updates = dict[Any, Any]
+_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def build(app: App) -> None:
+    """Add the tab's components."""
+    InstructTab(app)
+
+
+@dataclass
+class _Column:
+    """What one adapter answers."""
+
+    name: str
+    job: Job
+    now: Waiting | Picture | str  # a text is what went wrong
+
+
+class InstructTab:
+    """The components of the tab, and what they do. Nothing is kept of a visitor."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        with gr.Row(elem_classes="v-split"):
+            with gr.Column(scale=3, min_width=320, elem_classes="v-main"):
+                self._question()
+                self.answers = gr.HTML(
+                    f'<div class="v-hello small"><p>{t("instruct.begin")}</p></div>',
+                    elem_id="instruct-answers",
+                )
+            with gr.Column(scale=1, min_width=290, elem_classes="v-side"):
+                self.controls = Controls("instruct", several=True)
+        self._events()
+
+    def _question(self) -> None:
+        self.instruction = gr.Textbox(
+            lines=2, max_lines=10, label=t("instruct.instruction"),
+            placeholder=t("instruct.placeholder"), elem_id="instruct-instruction",
+        )  # fmt: skip
+        self.material = gr.Textbox(
+            lines=1, max_lines=12, label=t("instruct.input"), info=t("instruct.input_info"),
+            elem_id="instruct-input",
+        )  # fmt: skip
+        self.who = gr.CheckboxGroup(
+            [(t("chat.base"), BASE)], value=[BASE], label=t("instruct.who"),
+            elem_id="instruct-who", elem_classes="v-pills",
+        )  # fmt: skip
+        with gr.Row(elem_classes="v-ask"):
+            self.go = gr.Button(
+                t("instruct.go"), variant="primary", scale=0, min_width=120, elem_id="instruct-go"
+            )
+            self.stop = gr.Button(
+                t("chat.stop"), scale=0, min_width=90, visible=False, elem_id="instruct-stop"
+            )
+
+    def _events(self) -> None:
+        inputs = [
+            self.app.tab, self.instruction, self.material, self.who, *self.controls.values,
+        ]  # fmt: skip
+        self.go.click(
+            self.answer, inputs, [self.answers, self.go, self.stop], show_progress="hidden",
+            api_name="instruct",
+        )  # fmt: skip
+        self.stop.click(self.end, self.app.tab, None, **_QUIET)
+        self.app.opening.append((self.choices, None, self.who))
+
+    def choices(self, request: gr.Request) -> Any:
+        """The base, and the adapters there are now."""
+        found = [(say(request, "chat.base"), BASE), *self.app.shelf.choices()]
+        known = [path for _, path in found]
+        chosen = [BASE, self.app.first] if self.app.first in known else [BASE]
+        return gr.update(choices=found, value=list(dict.fromkeys(chosen)))
+
+    def end(self, tab: str) -> None:
+        """Stop this visitor's answers; what was said stays."""
+        for job in self._jobs.pop(self.app.sessions.get(tab).name, []):
+            job.cancel()
+
+    @property
+    def _jobs(self) -> dict[str, list[Job]]:
+        return self.__dict__.setdefault("_of", {})  # type: ignore[no-any-return]
+
+    async def answer(
+        self, tab: str, instruction: str, material: str, who: list[str], *values: Any,
+        request: gr.Request,
+    ) -> AsyncIterator[Updates]:  # fmt: skip
+        """Answer side by side, one column after another."""
+        words = partial(say, request)
+        try:
+            name = self.app.sessions.get(tab).name
+            if not (instruction or "").strip():
+                raise UserError(words("instruct.nothing"))
+            if self._jobs.get(name):
+                raise UserError(words("chat.busy"))
+            columns = self._begin(name, instruction, material or "", who, values, words)
+        except UserError as e:
+            yield {self.answers: chat_html.problem(e.what, e.fix)}
+            return
+        buttons = {self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
+        yield {self.answers: _grid(columns, words), **buttons}
+        try:
+            for column in columns:
+                async for _ in self._watch(column):
+                    yield {self.answers: _grid(columns, words)}
+        finally:
+            for column in columns:
+                column.job.cancel()
+            self._jobs.pop(name, None)
+        buttons = {self.go: gr.update(visible=True), self.stop: gr.update(visible=False)}
+        yield {self.answers: _grid(columns, words), **buttons}
+
+    def _begin(
+        self, name: str, instruction: str, material: str, who: list[str], values: Any, words: Any
+    ) -> list[_Column]:
+        """Queue a request for each column. Raises: UserError for settings that are wrong."""
+        settings = self.controls.settings(values)
+        known = self.app.shelf.paths()
+        chosen = [a for a in who if a == BASE or a in known] or [BASE]
+        if len(chosen) > MOST:
+            raise UserError(words("instruct.too_many", most=MOST))
+        turns = [Turn("user", instruction.strip(), material.strip())]
+        columns = []
+        for adapter in chosen:
+            mix = {adapter: 1.0} if adapter else {}
+            job = self.app.room.ask(name, Ask(turns, settings, mix))
+            title = self.app.shelf.in_words(mix) or words("chat.base")
+            columns.append(_Column(title, job, Waiting(self.app.room.queue.ahead(job))))
+        self._jobs[name] = [column.job for column in columns]
+        return columns
+
+    async def _watch(self, column: _Column) -> AsyncIterator[None]:
+        """Follow a column to its end; what goes wrong is told in it, and the others go on."""
+        try:
+            async for column.now in self.app.room.follow(column.job):
+                yield
+        except UserError as e:
+            column.now = str(e)
+        except Exception as e:
+            column.now = f"{type(e).__name__}: {e}"
+        if isinstance(column.now, Waiting):  # it was cancelled before its turn
+            column.now = Picture()
+        yield
+
+
+def _grid(columns: list[_Column], words: Any) -> str:
+    return instruct_html.grid([(c.name, c.now) for c in columns], words)

@@ -1,0 +1,161 @@
+"""All texts of the page, in English and in Chinese.
+
+They are in `texts/*.yaml`, a file for each tab, `key: [English, Chinese]` each. Two ways to them:
+
+    gr.Button(t("chat.send"))                        # while the page is built, once for everybody
+    gr.Info(say(request, "chat.saved", path=path))   # in an event, for the browser that asks
+
+`t` returns a mark that is replaced where a page leaves the server (`Translation`), in whatever it
+stands: labels, choices, HTML. So it must reach the browser as it is: no text may be cut, compared
+or formatted on the way. `say` gives the text itself, with its {fields} filled in.
+
+The language is that of the cookie `vicuna_language` ("en" or "zh"), which the page's switch sets;
+else the browser's first wish that is known.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+LANGUAGES = ("en", "zh")
+COOKIE = "vicuna_language"
+_MARK = re.compile(r"@@([a-z0-9_.-]+)@@")
+_WISH = re.compile(r"\s*([A-Za-z]+)(?:-[\w-]+)?\s*(?:;\s*q=([\d.]+))?\s*$")
+
+
+@lru_cache
+def texts() -> dict[str, tuple[str, str]]:
+    """Every text by its key: (English, Chinese).
+
+    Raises: ValueError where a key is there twice, or lacks a language.
+    """
+    import yaml
+
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted((Path(__file__).parent / "texts").glob("*.yaml")):
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if path.stem == "settings":
+            loaded = {f"settings.{name}": [_help(name), text] for name, text in loaded.items()}
+        for key, both in loaded.items():
+            if key in found or not isinstance(both, list) or len(both) != len(LANGUAGES):
+                raise ValueError(f"{path.name}: {key} is there twice or lacks a language")
+            found[key] = (str(both[0]), str(both[1]))
+    return found
+
+
+def _help(setting: str) -> str:
+    """What a setting of a training is for, in English: the table of `config/` has it."""
+    from vicuna.config import TrainSettings
+
+    return TrainSettings.model_fields[setting].description or ""
+
+
+def t(key: str) -> str:
+    """A mark that becomes the text where the page is sent. Raises: KeyError for an unknown key."""
+    texts()[key]
+    return f"@@{key}@@"
+
+
+def say(request: Any, key: str, **fields: Any) -> str:
+    """A text in the language of the browser that asks.
+
+    Args:
+        request: gradio's request, or the name of a language.
+        fields: put into the places of that name.
+    """
+    language = request if isinstance(request, str) else language_of(request)
+    text = texts()[key][LANGUAGES.index(language)]
+    return text.format(**fields) if fields else text
+
+
+def language_of(request: Any) -> str:
+    """The language of the browser behind a request; English where it does not tell."""
+    if request is None:
+        return LANGUAGES[0]
+    return _choose(request.cookies.get(COOKIE, ""), request.headers.get("accept-language", ""))
+
+
+def _choose(cookie: str, wishes: str) -> str:
+    if cookie in LANGUAGES:
+        return cookie
+    found = filter(None, map(_WISH.match, wishes.split(",")))
+    ranked = [(float(w[2] or 1), w[1].lower()) for w in found if w[1].lower() in LANGUAGES]
+    return max(ranked, key=lambda r: r[0])[1] if ranked else LANGUAGES[0]
+
+
+def translated(body: str, language: str) -> str:
+    """A page or a JSON text with its marks replaced: inside strings of JSON, as JSON has them."""
+    place = LANGUAGES.index(language)
+
+    def text(found: re.Match[str]) -> str:
+        both = texts().get(found[1])
+        if both is None:
+            return found[0]
+        return json.dumps(both[place], ensure_ascii=False)[1:-1].replace("<", "\\u003c")
+
+    return _MARK.sub(text, body)
+
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Translation:
+    """ASGI middleware: the page and its config leave in the browser's language."""
+
+    _PATHS = ("/", "/config", "/config/")
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; what answers it is translated where it is the page."""
+        if scope["type"] != "http" or scope["path"] not in self._PATHS:
+            await self._app(scope, receive, send)
+            return
+        language = _choose(*_told(scope))
+        start: Message = {}
+        parts: list[bytes] = []
+
+        async def take(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            parts.append(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            body = translated(b"".join(parts).decode("utf-8"), language)
+            if scope["path"] == "/":
+                body = body.replace('lang="en"', f'lang="{language}"', 1)
+                body = body.replace("<head>", f"<head>{_browser_words(language)}", 1)
+            sent = body.encode("utf-8")
+            headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
+            headers += [(b"content-length", str(len(sent)).encode()), (b"vary", b"accept-language")]
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": sent})
+
+        await self._app(scope, receive, take)
+
+
+def _told(scope: Mapping[str, Any]) -> tuple[str, str]:
+    """(language cookie, languages that the browser wishes for)."""
+    headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    cookie = re.search(rf"(?:^|;\s*){COOKIE}=(\w+)", headers.get(b"cookie", ""))
+    return (cookie[1] if cookie else ""), headers.get(b"accept-language", "")
+
+
+def _browser_words(language: str) -> str:
+    """Gradio's own few words follow `navigator.language`: make it the page's language."""
+    name = {"en": "en", "zh": "zh-CN"}[language]
+    return (
+        "<script>for (const [k, v] of [['language', NAME], ['languages', [NAME]]]) "
+        "Object.defineProperty(navigator, k, {get: () => v});</script>"
+    ).replace("NAME", f"'{name}'")

@@ -1,0 +1,75 @@
+"""An example as the model sees it: what is learned, what is not, and the control tokens.
+
+The terminal (`vicuna data preview`) and the web page colour what is cut up here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vicuna.data.encode import END_TOKEN, NO_TARGET, Encoder, Example
+from vicuna.data.template import Renderer
+
+BROKEN = "\ufffd"  # what a decoder writes for half a character
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens in a row of which the same is to be said.
+
+    ids: of one control token; of as many others as there are; of none for an end that is learned
+    but does not stand in the sequence (`silent`).
+    """
+
+    ids: list[int]
+    text: str
+    learned: bool
+    control: bool = False
+    silent: bool = False
+
+
+def spans(example: Example, renderer: Renderer) -> Iterator[Span]:
+    """An example cut up; the texts of its spans, one after another, are the text of the example."""
+    encoder, labels = renderer.encoder, example.labels
+    held: list[int] = []
+    holds_learned = False
+    for position, token in enumerate(example.ids.tolist()):
+        learned = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
+        control = token in encoder.control_ids
+        if held and (control or learned != holds_learned):
+            yield Span(held, encoder.decode(held), holds_learned)
+            held = []
+        if control:
+            yield Span([token], encoder.token(token), learned, control=True)
+        else:
+            held.append(token)
+        holds_learned = learned
+        if labels[position] == END_TOKEN:
+            if held:
+                yield Span(held, encoder.decode(held), holds_learned)
+                held = []
+            end = encoder.token(renderer.end_id)
+            yield Span([], end, learned=True, control=True, silent=True)
+    if held:
+        yield Span(held, encoder.decode(held), holds_learned)
+
+
+def tokens(span: Span, encoder: Encoder) -> Iterator[tuple[str, list[int]]]:
+    """A span token by token, as (text, ids); tokens that share a character come together."""
+    if span.control:
+        yield span.text, span.ids
+        return
+    before: list[int] = []
+    held: list[int] = []
+    for token in span.ids:
+        held.append(token)
+        # With the token before it: alone, a word would lose the space that it begins with.
+        known = encoder.decode(before)
+        text = encoder.decode(before + held)[len(known) :]
+        if text.endswith(BROKEN) and len(held) < 8:
+            continue
+        yield text, held
+        before, held = held, []
+    if held:
+        yield encoder.decode(before + held)[len(encoder.decode(before)) :], held

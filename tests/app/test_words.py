@@ -1,0 +1,46 @@
+"""Two languages: every text in both, and marks that become texts where the page is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from vicuna.app import words
+
+FIELD = re.compile(r"\{(\w+)")
+
+
+def test_every_text_is_in_both_languages_with_the_same_fields() -> None:
+    for key, (english, chinese) in words.texts().items():
+        assert english.strip(), key
+        assert chinese.strip(), key
+        assert sorted(FIELD.findall(english)) == sorted(FIELD.findall(chinese)), key
+
+
+def test_a_mark_becomes_the_text_of_the_language_inside_json_too() -> None:
+    body = json.dumps({"label": words.t("page.chat"), "other": "@@no.such.key@@"})
+    assert json.loads(words.translated(body, "zh")) == {"label": "对话", "other": "@@no.such.key@@"}
+    assert json.loads(words.translated(body, "en"))["label"] == "Chat"
+    with pytest.raises(KeyError):
+        words.t("no.such.key")
+
+
+@pytest.mark.parametrize(
+    ("cookie", "wishes", "language"),
+    [
+        ("", "zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("", "en-GB, zh;q=0.9", "en"),
+        ("", "fr, zh-TW;q=0.3, en;q=0.2", "zh"),
+        ("", "fr", "en"),
+        ("", "", "en"),
+        ("", "zh;q=broken", "en"),
+        ("en", "zh", "en"),
+        ("klingon", "zh", "zh"),
+    ],
+)
+def test_the_switch_goes_before_the_browser_s_wishes(
+    cookie: str, wishes: str, language: str
+) -> None:
+    assert words._choose(cookie, wishes) == language
