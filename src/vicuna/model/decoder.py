@@ -104,9 +104,9 @@ class Decoder:
         groups = [g for layer in self.layers for g in layer.groups if len(g.layers) > 1]
         joined = {g.weight.untyped_storage().data_ptr() for g in groups if g.weight is not None}
         for p in model.parameters():
-            if p.device.type == "cpu" and not p.requires_grad and p.is_floating_point():
-                if p.untyped_storage().data_ptr() not in joined:
-                    p.data = p.data.clone()
+            ours = p.device.type == "cpu" and not p.requires_grad and p.is_floating_point()
+            if ours and p.untyped_storage().data_ptr() not in joined:
+                p.data = p.data.clone()
 
     def __call__(
         self,
