@@ -17,6 +17,7 @@ from vicuna.memory.stand_in import attention_on, fused_attention
 from vicuna.model import attention, blocks, decoder
 from vicuna.model.attention import Layout
 from vicuna.model.parts import Heads
+from vicuna.train import loss
 
 Attend = Callable[[Tensor, Heads, Layout], Tensor]
 
@@ -25,7 +26,9 @@ Attend = Callable[[Tensor, Heads, Layout], Tensor]
 def as_on(device: Device) -> Iterator[None]:
     """For as long as the context is open, `meta` stands for `device`. Not for several threads."""
     pieces, attend, plain = blocks.PIECE["meta"], decoder.attend, F.scaled_dot_product_attention
+    rows = loss.SLICE["meta"]
     blocks.PIECE["meta"] = blocks.PIECE[device.kind]
+    loss.SLICE["meta"] = loss.SLICE[device.kind]
     setattr(F, "scaled_dot_product_attention", attention_on(device))  # noqa: B010  for mypy
     if device.kind != "cpu":
         setattr(decoder, "attend", _attend_on(device))  # noqa: B010
@@ -33,6 +36,7 @@ def as_on(device: Device) -> Iterator[None]:
         yield
     finally:
         blocks.PIECE["meta"] = pieces
+        loss.SLICE["meta"] = rows
         setattr(decoder, "attend", attend)  # noqa: B010
         setattr(F, "scaled_dot_product_attention", plain)  # noqa: B010
 

@@ -41,7 +41,7 @@ def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
 
 def in_blocks(qkv: Tensor) -> bool:
     """Whether our own products are the faster way."""
-    return qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu"
+    return qkv.dtype == torch.bfloat16
 
 
 # -- our own products ------------------------------------------------------------------------------

@@ -101,6 +101,20 @@ class Decoder:
             for group in layer.groups:
                 group.refresh()
 
+    def own(self, model: Any) -> None:
+        """Copy what still lies in the mapped file of a CPU's weights. Most of it was copied when
+        layers were joined; the mapping, whose pages count as this process's memory, goes then.
+
+        Args:
+            model: the causal language model.
+        """
+        groups = [g for layer in self.layers for g in layer.groups if len(g.layers) > 1]
+        joined = {g.weight.untyped_storage().data_ptr() for g in groups if g.weight is not None}
+        for p in model.parameters():
+            ours = p.device.type == "cpu" and not p.requires_grad and p.is_floating_point()
+            if ours and p.untyped_storage().data_ptr() not in joined:
+                p.data = p.data.clone()
+
     def __call__(
         self,
         ids: Tensor,

@@ -15,7 +15,7 @@ from torch import Tensor
 # Rows whose logits exist at a time.
 CHUNK = 512
 # Rows of those whose softmax is computed at a time: in float32 they must fit a CPU's cache.
-SLICE = {"cpu": 16}
+SLICE = {"cpu": 16, "cuda": CHUNK, "mps": CHUNK, "meta": CHUNK}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # One buffer for all chunks: a fresh one each time costs the system more than the product.
         buffer = hidden.new_empty(min(chunk, hidden.shape[0]), head.shape[0])
         after = _Head(bias, softcap, logit_scale)
-        size = SLICE.get(hidden.device.type, chunk)
+        size = SLICE.get(hidden.device.type, CHUNK)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             count = targets[rows].shape[0]

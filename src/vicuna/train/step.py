@@ -47,6 +47,7 @@ class Learner:
             self._checkpoint_plainly(causal)
         else:
             self.fast = Decoder(found, self.checkpointing, self.kernels)
+            self.fast.own(causal)
         self.decoder = causal.get_decoder()
         self.head = causal.get_output_embeddings()
         # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.
