@@ -47,7 +47,7 @@ class Gate:
 GATES = {
     "exact": Gate(0.0, 1.0, exact=True),
     "32bit": Gate(1e-6, 1.001),
-    "16bit": Gate(0.005, 1.01),
+    "16bit": Gate(0.01, 1.02),
     "8bit": Gate(0.03, 1.03),
     "6bit": Gate(0.1, 1.05),
     "5bit": Gate(0.3, 1.2),
