@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
-CONTEXT = 2048
+CONTEXTS = (512, 2048)
 SHARD = 1 << 30
 
 
@@ -298,16 +298,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes that a 7B model needs to answer: weights by the mix, keys and values, buffers."""
     shape = SHAPES["7b"]
     rows = {}
+    # llama.cpp's compute buffer: 512 tokens through the widest layer, and their scores.
+    buffers = 512 * 4 * (shape["vocab_size"] + 4 * shape["intermediate_size"])
+    width = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
     for kind in args.types:
         weights = planned_bytes(kind, shape)
-        cache = 2 * shape["num_hidden_layers"] * shape["hidden_size"] * CONTEXT * 2
-        # llama.cpp's compute buffer: rows of 512 tokens through the widest layer, and the scores.
-        buffers = 512 * 4 * (shape["vocab_size"] + 4 * shape["intermediate_size"])
-        rows[kind] = {
-            "weights": weights, "cache": cache, "buffers": buffers,
-            "total": weights + cache + buffers,
-        }  # fmt: skip
-    return {"shape": "7b", "context": CONTEXT, "types": rows}
+        row = {"weights": weights, "buffers": buffers}
+        for tokens in CONTEXTS:
+            cache = 2 * shape["num_hidden_layers"] * width * tokens * 2  # keys and values, f16
+            row[f"total_{tokens}"] = weights + buffers + cache
+        rows[kind] = row
+    return {"shape": "7b", "contexts": CONTEXTS, "types": rows}
 
 
 def planned_bytes(kind: str, shape: dict[str, int]) -> int:
@@ -374,14 +375,13 @@ def types_table(found: dict[str, Any]) -> str:
 
 
 def plan_table(found: dict[str, Any]) -> str:
-    gib = 2**30
+    keys = ["weights", "buffers", *(f"total_{n}" for n in found["contexts"])]
     lines = [
-        [kind.upper(), *(f"{row[k] / gib:.2f}" for k in ("weights", "cache", "buffers", "total"))]
+        [kind.upper(), *(f"{row[k] / 1e9:.2f}" for k in keys)]
         for kind, row in found["types"].items()
     ]
-    head = ["type", "weights, GiB", f"keys and values of {found['context']:,} tokens", "buffers",
-            "in all"]  # fmt: skip
-    return report.table(head, lines)
+    totals = (f"in all, {n:,} tokens of context" for n in found["contexts"])
+    return report.table(["type", "weights, GB", "buffers", *totals], lines)
 
 
 def memory_table(found: dict[str, Any]) -> str:
