@@ -8,6 +8,8 @@ from rich.table import Table
 
 from vicuna.config import Settings
 
+_LAST = ("Verifying",)  # groups that several commands share, below what is a command's own
+
 
 def show(settings: type[Settings], usage: str, about: str) -> None:
     """Print usage, what the command is for, and a table of its settings."""
@@ -20,7 +22,7 @@ def show(settings: type[Settings], usage: str, about: str) -> None:
         default = "" if field.default in ("", [], None) else str(field.default)
         shown = "json" if name == "json_output" else name
         groups.setdefault(group, []).append((shown, default, field.description or ""))
-    for group, rows in groups.items():
+    for group, rows in sorted(groups.items(), key=lambda item: item[0] in _LAST):
         table = Table(title=group, title_justify="left", box=None, show_header=False, pad_edge=True)
         table.add_column(no_wrap=True, style="cyan", min_width=26)
         table.add_column(no_wrap=True, style="dim", min_width=12)

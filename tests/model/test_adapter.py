@@ -211,7 +211,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_a_damaged_file_is_refused(tmp_path: Path, name: str, damage: bytes) -> None:
     (tmp_path / name).write_bytes(damage)
-    with pytest.raises(UserError, match="cannot read the weights"):
+    with pytest.raises(UserError, match=r"cannot read the weights|the file is damaged|Git LFS"):
         read_adapter(str(tmp_path))
 
 

@@ -3,9 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from vicuna.config.common import Settings, Words, setting
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Shards = Annotated[Literal[1, 2, 4, 8], BeforeValidator(_whole)]
 
 
 class VerifySettings(Settings):
@@ -74,9 +83,7 @@ class ConvertModelSettings(VerifySettings):
         "hf", "Result", "hf: Hugging Face's layout, safetensors; meta: consolidated.NN.pth"
     )
     output_dir: str = setting("", "Result", "the folder to write")
-    num_shards: Literal[1, 2, 4, 8] = setting(
-        1, "Result", "files that Meta's layout is cut into: 1, 2, 4, 8"
-    )
+    num_shards: Shards = setting(1, "Result", "files that Meta's layout is cut into: 1, 2, 4, 8")
     max_shard_size: str = setting("2GB", "Result", "largest file of safetensors")
     tokenizer: str = setting(
         "", "Model", "a folder with the tokenizer, where the weights come without one"

@@ -18,7 +18,7 @@ from vicuna.model.adapter import AdapterFiles, LoraSettings
 from vicuna.model.adapter_files import LEAD
 
 _LAYER = "layer"
-_RESULT = "combined"
+_RESULT, _ABSENT = "combined", "absent"
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ def _combined(
             model.peft_config[name] = config
             model.inject_adapter(stand_in, name)
         names.append(name)
+    weights = [w for *_, w in layers]
+    if len(names) == 1:
+        # Of a single adapter PEFT always makes the plain sum; beside one that lacks this module it
+        # prunes, as it does in a whole model.
+        model.peft_config[_ABSENT] = model.peft_config[names[0]]
+        names, weights = [*names, _ABSENT], [*weights, 1.0]
     layer: Any = stand_in.layer
     for name, (one, two, _, _) in zip(names, layers):
         layer.lora_A[name].weight.data = one.float()
@@ -99,9 +105,7 @@ def _combined(
     more: dict[str, Any] = {"density": method.density} if method.prunes else {}
     if method.name.endswith("svd"):
         more |= {"svd_rank": rank, "svd_full_matrices": False}
-    model.add_weighted_adapter(
-        names, [w for *_, w in layers], _RESULT, combination_type=method.name, **more
-    )
+    model.add_weighted_adapter(names, weights, _RESULT, combination_type=method.name, **more)
     a, b = layer.lora_A[_RESULT].weight.data, layer.lora_B[_RESULT].weight.data
     return _padded(a, rank, 0), _padded(b, rank, 1)
 

@@ -171,7 +171,7 @@ def _scorer(source: _Source, stack: ExitStack) -> Callable[[], Scorer]:
         if source.gguf is not None:
             return GgufScorer(source.gguf, longest=LONGEST)
         if source.layout == "hf":
-            return FolderScorer(source.folder, source.weights)
+            return FolderScorer(source.folder)
         return _in_meta(source.folder, stack)
 
     return open_before

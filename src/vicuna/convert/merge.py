@@ -24,7 +24,7 @@ from vicuna.convert.output import (
     result_folder,
     write_json,
 )
-from vicuna.convert.shards import Planned, copies, write_sharded
+from vicuna.convert.shards import Planned, copies, rounded, write_sharded
 from vicuna.data.encode import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.memory.devices import parse_memory
@@ -171,13 +171,7 @@ class _Merge:
     def _reader(self, name: str, source: str, dtype: torch.dtype) -> Callable[[], Tensor]:
         def read() -> Tensor:
             weight = self._weights.read(source)
-            merged = self._addition.to(name, weight).to(dtype)
-            if not torch.isfinite(merged).all():
-                raise UserError(
-                    f"{name} has values that {_NAMES.get(dtype, dtype)} cannot hold",
-                    where="dtype",
-                    fix="Use --dtype bf16 or fp32, whose range is wider.",
-                )
+            merged = rounded(name, self._addition.to(name, weight), dtype)
             self.touched += merged.numel()
             self.changed += int((merged != weight.to(dtype)).sum())
             return merged
@@ -213,7 +207,7 @@ def merge(settings: MergeSettings, source: _Source, target: Path, largest: int) 
         report.measure(_bytes_read(source), aside)
         report.verify(
             settings,
-            lambda: FolderScorer(source.folder, source.weights, parts),
+            lambda: FolderScorer(source.folder, adapters=parts),
             lambda: FolderScorer(aside),
             lambda: Encoder(load_vocabulary(source.folder)),
         )

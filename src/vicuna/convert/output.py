@@ -12,7 +12,7 @@ from vicuna.errors import SettingsError, UserError
 
 # Files beside the weights that belong to a model, by their endings.
 _SIDE = {".json", ".model", ".jinja", ".txt", ".tiktoken", ".md"}
-_NOT_SIDE = ("index.json", "report.json", "manifest.json", "params.json", "vicuna.json")
+_NOT_SIDE = ("index.json", "report.json", "manifest.json", "params.json")
 
 
 def result_folder(output_dir: str, force: bool, sources: Iterable[Path]) -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vicuna.errors import UserError
 from vicuna.model.weights import SAFETENSORS_TYPES, Weights
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +41,7 @@ def copies(weights: Weights, dtype: torch.dtype | None = None) -> list[Planned]:
     """A plan that copies all tensors; numbers with a fraction as `dtype`, where given."""
 
     def reader(name: str, kind: torch.dtype) -> Callable[[], Tensor]:
-        return lambda: weights.read(name).to(kind)
+        return lambda: rounded(name, weights.read(name), kind)
 
     plan = []
     for name in weights.names():
@@ -49,6 +50,24 @@ def copies(weights: Weights, dtype: torch.dtype | None = None) -> list[Planned]:
             kind = dtype
         plan.append(Planned(name, kind, weights.shape(name), reader(name, kind)))
     return plan
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type; the same tensor where it has that type.
+
+    Raises: UserError where a value lies beyond the type's range, or is no number.
+    """
+    if tensor.dtype == dtype:
+        return tensor
+    found = tensor.to(dtype)
+    if not torch.isfinite(found).all():
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} has values that {kind} cannot hold",
+            where="dtype",
+            fix="Use --dtype bf16 or fp32, whose range is wider.",
+        )
+    return found
 
 
 def write_sharded(folder: Path, plan: Sequence[Planned], largest: int) -> None:

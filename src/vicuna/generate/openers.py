@@ -182,7 +182,7 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
     rank = files.lora.rank if files else 0
     engine = VllmEngine(folder, settings.context_length, dtype, lora_rank=rank)
     if files is not None:
-        engine.load_adapter(_ADAPTER, files.path)
+        engine.load_adapter(_ADAPTER, adapters.plain_folder(files))
         engine.set_adapter(_ADAPTER)
     return Opened(engine, folder, notes, _ADAPTER if files else "")
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vicuna.cache import cache_dir, whole_folder
 from vicuna.errors import UserError
 from vicuna.model.adapter_files import (
     META,
@@ -34,6 +35,7 @@ __all__ = [
     "check_base",
     "identify",
     "locate_adapter",
+    "plain_folder",
     "read_adapter",
     "save",
     "save_files",
@@ -167,6 +169,23 @@ def _write(
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     text = json.dumps(meta, ensure_ascii=False, indent=2)
     (folder / META).write_text(text + "\n", encoding="utf-8")
+
+
+def plain_folder(files: AdapterFiles) -> Path:
+    """A folder that plain PEFT opens: the adapter's own, or one in the cache where it is older.
+
+    For engines that read adapters by themselves.
+    """
+    if files.weights_file == "adapter_model.safetensors" and not files.notes:
+        return files.path
+    digest = hashlib.sha256(repr((files.lora, files.base_name)).encode())
+    for key, tensor in sorted(files.tensors.items()):
+        digest.update(key.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    target = cache_dir("adapters", digest.hexdigest()[:24])
+    if not target.is_dir():
+        with whole_folder(target) as aside:
+            save_files(files, aside)
+    return target
 
 
 # -- what was saved ----
