@@ -100,13 +100,13 @@ class Bench:
             self._open_llamacpp(folder)
 
     def _open_llamacpp(self, folder: Path) -> None:
-        from vicuna.export.gguf import quantize
+        from vicuna.export.gguf import write_base
         from vicuna.export.gguf_cache import base_file
         from vicuna.generate.engines.llamacpp import LlamaCppEngine
 
         f16 = base_file(folder, "f16")
         small = Path(tempfile.mkdtemp()) / "q4_k_m.gguf"
-        quantize(f16, small, "q4_k_m")
+        write_base(folder, small, "q4_k_m")
         room = 3 * self.o.new + 64
         for name, file in (("llama.cpp F16", f16), ("llama.cpp Q4_K_M", small)):
             self.engines[name] = LlamaCppEngine(

@@ -26,6 +26,14 @@ data = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it."
 )
 app.add_typer(data, name="data")
+export = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Write a model for another program."
+)
+app.add_typer(export, name="export")
+quantize = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Make a model small: 8, 4, 3 or 2 bits."
+)
+app.add_typer(quantize, name="quantize")
 adapter = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at an adapter of any age; renew it."
 )
@@ -83,6 +91,60 @@ def chat(context: typer.Context) -> None:
     from vicuna.generate.command import chat as run
 
     raise typer.Exit(run(words))
+
+
+@app.command("run", **_ANY)
+def run_gguf(context: typer.Context) -> None:
+    """Talk with a GGUF file on the CPU, computed by llama.cpp."""
+    words = _words(context, "RunSettings", "vicuna run FILE.gguf [--adapter RUN]")
+    from vicuna.generate.command import run_file as run
+
+    raise typer.Exit(run(words))
+
+
+@app.command(**_ANY)
+def download(context: typer.Context) -> None:
+    """Fetch a model, an adapter or a data set from a hub; goes on where it was interrupted."""
+    words = _words(context, "DownloadSettings", "vicuna download OWNER/NAME")
+    from vicuna.download.command import run
+
+    raise typer.Exit(run(words))
+
+
+@export.command("gguf", **_ANY)
+def export_gguf(context: typer.Context) -> None:
+    """Write a base, a base with an adapter, or an adapter as a GGUF file for llama.cpp."""
+    usage = "vicuna export gguf --model M --adapter RUN --type q4_k_m --output FILE.gguf"
+    words = _words(context, "ExportSettings", usage)
+    from vicuna.export.command import run
+
+    raise typer.Exit(run(words))
+
+
+def _quantize(context: typer.Context, method: str) -> NoReturn:
+    usage = f"vicuna quantize {method} --model M [--adapter RUN] --bits 4 --output_dir D"
+    words = _words(context, "QuantizeSettings", usage)
+    from vicuna.quantize.command import run
+
+    raise typer.Exit(run(method, words))
+
+
+@quantize.command(**_ANY)
+def gptq(context: typer.Context) -> None:
+    """Round a model's weights one after another, each making up for the last (GPTQ)."""
+    _quantize(context, "gptq")
+
+
+@quantize.command(**_ANY)
+def awq(context: typer.Context) -> None:
+    """Round a model's weights to 4 bits, those with large inputs scaled first (AWQ)."""
+    _quantize(context, "awq")
+
+
+@quantize.command(**_ANY)
+def bnb(context: typer.Context) -> None:
+    """Write a model in 8 bits or nf4, as bitsandbytes loads it; needs no calibration."""
+    _quantize(context, "bnb")
 
 
 @app.command(**_ANY)

@@ -16,6 +16,12 @@ from vicuna.config.data import (
 )
 from vicuna.config.names import OLD_NAMES
 from vicuna.config.parse import RUN_KEYS, build, builtin_recipes, parse, read_recipe
+from vicuna.config.quantize import (
+    DownloadSettings,
+    ExportSettings,
+    QuantizeSettings,
+    RunSettings,
+)
 from vicuna.config.ship import (
     ConvertModelSettings,
     InspectSettings,
@@ -37,11 +43,15 @@ __all__ = [
     "DatasetEntry",
     "DemoSettings",
     "DoctorSettings",
+    "DownloadSettings",
+    "ExportSettings",
     "GenerateSettings",
     "InspectSettings",
     "MergeSettings",
     "PlanSettings",
     "PreviewSettings",
+    "QuantizeSettings",
+    "RunSettings",
     "Settings",
     "TrainSettings",
     "UpgradeSettings",

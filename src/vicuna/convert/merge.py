@@ -30,7 +30,6 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.memory.devices import parse_memory
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
-from vicuna.model.adapter_files import META
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.model.merging import Addition
 from vicuna.model.vocabulary import load_vocabulary
@@ -248,13 +247,9 @@ def _write_config(source: _Source, folder: Path, plan: Sequence[Planned], untie:
 
 
 def _write_speech(source: _Source, folder: Path) -> None:
-    """How the merged model wants to be talked to: the adapter's template and its end token.
-
-    `vicuna.json` keeps the template letter by letter for this project; in Jinja, among the
-    tokenizer's files, it is for every other program.
-    """
+    """How the merged model wants to be talked to: the adapter's template and its end token."""
     from vicuna.data.template import Renderer, from_dict
-    from vicuna.export.template_text import jinja
+    from vicuna.export.speech import write_speech
 
     saved = [t for f, _ in source.parts if (t := f.meta.get("template"))]
     if not saved:
@@ -264,16 +259,7 @@ def _write_speech(source: _Source, folder: Path) -> None:
             f"the adapters have different templates; the first one's ({saved[0].get('name')}) is "
             "the result's"
         )
-    renderer = Renderer(from_dict(saved[0]), Encoder(load_vocabulary(source.folder)))
-    write_json(folder / META, {"template": saved[0]})
-    text = jinja(renderer)
-    if text:
-        (folder / "chat_template.json").unlink(missing_ok=True)
-        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-    generation = folder / "generation_config.json"
-    content = read_json(generation) if generation.is_file() else {}
-    content["eos_token_id"] = sorted(renderer.stop_ids)
-    write_json(generation, content)
+    write_speech(Renderer(from_dict(saved[0]), Encoder(load_vocabulary(source.folder))), folder)
 
 
 def _bytes_read(source: _Source) -> int:

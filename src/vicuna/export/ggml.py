@@ -1,7 +1,7 @@
 """Weights as GGUF's types: 16 bits by PyTorch, quantised by llama.cpp's own code.
 
-The shared object of `xllamacpp` exports ggml's quantisers. They are called tensor by tensor, several
-threads at a time, so no file in between is needed and importance can be given for each column.
+The shared object of `xllamacpp` exports ggml's quantisers. They are called tensor by tensor, in
+several threads, so no file in between is needed and each column's importance can be given.
 Without that wheel the `gguf` package makes the same bytes of the types that it knows.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes as c
 import math
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
-from vicuna.generate.engines.libllama import INSTALL, library
+from vicuna.generate.engines.libllama import INSTALL, OWN_BUILD, library
 
 FULL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Types that the `gguf` package quantises, too.
@@ -31,7 +32,11 @@ _BLOCK = 1 << 20  # values converted at a time: what a core's cache holds
 
 def available(kind: str) -> bool:
     """Whether weights can become this type here."""
-    return kind in FULL or kind in SIMPLE or find_spec("xllamacpp") is not None
+    return kind in FULL or kind in SIMPLE or _has_llamacpp()
+
+
+def _has_llamacpp() -> bool:
+    return bool(os.environ.get(OWN_BUILD)) or find_spec("xllamacpp") is not None
 
 
 def stored_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -48,7 +53,7 @@ def encode(
 
     Args:
         name: of the tensor, for messages.
-        importance: float32 (columns,), how much an error in each column counts; for quantised types.
+        importance: float32 (columns,), how much an error in each column counts.
 
     Raises: UserError where a value is not finite, or lies beyond the type's range; where the type
         needs llama.cpp, which is missing.
@@ -111,7 +116,7 @@ def _quantize(
 
 def _quantizer(kind: str, importance: np.ndarray | None) -> Any:
     """What quantises float32 (rows, columns) into bytes."""
-    if find_spec("xllamacpp") is None:
+    if not _has_llamacpp():
         if kind not in SIMPLE or importance is not None:
             what = f"type {kind}" if kind not in SIMPLE else "an importance matrix"
             raise UserError(f"{what} needs llama.cpp", fix=INSTALL)

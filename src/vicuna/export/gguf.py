@@ -8,9 +8,11 @@ write_adapter(read_adapter("runs/law"), config, Path("law-lora.gguf"))
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from vicuna.cache import whole_file
+from vicuna.convert.output import check_space
 from vicuna.errors import UserError
 from vicuna.export import ggml
 from vicuna.export.gguf_names import Names, Shape, add_settings, rope_factors
@@ -25,6 +28,7 @@ from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind,
 from vicuna.export.gguf_vocab import Spoken, add_vocabulary
 from vicuna.generate.engines.libllama import INSTALL
 from vicuna.model.merging import Addition
+from vicuna.model.weights import Weights, open_weights
 
 if TYPE_CHECKING:
     from vicuna.export.importance import Importance
@@ -32,6 +36,10 @@ if TYPE_CHECKING:
 
 # Told before each tensor is written: how many are, of how many.
 Progress = Callable[[int, int], None]
+
+
+def _silent(_done: int, _of: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ def write_base(
     adapter: AdapterFiles | None = None,
     spoken: Spoken | None = None,
     importance: Importance | None = None,
-    progress: Progress = lambda done, of: None,
+    progress: Progress = _silent,
 ) -> None:
     """Write a base, tokenizer and chat template included.
 
@@ -74,7 +82,7 @@ def write_base(
         importance: how much each column of each matrix counts, for quantised types.
 
     Raises: UserError where the architecture, the tokenizer or the type is not supported, the
-        adapter does not fit, or the disk is full.
+        adapter does not fit, or the disk has no room.
     """
     from vicuna.model.vocabulary import load_vocabulary
 
@@ -87,6 +95,7 @@ def write_base(
     factors = rope_factors(config, shape)
     if factors is not None:
         plan.insert(0, _Planned("rope_freqs.weight", "f32", tuple(factors.shape), lambda: factors))
+    check_space(target, sum(math.prod(ggml.stored_shape(p.shape, p.kind)) for p in plan))
     with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("model")
         writer.add_name(name or folder.name)
@@ -108,34 +117,28 @@ def _plan_base(
 ) -> list[_Planned]:
     shape = names.shape
     model = Model(shape.arch, shape.layers, shape.heads // shape.kv_heads, shape.tied)
-    found = list(_tensors(folder))
+    weights = open_weights(folder)
     addition = Addition(adapter) if adapter else None
     if addition:
-        addition.check({source for source, _, _ in found}, shape.tied)
+        addition.check(set(weights.names()), shape.tied)
     columns: Mapping[str, np.ndarray] = importance.means if importance else {}
     plan = []
-    for source, size, read in found:
-        name = names.of(source)
+    for source in weights.names():
+        name, size = names.of(source), weights.shape(source)
         if name is None:
             continue
-        merged = _merged(read, source, addition)
-        plan.append(
-            _Planned(
-                name, kind_of(name, size, kind, model), size, _ordered(names, name, merged),
-                _columns(columns, name, size),
-            )
-        )  # fmt: skip
+        read = partial(_read, weights, source, addition, names, name)
+        kind_here = kind_of(name, size, kind, model)
+        plan.append(_Planned(name, kind_here, size, read, _columns(columns, name, size)))
     return plan
 
 
-def _merged(
-    read: Callable[[], Tensor], source: str, addition: Addition | None
-) -> Callable[[], Tensor]:
-    return (lambda: addition.to(source, read())) if addition else read
-
-
-def _ordered(names: Names, name: str, read: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: names.reorder(name, read())
+def _read(
+    weights: Weights, source: str, addition: Addition | None, names: Names, name: str
+) -> Tensor:
+    """A tensor as it is written: with what the adapter adds, its rows in llama.cpp's order."""
+    tensor = weights.read(source)
+    return names.reorder(name, addition.to(source, tensor) if addition else tensor)
 
 
 def _columns(
@@ -149,38 +152,6 @@ def _columns(
             fix="It was computed with another model.",
         )
     return found
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], Tensor]]]:
-    """(name, shape, reader) of every tensor of a folder, in the order of the files.
-
-    Raises: UserError where the folder has no safetensors.
-    """
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(
-            "no *.safetensors in this folder",
-            where=str(folder),
-            fix="Load and save the model with transformers once; it writes safetensors.",
-        )
-    for path in files:
-        with safe_open(str(path), framework="pt") as f:
-            for name in f.keys():  # noqa: SIM118, not a dictionary
-                yield name, tuple(f.get_slice(name).get_shape()), _reader(path, name)
-
-
-def _reader(path: Path, name: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        from safetensors import safe_open
-
-        # Opened anew: what was read of a mapped file would else stay in memory.
-        with safe_open(str(path), framework="pt") as f:
-            tensor: Tensor = f.get_tensor(name)
-            return tensor
-
-    return read
 
 
 # -- an adapter ----
@@ -220,7 +191,7 @@ def write_adapter(
         writer.add_quantization_version(2)
         if template:
             writer.add_chat_template(template)
-        _write(writer, _plan_adapter(adapter, Names(shape), kind), lambda done, of: None)
+        _write(writer, _plan_adapter(adapter, Names(shape), kind), _silent)
 
 
 def _plan_adapter(adapter: AdapterFiles, names: Names, kind: str) -> list[_Planned]:
@@ -259,7 +230,7 @@ def _write(writer: Any, plan: list[_Planned], progress: Progress) -> None:
     for p in plan:
         stored = ggml.stored_shape(p.shape, p.kind)
         writer.add_tensor_info(
-            p.name, stored, np.dtype(np.uint8), int(np.prod(stored)),
+            p.name, stored, np.dtype(np.uint8), math.prod(stored),
             GGMLQuantizationType[p.kind.upper()],
         )  # fmt: skip
     writer.write_header_to_file()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from vicuna.data.chat_template import ChatTemplate
 from vicuna.data.template import LiteralTemplate, Renderer, builtin
 from vicuna.data.template_base import FIELD, Shape, Template
 
@@ -17,10 +18,12 @@ _CASES: tuple[_Case, ...] = ((True, False), (False, False), (True, True), (False
 
 
 def jinja(renderer: Renderer) -> str:
-    """A template in Jinja, as `tokenizer.chat_template` has it; "" where it is the tokenizer's own,
-    which is Jinja already."""
+    """A template in Jinja, as `tokenizer.chat_template` has it."""
     template = renderer.template
-    return _to_jinja(template, _end(renderer)) if isinstance(template, LiteralTemplate) else ""
+    if isinstance(template, ChatTemplate):
+        return template.source
+    assert isinstance(template, LiteralTemplate)
+    return _to_jinja(template, _end(renderer))
 
 
 def go(renderer: Renderer) -> str | None:

@@ -36,7 +36,27 @@ def generate(words: Sequence[str]) -> int:
 def chat(words: Sequence[str]) -> int:
     """Talk in the terminal until the user leaves."""
     settings, _ = config.parse(config.AnswerSettings, words)
+    return _converse(settings, [])
+
+
+def run_file(words: Sequence[str]) -> int:
+    """Talk with a GGUF file: `chat`, computed by llama.cpp from the file as it is."""
+    named: list[str] = []
+    settings, _ = config.parse(config.RunSettings, words, free=named)
     mistakes = []
+    if len(named) + bool(settings.model) != 1:
+        mistakes.append("which file? vicuna run FILE.gguf")
+    elif named:
+        settings.model = named[0]
+    if settings.model and not settings.model.lower().endswith(".gguf"):
+        mistakes.append(
+            f"{settings.model} is no .gguf file; vicuna export gguf makes one, vicuna chat talks "
+            "with any model"
+        )
+    return _converse(settings, mistakes)
+
+
+def _converse(settings: config.AnswerSettings, mistakes: list[str]) -> int:
     if settings.num_return_sequences > 1:
         mistakes.append("num_return_sequences: a conversation goes on with one answer")
     if settings.logprobs:

@@ -62,15 +62,18 @@ def open_model(settings: AnswerSettings) -> Loaded:
     Raises: UserError where base and adapter do not belong together, or something is missing.
     """
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
-    opened = open_engine(settings, settings.model or _base_of(files), files)
+    opened = open_engine(settings, settings.model or base_of(files), files)
     vocabulary = load_vocabulary(opened.vocabulary)
-    template = _template(settings, files, vocabulary)
+    template = template_of(settings.template, files, vocabulary)
     renderer = Renderer(template, Encoder(vocabulary))
     return Loaded(opened.engine, renderer, opened.model, opened.notes, opened.about, opened.adapter)
 
 
-def _base_of(files: adapters.AdapterFiles | None) -> str:
-    """The base an adapter names, else the embedded one."""
+def base_of(files: adapters.AdapterFiles | None) -> str:
+    """The base an adapter names, else the embedded one.
+
+    Raises: UserError where the adapter names none.
+    """
     if files is None:
         return EMBEDDED
     name = files.meta.get("base", {}).get("name") or files.base_name
@@ -83,17 +86,20 @@ def _base_of(files: adapters.AdapterFiles | None) -> str:
     return str(name)
 
 
-def _template(
-    settings: AnswerSettings, files: adapters.AdapterFiles | None, vocabulary: Vocabulary
+def template_of(
+    asked: str, files: adapters.AdapterFiles | None, vocabulary: Vocabulary
 ) -> Template:
-    """The adapter's own template; another one only where it renders alike."""
+    """The adapter's own template; the one asked for, where there is one, only if it renders alike.
+
+    Raises: UserError where it does not.
+    """
     saved = files.meta.get("template") if files else None
     if not saved:
-        return find(settings.template or "auto", vocabulary)
+        return find(asked or "auto", vocabulary)
     own = from_dict(saved)
-    if settings.template and find(settings.template, vocabulary).digest != own.digest:
+    if asked and find(asked, vocabulary).digest != own.digest:
         raise UserError(
-            f"the adapter was trained with template {own.name}, not {settings.template}",
+            f"the adapter was trained with template {own.name}, not {asked}",
             where="template",
             fix="Leave out --template: the adapter brings its own.",
         )

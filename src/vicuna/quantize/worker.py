@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import traceback
 from typing import Any
 
@@ -56,11 +55,8 @@ def _quantize(job: dict[str, Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = GPTQModel.load(job["model"], _config(job), device=device)
     _say(layers=model.model.config.get_text_config().num_hidden_layers)
-    watch = _Watch(model, job["method"])
-    try:
-        model.quantize(examples, batch_size=1, calibration_data_min_length=1, **_kernel(job, device))
-    finally:
-        watch.stop()
+    model.layer_callback = _Watch()
+    model.quantize(examples, batch_size=1, calibration_data_min_length=1, **_kernel(job, device))
     model.save(job["output"])
 
 
@@ -88,28 +84,15 @@ def _config(job: dict[str, Any]) -> Any:
 
 
 class _Watch:
-    """Tells how many layers are done: those whose linear layers were replaced or logged."""
+    """What the library tells when a layer is done; it may do so twice a layer."""
 
-    def __init__(self, model: Any, method: str) -> None:
-        self._model, self._method, self._over = model, method, threading.Event()
-        self._told = -1
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self) -> None:
+        self._done: set[int] = set()
 
-    def _run(self) -> None:
-        while not self._over.wait(1.0):
-            self._tell()
-
-    def _tell(self) -> None:
-        log = getattr(self._model, "quant_log", None) or []
-        done = len({entry.get("layer") for entry in list(log)})
-        if done != self._told:
-            self._told = done
-            _say(done=done)
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
+    def layer_complete(self, layer_idx: int, submodule_finalized: bool) -> None:  # noqa: ARG002
+        if layer_idx not in self._done:
+            self._done.add(layer_idx)
+            _say(done=len(self._done))
 
 
 def _scores(job: dict[str, Any], out: Any) -> None:
@@ -119,9 +102,8 @@ def _scores(job: dict[str, Any], out: Any) -> None:
     from gptqmodel import BACKEND, GPTQModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = BACKEND.AUTO if device == "cuda" else BACKEND.TORCH
-    if job.get("method") == "awq" and device == "cpu":
-        backend = getattr(BACKEND, "TORCH_AWQ", BACKEND.AUTO)
+    plain = BACKEND.AWQ_TORCH if job["method"] == "awq" else BACKEND.GPTQ_TORCH
+    backend = BACKEND.AUTO if device == "cuda" else plain
     model = GPTQModel.load(job["model"], device=device, backend=backend).model.eval()
     for ids in job["texts"]:
         with torch.inference_mode():

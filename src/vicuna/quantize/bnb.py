@@ -1,0 +1,48 @@
+"""8 bits and nf4 as bitsandbytes loads them, through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vicuna.errors import UserError
+
+if TYPE_CHECKING:
+    from vicuna.export.source import Source
+    from vicuna.verify.scorers import Scorer
+
+
+def write(bits: int, source: Source, aside: Path) -> Callable[[], Scorer]:
+    """Write a base, with its adapter merged, in 8 bits or nf4; what gives the result's scores.
+
+    Raises: UserError where bitsandbytes is missing or memory runs out.
+    """
+    from vicuna.model import load
+    from vicuna.quantize.merged import merged_folder
+
+    precision = load.Chosen("int8" if bits == 8 else "nf4", "asked for")
+    device = load.pick_device()
+    with merged_folder(source) as folder:
+        model = load.load_base(folder, precision, device)
+        try:
+            model.save_pretrained(str(aside))
+        except (RuntimeError, ValueError) as e:
+            raise UserError(
+                f"transformers cannot save this model: {str(e).splitlines()[0]}",
+                where=str(source.folder),
+            ) from e
+    return lambda: _loaded(aside, device)
+
+
+def _loaded(folder: Path, device: object) -> Scorer:
+    """What was written, read again: what is compared must be what others will load."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vicuna.verify.scorers import ModelScorer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), device_map={"": device}, dtype=torch.float32
+    )
+    return ModelScorer(model)

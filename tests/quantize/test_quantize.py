@@ -1,0 +1,163 @@
+"""`vicuna quantize`: what is handed to the library and what is made of its result. The library is a
+stand-in here; `test_worker.py` has what runs with it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gguf_kit import tiny_base
+from kit import with_adapter
+from vicuna.data.template import builtin
+from vicuna.errors import SettingsError, UserError
+from vicuna.model.adapter import save
+from vicuna.quantize import environment, process
+from vicuna.quantize.command import run
+
+FAKE = Path(__file__).parent / "fake_gptqmodel.py"
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantize")
+    model = tiny_base(folder / "base", "llama", hidden_size=64, intermediate_size=128)
+    (folder / "adapter").mkdir()
+    spec = {k: v for k, v in builtin()["alpaca"].items() if k != "about"}
+    meta = {"template": {"kind": "literal", "name": "alpaca", **spec}}
+    save(with_adapter(model), folder / "adapter", meta)
+    return folder
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in in place of the worker and of the environment it needs."""
+    monkeypatch.setattr(process.worker, "__file__", str(FAKE))
+    monkeypatch.setattr(environment, "_named", lambda _: Path(sys.executable))
+
+
+def words(shelf: Path, target: Path, *more: str) -> list[str]:
+    given = {
+        "--model": shelf / "base", "--output_dir": target, "--environment": "there",
+        "--verify_tokens": 48, "--num_samples": 3,
+    }  # fmt: skip
+    return [*(str(w) for pair in given.items() for w in pair), *more]
+
+
+def test_the_result_stands_alone(shelf: Path, tmp_path: Path, library: None) -> None:
+    target = tmp_path / "out"
+    more = ("--adapter", str(shelf / "adapter"), "--act_order", "--damp", "0.1")
+    assert run("gptq", words(shelf, target, *more)) == 0
+    job = json.loads((target / "job.json").read_text())
+    assert (job["bits"], job["group_size"], job["act_order"], job["damp"]) == (4, 64, True, 0.1)
+    assert len(job["texts"]) == 3
+    report = json.loads((target / "report.json").read_text())
+    assert report["passed"]
+    assert report["verified"]
+    assert (report["kind"], report["method"], report["bits"]) == ("4bit", "gptq", 4)
+    assert any("groups of 64" in note for note in report["notes"])
+    assert not (target / "quant_log.csv").exists()
+    assert "### Response" in (target / "chat_template.jinja").read_text()
+    assert json.loads((target / "vicuna.json").read_text())["template"]["name"] == "alpaca"
+    assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [1]
+    assert "quantization_config" in json.loads((target / "config.json").read_text())
+    assert (target / "tokenizer.json").is_file()
+
+
+def test_calibration_is_what_the_model_was_trained_on(
+    shelf: Path, tmp_path: Path, library: None
+) -> None:
+    from vicuna.data.encode import Encoder
+    from vicuna.model.vocabulary import load_vocabulary
+
+    data = tmp_path / "mine.jsonl"
+    data.write_text(json.dumps({"instruction": "你好吗", "output": "我很好。"}, ensure_ascii=False))
+    target = tmp_path / "out"
+    more = ("--adapter", str(shelf / "adapter"), "--calibration", str(data), "--no-verify")
+    run("awq", words(shelf, target, *more))
+    (ids,) = json.loads((target / "job.json").read_text())["texts"]
+    encoder = Encoder(load_vocabulary(shelf / "base"))
+    text = encoder._mark_first.decode(ids, skip_special_tokens=False)
+    assert text.startswith("Below is an instruction")
+    assert text.endswith("### Instruction:\n你好吗\n\n### Response:\n我很好。</s>")
+
+
+def test_gibberish_is_removed(shelf: Path, tmp_path: Path, library: None) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(UserError, match="too far from what was read") as e:
+        run("gptq", words(shelf, target, "--bits", "2"))
+    assert "--keep_failed" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="it was kept"):
+        run("gptq", words(shelf, target, "--bits", "2", "--keep_failed"))
+    assert json.loads((target / "report.json").read_text())["passed"] is False
+
+
+def test_the_librarys_failure_comes_back_in_words(
+    shelf: Path, tmp_path: Path, library: None
+) -> None:
+    with pytest.raises(UserError, match="gptqmodel failed: ValueError: no kernel for this") as e:
+        run("gptq", words(shelf, tmp_path / "out", "--group_size", "16"))
+    assert "a line of the library's own" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_told(shelf: Path, tmp_path: Path, library: None) -> None:
+    told: list[tuple[int, int]] = []
+    job: dict[str, Any] = {
+        "model": str(shelf / "base"), "output": str(tmp_path), "method": "gptq", "bits": 8,
+        "group_size": 64, "texts": [],
+    }  # fmt: skip
+    process.quantize(Path(sys.executable), job, lambda done, of: told.append((done, of)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_all_mistakes_are_told_at_once(shelf: Path) -> None:
+    with pytest.raises(SettingsError) as e:
+        run("bnb", ["--bits", "3", "--group_size", "32", "--calibration", "x.jsonl"])
+    said = str(e.value)
+    for part in (
+        "output_dir is missing", "bits is 3, but bnb makes 4, 8", "group_size has no effect",
+        "calibration has no effect",
+    ):  # fmt: skip
+        assert part in said
+    with pytest.raises(SettingsError, match="bits is 8, but awq makes 4"):
+        run("awq", ["--bits", "8", "--output_dir", "x"])
+
+
+def test_a_group_that_does_not_divide_the_rows_is_refused(shelf: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"group_size 48 does not divide .*; 64, 32 or -1 do"):
+        run("gptq", words(shelf, tmp_path / "out", "--group_size", "48"))
+
+
+def test_weights_that_are_quantised_are_not_quantised_again(shelf: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(shelf / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised already"):
+        run("bnb", ["--model", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_an_environment_without_the_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no Python environment here"):
+        environment.python_of(str(tmp_path))
+    with pytest.raises(UserError, match="gptqmodel is not installed"):
+        environment.python_of(sys.executable)
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_bitsandbytes(shelf: Path, tmp_path: Path, bits: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    target = tmp_path / "out"
+    more = ["--adapter", str(shelf / "adapter"), "--bits", bits, "--verify_tokens", "48"]
+    more += ["--max_kl", "2", "--max_perplexity_ratio", "5"]  # tiny random weights lose much
+    assert run("bnb", ["--model", str(shelf / "base"), "--output_dir", str(target), *more]) == 0
+    config = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert config["load_in_8bit" if bits == "8" else "load_in_4bit"]
+    assert json.loads((target / "report.json").read_text())["passed"]
