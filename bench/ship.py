@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
 }  # fmt: skip
-CONTEXT = 2048
+CONTEXTS = (512, 2048)
 SHARD = 1 << 30
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=machine.physical_threads())
     parser.add_argument("--data", default="", help="held-out data; else the packaged samples")
     parser.add_argument("--types", nargs="*", default=list(TYPES))
+    parser.add_argument("--no-speed", action="store_true", help="on a machine that is not quiet")
     parser.add_argument("words", nargs="*")
     args = parser.parse_args()
     if args.part == "child":
@@ -91,7 +92,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         row["of_largest_file"] = (row["peak"] - rows["nothing"]["peak"]) / largest
         row["of_copying"] = seconds_copy / row["seconds"] if row["seconds"] else None
     return {
-        "shape": args.shape, "bytes": whole, "largest_file": largest,
+        "quiet": not args.no_speed, "shape": args.shape, "bytes": whole, "largest_file": largest,
         "copy_seconds": seconds_copy, "tasks": rows,
     }  # fmt: skip
 
@@ -243,12 +244,11 @@ def types(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="vicuna-ship-") as name:
         for kind in args.types:
             path = Path(name) / f"{kind}.gguf"
-            began = time.perf_counter()
             write_base(folder, path, kind)
             row: dict[str, Any] = {"bytes": path.stat().st_size}
-            row["seconds"] = time.perf_counter() - began
             row["perplexity"] = {k: perplexity(path, ids, args.threads) for k, ids in texts.items()}
-            row |= speed(path, args.threads)
+            if not args.no_speed:
+                row |= speed(path, args.threads)
             rows[kind] = row
             print(kind, row, file=sys.stderr)
             path.unlink()
@@ -298,16 +298,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Bytes that a 7B model needs to answer: weights by the mix, keys and values, buffers."""
     shape = SHAPES["7b"]
     rows = {}
+    # llama.cpp's compute buffer: 512 tokens through the widest layer, and their scores.
+    buffers = 512 * 4 * (shape["vocab_size"] + 4 * shape["intermediate_size"])
+    width = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
     for kind in args.types:
         weights = planned_bytes(kind, shape)
-        cache = 2 * shape["num_hidden_layers"] * shape["hidden_size"] * CONTEXT * 2
-        # llama.cpp's compute buffer: rows of 512 tokens through the widest layer, and the scores.
-        buffers = 512 * 4 * (shape["vocab_size"] + 4 * shape["intermediate_size"])
-        rows[kind] = {
-            "weights": weights, "cache": cache, "buffers": buffers,
-            "total": weights + cache + buffers,
-        }  # fmt: skip
-    return {"shape": "7b", "context": CONTEXT, "types": rows}
+        row = {"weights": weights, "buffers": buffers}
+        for tokens in CONTEXTS:
+            cache = 2 * shape["num_hidden_layers"] * width * tokens * 2  # keys and values, f16
+            row[f"total_{tokens}"] = weights + buffers + cache
+        rows[kind] = row
+    return {"shape": "7b", "contexts": CONTEXTS, "types": rows}
 
 
 def planned_bytes(kind: str, shape: dict[str, int]) -> int:
@@ -359,8 +360,9 @@ def types_table(found: dict[str, Any]) -> str:
     full = rows["f16"]
     kinds = list(full["perplexity"])
     names = {"zh": "Chinese", "en": "English", "data": "data"}
-    head = ["type", "MiB", *(f"perplexity, {names[k]}" for k in kinds), "prompt tokens/s",
-            "tokens/s", "written in s"]  # fmt: skip
+    timed = [k for k in ("prompt_tokens_per_second", "tokens_per_second") if k in full]
+    head = ["type", "MiB", *(f"perplexity, {names[k]}" for k in kinds)]
+    head += [k.replace("_per_second", "/s").replace("_", " ") for k in timed]
     lines = []
     for kind, row in rows.items():
         cells = [kind.upper(), f"{row['bytes'] / 2**20:.0f}"]
@@ -368,39 +370,37 @@ def types_table(found: dict[str, Any]) -> str:
             change = row["perplexity"][k] / full["perplexity"][k] - 1
             more = "" if kind == "f16" else f" ({change:+.1%})"
             cells.append(f"{row['perplexity'][k]:.2f}{more}")
-        cells += [f"{row['prompt_tokens_per_second']:.0f}", f"{row['tokens_per_second']:.0f}"]
-        lines.append([*cells, f"{row['seconds']:.1f}"])
+        lines.append([*cells, *(f"{row[k]:.0f}" for k in timed)])
     return f"{report.machine_words(found['machine'])}\n\n{report.table(head, lines)}"
 
 
 def plan_table(found: dict[str, Any]) -> str:
-    gib = 2**30
+    keys = ["weights", "buffers", *(f"total_{n}" for n in found["contexts"])]
     lines = [
-        [kind.upper(), *(f"{row[k] / gib:.2f}" for k in ("weights", "cache", "buffers", "total"))]
+        [kind.upper(), *(f"{row[k] / 1e9:.2f}" for k in keys)]
         for kind, row in found["types"].items()
     ]
-    head = ["type", "weights, GiB", f"keys and values of {found['context']:,} tokens", "buffers",
-            "in all"]  # fmt: skip
-    return report.table(head, lines)
+    totals = (f"in all, {n:,} tokens of context" for n in found["contexts"])
+    return report.table(["type", "weights, GB", "buffers", *totals], lines)
 
 
 def memory_table(found: dict[str, Any]) -> str:
-    base = found["tasks"]["nothing"]["peak"]
+    base, quiet = found["tasks"]["nothing"]["peak"], found["quiet"]
     lines = []
     for task, row in found["tasks"].items():
         if task == "nothing":
             continue
-        lines.append([
-            "merge" if task == "merge" else f"export {task.upper()}, adapter merged on the way",
-            f"{(row['peak'] - base) / 2**20:.0f}", f"{row['of_largest_file']:.2f}",
-            f"{row['seconds']:.1f}", f"{row['of_copying']:.2f}",
-        ])  # fmt: skip
-    head = ["", "memory, MiB", "of the largest file", "seconds", "of copying's speed"]
+        name = "merge" if task == "merge" else f"export {task.upper()}, adapter merged on the way"
+        cells = [name, f"{(row['peak'] - base) / 2**20:.0f}", f"{row['of_largest_file']:.2f}"]
+        speed = [f"{row['seconds']:.1f}", f"{row['of_copying']:.2f}"] if quiet else []
+        lines.append([*cells, *speed])
+    head = ["", "memory, MiB", "of the largest file"]
+    head += ["seconds", "of copying's speed"] if quiet else []
     about = (
         f"Shape {found['shape'].upper()}: {found['bytes'] / 2**30:.2f} GiB in files of at most "
-        f"{found['largest_file'] / 2**20:.0f} MiB; copying takes {found['copy_seconds']:.1f} s. "
-        f"Memory is the process's peak above what the imported libraries take "
-        f"({base / 2**20:.0f} MiB). {report.machine_words(found['machine'])}"
+        f"{found['largest_file'] / 2**20:.0f} MiB. Memory is the process's peak above what the "
+        f"imported libraries take ({base / 2**20:.0f} MiB). "
+        f"{report.machine_words(found['machine'])}"
     )
     return f"{about}\n\n{report.table(head, lines)}"
 

@@ -8,6 +8,7 @@ write_adapter(read_adapter("runs/law"), config, Path("law-lora.gguf"))
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from vicuna.cache import whole_file
+from vicuna.convert.output import check_space
 from vicuna.errors import UserError
 from vicuna.export import ggml
 from vicuna.export.gguf_names import Names, Shape, add_settings, rope_factors
@@ -80,7 +82,7 @@ def write_base(
         importance: how much each column of each matrix counts, for quantised types.
 
     Raises: UserError where the architecture, the tokenizer or the type is not supported, the
-        adapter does not fit, or the disk is full.
+        adapter does not fit, or the disk has no room.
     """
     from vicuna.model.vocabulary import load_vocabulary
 
@@ -93,6 +95,7 @@ def write_base(
     factors = rope_factors(config, shape)
     if factors is not None:
         plan.insert(0, _Planned("rope_freqs.weight", "f32", tuple(factors.shape), lambda: factors))
+    check_space(target, sum(math.prod(ggml.stored_shape(p.shape, p.kind)) for p in plan))
     with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("model")
         writer.add_name(name or folder.name)
@@ -227,7 +230,7 @@ def _write(writer: Any, plan: list[_Planned], progress: Progress) -> None:
     for p in plan:
         stored = ggml.stored_shape(p.shape, p.kind)
         writer.add_tensor_info(
-            p.name, stored, np.dtype(np.uint8), int(np.prod(stored)),
+            p.name, stored, np.dtype(np.uint8), math.prod(stored),
             GGMLQuantizationType[p.kind.upper()],
         )  # fmt: skip
     writer.write_header_to_file()
