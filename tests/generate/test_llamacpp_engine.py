@@ -283,7 +283,7 @@ def test_llamacpp_keeps_the_terminal_quiet(
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00 and nothing more")
-    with pytest.raises(UserError, match=r"broken\.gguf: llama\.cpp cannot load"):
+    with pytest.raises(UserError, match=r"broken\.gguf: the metadata is damaged"):
         LlamaCppEngine(path)
 
 

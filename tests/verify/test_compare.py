@@ -93,6 +93,18 @@ def test_layer_by_layer_equals_the_whole_model(tmp_path: Path, family: str) -> N
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_many_texts_are_computed_in_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_base(tmp_path, "llama")
+    whole = list(FolderScorer(tmp_path).scores(TEXTS))
+    monkeypatch.setattr("vicuna.verify.scorers._POSITIONS", 10)
+    parts = list(FolderScorer(tmp_path).scores(TEXTS))
+    assert [len(p) for p in parts] == [len(ids) for ids in TEXTS]
+    for a, b in zip(whole, parts):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_counts_as_in_peft(tmp_path: Path, rslora: bool) -> None:
     model = tiny_base(tmp_path / "base", "llama")

@@ -76,7 +76,8 @@ def _combined(
     a, b = layers[0][:2]
     stand_in = nn.Sequential()
     stand_in.add_module(_LAYER, nn.Linear(a.shape[1], b.shape[0], bias=False, device="meta"))
-    stand_in.layer.weight = nn.Parameter(torch.empty(b.shape[0], a.shape[1]))  # never filled
+    layer: Any = stand_in.get_submodule(_LAYER)
+    layer.weight = nn.Parameter(torch.empty(b.shape[0], a.shape[1]))  # never filled
     model: Any = None
     names = []
     for number, (one, _, scale, _) in enumerate(layers):
@@ -98,7 +99,7 @@ def _combined(
         # prunes, as it does in a whole model.
         model.peft_config[_ABSENT] = model.peft_config[names[0]]
         names, weights = [*names, _ABSENT], [*weights, 1.0]
-    layer: Any = stand_in.layer
+    layer = stand_in.get_submodule(_LAYER)
     for name, (one, two, _, _) in zip(names, layers):
         layer.lora_A[name].weight.data = one.float()
         layer.lora_B[name].weight.data = two.float()

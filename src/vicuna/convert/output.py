@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import SettingsError, UserError
+from vicuna.model.adapter_files import read_json
+
+__all__ = [
+    "check_space",
+    "copy_side_files",
+    "read_json",
+    "result_folder",
+    "write_json",
+]
 
 # Files beside the weights that belong to a model, by their endings.
 _SIDE = {".json", ".model", ".jinja", ".txt", ".tiktoken", ".md"}
@@ -71,20 +80,6 @@ def copy_side_files(source: Path, target: Path) -> None:
         plain = path.suffix in _SIDE or path.name.upper().startswith(("LICENSE", "NOTICE"))
         if path.is_file() and plain and not named:
             shutil.copyfile(path, target / path.name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON table.
-
-    Raises: UserError where it is none.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path.name} is missing or broken: {e}", where=str(path)) from e
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path.name} is broken: expected a table", where=str(path))
-    return loaded
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

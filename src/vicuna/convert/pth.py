@@ -50,7 +50,7 @@ class _Reference:
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = torch.empty(self._shape, device="meta").stride()
-        given = (self._storage, 0, self._shape, strides, False, OrderedDict())
+        given: tuple[Any, ...] = (self._storage, 0, self._shape, strides, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, given
 
 
@@ -98,7 +98,7 @@ class PthWriter:
         if (name, tensor.dtype, tuple(tensor.shape)) != self._tensors[self._next]:
             raise ValueError(f"expected {self._tensors[self._next]}, not {name}")
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        self._record(f"data/{self._next}", memoryview(flat.numpy()))
+        self._record(f"data/{self._next}", flat.numpy().data)
         self._next += 1
 
     def _pickle(self) -> bytes:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def _header(plan: Sequence[Planned]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_bytes(f: object, planned: Planned) -> None:
+def write_bytes(f: BinaryIO, planned: Planned) -> None:
     """Write a tensor's bytes into an open file."""
     tensor = planned.read()
     if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
@@ -135,4 +136,4 @@ def write_bytes(f: object, planned: Planned) -> None:
         )
     if tensor.numel():
         flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        f.write(memoryview(flat.numpy()))  # type: ignore[attr-defined]
+        f.write(flat.numpy().data)

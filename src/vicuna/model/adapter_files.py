@@ -172,7 +172,7 @@ def read_adapter(adapter: str, checked: bool = True) -> AdapterFiles:
         target=tuple(modules),
         rslora=bool(config.get("use_rslora", False)),
     )
-    meta = _json(folder / META) if (folder / META).is_file() else {}
+    meta = read_json(folder / META) if (folder / META).is_file() else {}
     name = str(config.get("base_model_name_or_path") or "")
     files = AdapterFiles(folder, lora, tensors, meta, notes, name, file, origin)
     files.pairs()
@@ -260,21 +260,25 @@ def _shape_of(tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], int]
 def _read_config(folder: Path, rank: int, notes: list[str]) -> tuple[dict[str, Any], str]:
     """(PEFT's config, where it lies). A checkpoint without one takes its run's of this rank."""
     if (folder / CONFIG).is_file():
-        return _json(folder / CONFIG), CONFIG
+        return read_json(folder / CONFIG), CONFIG
     above = folder.resolve().parent / CONFIG
     if folder.name.startswith("checkpoint-") and above.is_file():
-        config = _json(above)
+        config = read_json(above)
         if config.get("r") == rank:
             notes.append(f"no {CONFIG} here; the run's, one folder up, was read")
             return config, str(above)
     return {}, ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table.
+
+    Raises: UserError where it is none.
+    """
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path.name} is broken: {e}", where=str(path)) from e
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path.name} is missing or broken: {e}", where=str(path)) from e
     if not isinstance(loaded, dict):
         raise UserError(f"{path.name} is broken: expected a table", where=str(path))
     return loaded

@@ -137,10 +137,12 @@ def open_weights(folder: Path) -> Weights:
 
 def check_weights(folder: Path) -> None:
     """Check the weights of a base before another library opens them: headers that do not fit their
-    files, pickles that would run code.
+    files, pickles that would run code. Where there are none, that library says what it looked for.
 
     Raises: UserError naming the file and the fault.
     """
+    if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
+        return
     files, safe = weight_files(folder)
     if not safe:
         for path in files:

@@ -32,6 +32,7 @@ _STREAMED = {
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3",
 }  # fmt: skip
 _HEAD_ROWS = 8192  # rows of the output matrix multiplied at a time
+_POSITIONS = 8192  # padding included, computed at a time
 
 
 class Scorer(Protocol):
@@ -103,7 +104,8 @@ class ModelScorer:
         for ids in texts:
             with torch.inference_mode():
                 given = torch.tensor([list(ids)], device=device)
-                yield self._model(input_ids=given, use_cache=False).logits[0].float().cpu().numpy()
+                logits = self._model(input_ids=given, use_cache=False).logits[0]
+            yield logits.float().cpu().numpy()
 
 
 class GgufScorer:
@@ -189,10 +191,13 @@ class _Streamed:
         self._hook()
 
     def scores(self, texts: Texts) -> Iterator[np.ndarray]:
-        with torch.inference_mode():
-            hidden = self._hidden(texts)
-            for row, ids in zip(hidden, texts):
-                yield self._logits(row[: len(ids)]).cpu().numpy()
+        for batch in _batches(texts):
+            with torch.inference_mode():
+                hidden = self._hidden(batch)
+            for row, ids in zip(hidden, batch):
+                with torch.inference_mode():
+                    scores = self._logits(row[: len(ids)]).cpu().numpy()
+                yield scores
 
     def _hidden(self, texts: Texts) -> Tensor:
         """The last layer's rows (B, T, H). What stands behind a text is never seen by it."""
@@ -270,6 +275,19 @@ class _Streamed:
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
         return fill
+
+
+def _batches(texts: Texts) -> Iterator[list[Sequence[int]]]:
+    """The texts in order, so many at a time as are computed together: each batch reads the weights
+    once."""
+    batch: list[Sequence[int]] = []
+    for ids in texts:
+        if batch and (len(batch) + 1) * max(len(ids), *map(len, batch)) > _POSITIONS:
+            yield batch
+            batch = []
+        batch.append(ids)
+    if batch:
+        yield batch
 
 
 def _emptied(module: nn.Module, _: Any, out: Any) -> Any:
