@@ -341,7 +341,8 @@ def write_docs() -> None:
     """Tables between their markers, and the plot."""
     page = DOCS / "quantization.md"
     if (found := _read("ship-types")) is not None:
-        report.write("types", types_table(found), page)
+        picture = "![Perplexity against size](images/quantization.png)"
+        report.write("types", f"{types_table(found)}\n\n{picture}", page)
         plot(found, DOCS / "images" / "quantization.png")
     if (found := _read("ship-plan")) is not None:
         report.write("plan", plan_table(found), page)

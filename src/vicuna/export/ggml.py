@@ -82,9 +82,14 @@ def _blocks(rows: Tensor) -> Iterator[slice]:
 def _convert(rows: Tensor, out: Tensor, kind: str, name: str) -> None:
     for block in _blocks(rows):
         out[block] = rows[block]
-        # A sum is finite only where all values are; unlike a test of each it needs no memory.
-        if not math.isfinite(float(out[block].sum(dtype=torch.float64))):
+        if not _is_finite(out[block]):
             _refuse(rows[block], kind, name)
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all are finite numbers, by the two extremes: NaN is both where it occurs. Testing
+    each value takes longer than converting it."""
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
 def _refuse(values: Tensor, kind: str, name: str) -> None:
@@ -105,7 +110,7 @@ def _quantize(
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for block in _blocks(rows):
             values = rows[block].float()
-            if not math.isfinite(float(values.sum(dtype=torch.float64))):
+            if not _is_finite(values):
                 _refuse(rows[block], kind, name)
             waiting.append(pool.submit(quantizer, values.contiguous().numpy(), out[block]))
             if len(waiting) > 2 * torch.get_num_threads():  # bounds the memory
