@@ -15,7 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train")]
+from app_kit import write_run
 from run_kit import save_tiny_model, write_data
 
 from vicuna.app import run_process
@@ -128,18 +129,6 @@ def test_a_page_that_only_looks_does_nothing(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="only looks"):
             act("old")
     assert (tmp_path / "runs" / "old").is_dir()
-
-
-def write_run(path: Path, *events: dict[str, Any], output: str | None = None) -> None:
-    """A run's folder as a process that is gone has left it."""
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text("model: tiny\n")
-    first = {"event": "start", "step": 0, "total_steps": 9, "time": 1.0}
-    (path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (first, *events)))
-    if output is not None:
-        (path / "output.txt").write_text(output)
-        gone = run_process.Process(2**22 + 1, 0.5, 0)
-        (path / ".process.json").write_text(json.dumps(gone.__dict__))
 
 
 WARNED = {"event": "warning", "step": 3, "time": 9.0}
