@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "train")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from app_kit import write_run
 from run_kit import save_tiny_model, write_data
 
