@@ -32,6 +32,11 @@ def note(kind: str, text: str, fix: str = "") -> str:
     return f'<div class="v-note {kind}" role="status">{"".join(parts)}</div>'
 
 
+def toast(error: Exception) -> str:
+    """What went wrong, for a notice of gradio's: it takes HTML, and must get none of others."""
+    return escape(str(error)).replace("\n", "<br>")
+
+
 def report(found: DataReport, say: Say) -> str:
     """Counts, formats, and what happened for which reason how often."""
     total = {k: sum(getattr(f, k) for f in found.files) for k in _COUNTS}
