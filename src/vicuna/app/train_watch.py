@@ -140,8 +140,8 @@ class Watch:
         run = by_name.get(name or "") or next((r for r in runs if r.working), None)
         run = run or next(iter(runs), None)
         others = [by_name[n] for n in compared or [] if n in by_name and n != (run and run.name)]
-        listed = [[run and run.name, run and run.state, *((r.name, r.state) for r in runs)]]
-        listed += [[o.name for o in others], language_of(request)]
+        listed: list[Any] = [run and run.name, [o.name for o in others], language_of(request)]
+        listed += [(r.name, r.state) for r in runs]
         now = [listed, _fingerprint(run), [r.log.step for r in runs]]
         if now == seen:
             return {self.seen: gr.skip()}
