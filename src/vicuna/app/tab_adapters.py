@@ -92,10 +92,10 @@ class AdaptersTab:
         writable = not self.app.settings.read_only
         found = self.app.shelf.cards()
         who = self.app.shelf.in_words(session.mix) or words("adapters.mix_base")
-        mix = f'<div class="v-mix"><h4>{words("adapters.mix")}</h4><p>{chat_html.escape(who)}</p></div>'
+        mix = f"<h4>{words('adapters.mix')}</h4><p>{chat_html.escape(who)}</p>"
         return {
             self.cards: adapters_html.cards(found, session.mix, writable, words),
-            self.mix: mix, self.note: note, self.sure: gr.update(visible=False), self.asked: "",
+            self.mix: f'<div class="v-mix">{mix}</div>', self.note: note, self.sure: gr.update(visible=False), self.asked: "",
         }  # fmt: skip
 
     def act(self, tab: str, request: gr.Request, event: gr.EventData) -> Updates:

@@ -158,7 +158,7 @@ class ChatTab:
         return session, Ask((), settings, mix, template, int(memory)), view
 
     async def answer(
-        self, question: str, *values: Any, request: gr.Request
+        self, request: gr.Request, question: str, *values: Any
     ) -> AsyncIterator[Updates]:
         """Answer a question, showing how the answer grows."""
         if not (question or "").strip():
@@ -204,7 +204,8 @@ class ChatTab:
         lost = question if problem and not last.text.strip() else gr.skip()
         yield {
             self.box: lost, self.live: "", self.note: problem, **self._running(False),
-            self.history: self._history(session, words), self.gauge: self._gauge(session, ask, words),
+            self.history: self._history(session, words),
+            self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
 
     def _who(self, ask: Ask, words: Any) -> str:
@@ -235,7 +236,7 @@ class ChatTab:
         return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
 
     async def act(
-        self, *values: Any, request: gr.Request, event: gr.EventData
+        self, request: gr.Request, event: gr.EventData, *values: Any
     ) -> AsyncIterator[Updates]:
         """What a button beside a turn is for."""
         found, words = told(event), partial(say, request)
@@ -275,7 +276,7 @@ class ChatTab:
         """Stop the answer; what was said stays."""
         self.app.sessions.get(tab).stop()
 
-    def forget(self, *values: Any, request: gr.Request) -> Updates:
+    def forget(self, request: gr.Request, *values: Any) -> Updates:
         """Begin a new conversation."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)
@@ -286,7 +287,7 @@ class ChatTab:
             self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
 
-    def count(self, *values: Any, request: gr.Request) -> str:
+    def count(self, request: gr.Request, *values: Any) -> str:
         """The gauge, where something changed that it depends on."""
         session, ask, _ = self._asked(values)
         return self._gauge(session, ask, partial(say, request))
@@ -297,7 +298,7 @@ class ChatTab:
         session.mix = {a: session.mix.get(a, 1.0) for a in adapters}
         return gr.update(visible=bool(adapters))
 
-    def opened(self, *values: Any, request: gr.Request) -> list[Any]:
+    def opened(self, request: gr.Request, *values: Any) -> list[Any]:
         """A browser comes, or comes again: what it had, and the adapters there are."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)
@@ -314,7 +315,7 @@ class ChatTab:
 
     # Files.
 
-    def keep(self, *values: Any, request: gr.Request) -> None:
+    def keep(self, request: gr.Request, *values: Any) -> None:
         """Save the conversation on the server, in the data folder."""
         words = partial(say, request)
         session, _, _ = self._asked(values)
@@ -342,7 +343,7 @@ class ChatTab:
         session.chat.save(path)
         return str(path)
 
-    def take(self, file: str, *values: Any, request: gr.Request) -> Updates:
+    def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
         """Go on with a conversation from a file: its first line."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)

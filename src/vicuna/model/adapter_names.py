@@ -1,4 +1,4 @@
-"""Names of an adapter's files. Apart from `adapter.py`, so that looking for them needs no PyTorch."""
+"""Names of an adapter's files, apart from `adapter.py`: looking for them needs no PyTorch."""
 
 META = "vicuna.json"
 # Today's, then those of 2023.
