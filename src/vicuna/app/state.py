@@ -51,7 +51,7 @@ class App:
         room = Room(lambda: open_model(answering))
         if self.settings.adapter:
             self.first = self.shelf.add(self.settings.adapter)
-            room.do("", lambda loaded: loaded.load_adapter(self.first, self.first)).wait()
+            room.choose("", {self.first: 1.0}).wait()
         return room
 
     def _base_of_adapter(self) -> str:

@@ -11,7 +11,6 @@ import gradio as gr
 
 from vicuna.app import adapters_html, chat_html
 from vicuna.app.acts import acting, told
-from vicuna.app.room import choose
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -126,7 +125,7 @@ class AdaptersTab:
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
         try:
-            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+            self.app.room.choose(session.name, mix).wait()
         except UserError as e:
             return self._now(tab, request, chat_html.problem(e.what, e.fix))
         who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")
