@@ -146,8 +146,8 @@ class Room:
         return self.queue.join(Job(person, lambda _: self._choose(mix)))
 
     def _choose(self, mix: Mapping[str, float]) -> None:
-        """Answer with these adapters from now on. What is not loaded yet, or was trained anew since,
-        is loaded.
+        """Answer with these adapters from now on. What is not loaded yet is loaded, and what was
+        trained anew.
 
         Raises: UserError where one does not belong to the base.
         """

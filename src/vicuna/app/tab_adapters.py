@@ -94,7 +94,8 @@ class AdaptersTab:
         mix = f"<h4>{words('adapters.mix')}</h4><p>{chat_html.escape(who)}</p>"
         return {
             self.cards: adapters_html.cards(found, session.mix, writable, words),
-            self.mix: f'<div class="v-mix">{mix}</div>', self.note: note, self.sure: gr.update(visible=False), self.asked: "",
+            self.mix: f'<div class="v-mix">{mix}</div>', self.note: note,
+            self.sure: gr.update(visible=False), self.asked: "",
         }  # fmt: skip
 
     def act(self, tab: str, request: gr.Request, event: gr.EventData) -> Updates:
