@@ -35,9 +35,9 @@ class Curve:
 
 def plain(value: float) -> str:
     """A number as short as it can be read."""
-    if not value or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}"
-    return f"{value:.3g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def curves(
@@ -51,7 +51,7 @@ def curves(
 
     Args:
         x_end: how far x goes at least: a run's last update.
-        number: how a value of y is written.
+        number: how a value is written that the mouse points at.
     """
     drawn = [_finite(curve) for curve in found]
     drawn = [curve for curve in drawn if curve.x]
@@ -68,7 +68,7 @@ def curves(
     lines = "".join(_drawn(curve, frame) for curve in drawn)
     grid = "".join(f'<path class="grid" d="M0 {frame.y(t):.1f}H1000"/>' for t in ticks)
     y_words = "".join(
-        f'<span style="top:{frame.y(t) / 10:.2f}%">{escape(number(t))}</span>' for t in ticks
+        f'<span style="top:{frame.y(t) / 10:.2f}%">{escape(plain(t))}</span>' for t in ticks
     )
     across = [t for t in _ticks(x_low, x_high, 5) if x_low <= t <= x_high]
     x_words = "".join(f'<span style="left:{frame.x(t) / 10:.2f}%">{t:,.6g}</span>' for t in across)

@@ -25,8 +25,8 @@ class RunLog:
     """The events of a run. `read` takes in what is new; the rest only looks.
 
     steps: a column for each of COLUMNS, NaN where a step has none (a loss that is not finite).
-    began: the last `start`. end: the `end` after it, if the run came so far. last: the newest event.
-    first_time: when the first one was written.
+    began: the last `start`. end: the `end` after it, if the run came so far. last: the newest
+    event. first_time: when the first one was written.
     """
 
     path: Path

@@ -82,8 +82,8 @@ class ChatTab:
 
     def _side(self) -> None:
         self.adapters = gr.Dropdown(
-            list(self.app.shelf.choices()), multiselect=True, label=t("chat.adapters"), info=t("chat.adapters_info"),
-            elem_id="chat-adapters",
+            list(self.app.shelf.choices()), multiselect=True, label=t("chat.adapters"),
+            info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
             0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),

@@ -6,7 +6,7 @@ and what happens on their events.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class DataTab:
         self._choosing()
         self.status = gr.HTML(html.note("empty", t("data.empty")), elem_id="data-status")
         self.report = gr.HTML(elem_id="data-report", visible=False)
+        with gr.Row(elem_classes="v-bar"):
+            self.train = gr.Button(
+                t("data.train"), visible=False, size="sm", scale=0, elem_id="data-train"
+            )
         with gr.Tabs(
             visible=False, overflow_behavior="wrap", elem_id="data-details"
         ) as self.details:
@@ -137,8 +141,8 @@ class DataTab:
         self.problems = gr.HTML(elem_id="data-problems")
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
-        chosen = [self.source, self.model, self.template, self.cutoff]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        chosen = [self.source, self.model, self.template, self.wish]
         found = [
             *(
                 self.wish,
@@ -193,11 +197,13 @@ class DataTab:
         self.action.change(self.filter, [self.wish, self.action], rows, **quiet)
         for button, by in ((self.page_back, -1), (self.page_next, 1)):
             inputs = [self.wish, self.action, self.page]
-            button.click(partial(self.leaf, by), inputs, rows, **quiet)
-        # What was dropped or saved since the server started is in the list after a reload.
-        page = gr.context.Context.root_block
-        assert page is not None
-        page.load(lambda: gr.update(choices=files.listed(self.app)), None, self.source, **quiet)
+            button.click(self._leafing(by), inputs, rows, **quiet)
+        # What was dropped or saved meanwhile is in the list when the tab is opened again.
+        self.app.opening.append((self.list_files, None, self.source))
+
+    def list_files(self) -> Any:
+        """The data sets there are now."""
+        return gr.update(choices=files.listed(self.app))
 
     # What happens.
 
@@ -208,7 +214,7 @@ class DataTab:
         try:
             path = files.keep(self.app, Path(dropped))
         except UserError as e:
-            raise gr.Error(str(e)) from e
+            raise gr.Error(html.toast(e), print_exception=False) from e
         choices = files.listed(self.app)
         if self.app.settings.read_only:
             choices = [*choices, (path.name, str(path))]
@@ -219,9 +225,15 @@ class DataTab:
         }
 
     def look(
-        self, source: str | None, model: str, template: str, cutoff: float, request: gr.Request
+        self,
+        source: str | None,
+        model: str,
+        template: str,
+        before: Wish | None,
+        request: gr.Request,
     ) -> Iterator[Updates]:
-        """Something was chosen: read it, and show everything there is."""
+        """Something was chosen: read it, and show everything there is. A cutoff that was chosen
+        before is kept."""
         if not (source or "").strip():
             yield {
                 self.wish: None,
@@ -230,6 +242,7 @@ class DataTab:
                 ),
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),
+                self.train: gr.update(visible=False),
             }
             return
         yield self._said(html.note("busy", say(request, "data.reading")))
@@ -238,7 +251,7 @@ class DataTab:
                 tuple(files.allowed(self.app, str(source))),
                 files.allowed_model(self.app, model or ""),
                 files.allowed_template(self.app, template or ""),
-                int(cutoff),
+                before.cutoff if before else CUTOFF,
             )
             for step in self.looks.watch(wish):
                 if isinstance(step, Look):
@@ -252,6 +265,7 @@ class DataTab:
                 self.wish: None,
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),
+                self.train: gr.update(visible=False),
             }
 
     def _said(self, note: str) -> Updates:
@@ -260,15 +274,16 @@ class DataTab:
     def _found(self, look: Look, request: gr.Request) -> Updates:
         words = partial(say, request)
         some = len(look.whole) > 0
+        limit = html.limit_of(look.lengths)
         status = gr.update(value=html.note("error", words("data.nothing_usable")), visible=True)
         return {
             self.wish: look.wish,
             self.status: gr.update(visible=False) if some else status,
             self.report: gr.update(value=html.report(look.report, words), visible=True),
             self.details: gr.update(visible=True, selected="lengths" if some else "rows"),
-            self.cutoff: gr.update(
-                maximum=html.limit_of(look.lengths), value=look.wish.cutoff, visible=some
-            ),
+            self.train: gr.update(visible=some and not self.app.settings.read_only),
+            # A cutoff beyond all examples is at the slider's end, and stays what it was.
+            self.cutoff: gr.update(maximum=limit, value=min(look.wish.cutoff, limit), visible=some),
             **self._chart(look, look.wish.cutoff, request),
             self.example: gr.update(value=1, maximum=max(1, len(look.whole))),
             self.count: words("data.example_of", count=len(look.whole)),
@@ -335,13 +350,16 @@ class DataTab:
             return {self.page: gr.skip()}
         return self._leaf(self.looks.get(wish), action, 0, request)
 
-    def leaf(
-        self, by: int, wish: Wish | None, action: str, page: int, request: gr.Request
-    ) -> Updates:
+    def _leafing(self, by: int) -> Callable[..., Updates]:
         """The page of rows before or after this one."""
-        if wish is None:
-            return {self.page: gr.skip()}
-        return self._leaf(self.looks.get(wish), action, page + by, request)
+
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def leaf(wish: Wish | None, action: str, page: int, request: gr.Request) -> Updates:
+            if wish is None:
+                return {self.page: gr.skip()}
+            return self._leaf(self.looks.get(wish), action, page + by, request)
+
+        return leaf
 
     def _leaf(self, look: Look, action: str, page: int, request: gr.Request) -> Updates:
         rows = look.rows(next((a for a in html.ACTIONS if a == action), None))

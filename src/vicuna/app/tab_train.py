@@ -30,4 +30,5 @@ def build(app: App) -> None:
         with gr.Tab(t("train.tab_runs"), id="runs"):
             watch = Watch(app, runs)
     new.then(tabs, watch)
+    new.from_data(tabs)
     watch.again_in(tabs, new)

@@ -32,10 +32,10 @@ LEFT_OUT = (
 )
 # What everybody looks at, in this order; all others are folded away, by group.
 MAIN = (
-    *("model", "template", "dataset", "val_size"),
-    *("num_train_epochs", "max_steps", "batch_size", "learning_rate"),
-    *("cutoff_len", "lora_rank", "lora_alpha", "precision"),
-    "sample_prompts",
+    *("dataset", "val_size", "cutoff_len"),
+    *("model", "template", "precision", "learning_rate"),
+    *("batch_size", "num_train_epochs", "max_steps", "lora_rank"),
+    *("sample_prompts", "lora_alpha", "seed"),
 )
 
 

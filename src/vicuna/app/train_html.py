@@ -100,7 +100,7 @@ def loss_chart(run: Run, others: Sequence[Run], say: Say) -> str:
     found = [curve for i, r in enumerate(runs) for curve in _curves(r, i, len(runs) > 1, say)]
     end = max(r.log.total for r in runs)
     drawn = charts.curves(
-        found, say("train.chart_loss"), say("train.update"), end, lambda v: f"{v:.3f}"
+        found, say("train.chart_loss"), say("train.update"), end, lambda v: f"{v:.4f}"
     )
     return drawn or note("empty", say("train.no_curve"))
 

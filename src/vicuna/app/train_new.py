@@ -1,9 +1,9 @@
-"""The form of a new training: settings, what is wrong with them, the memory they need, the start."""
+"""The form of a new training: settings, what is wrong with them, their memory, the start."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ import gradio as gr
 from vicuna import config
 from vicuna.app import files, train_form, train_html
 from vicuna.app.data_html import note
-from vicuna.app.runs import Runs
+from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.train_form import MAIN, Field
-from vicuna.app.train_plan import plan
+from vicuna.app.train_plan import longest_example, plan
 from vicuna.app.words import say, t, texts
 from vicuna.errors import SettingsError, UserError
 
@@ -119,16 +119,18 @@ class NewTraining:
         self.inputs[field.name] = made
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         form = list(self.inputs.values())
         said = [self.answer, self.misfit, self.other, self.planned]
         self.recipe.input(self.fill, [self.recipe, self.inputs["dataset"]], form, **quiet)
         self.check.click(self.look, form, said, trigger_mode="once", **quiet)
         self.take.click(self.use, [self.planned, self.other], [*form, *said], **quiet)
-        page = gr.context.Context.root_block
-        assert page is not None
         data = [self.inputs[name] for name in ("dataset", "val_dataset")]
-        page.load(lambda: [gr.update(choices=files.listed(self.app))] * 2, None, data, **quiet)
+        self.app.opening.append((self.list_files, None, data))
+
+    def list_files(self) -> list[Any]:
+        """The data sets there are now."""
+        return [gr.update(choices=files.listed(self.app))] * 2
 
     def then(self, tabs: gr.Tabs, watch: Watch) -> None:
         """What the start button does, and that the run is shown then."""
@@ -136,12 +138,31 @@ class NewTraining:
         outputs = [self.answer, self.misfit, self.other, self.planned, tabs, watch.run, watch.seen]
         for button, anyway in ((self.start, False), (self.anyway, True)):
             button.click(
-                partial(self.begin, tabs, watch, anyway),
+                self._beginning(tabs, watch, anyway),
                 [self.name, self.planned, *form],
                 outputs,
                 trigger_mode="once",
                 show_progress="hidden",
-            ).then(watch.refresh, watch.asked, watch.shown, show_progress="hidden")
+                api_visibility="private",
+            ).then(
+                watch.refresh, watch.asked, watch.shown, show_progress="hidden",
+                api_visibility="private",
+            )  # fmt: skip
+
+    def from_data(self, tabs: gr.Tabs) -> None:
+        """The button of the tab Data that brings its data set and cutoff here."""
+
+        def bring(source: str, cutoff: float) -> list[Any]:
+            there = gr.update(selected="train"), gr.update(selected="new")
+            return [*there, [source] if source else [], int(cutoff)]
+
+        of_page("data-train").click(
+            bring,
+            [of_page("data-source"), of_page("data-cutoff")],
+            [of_page("tabs"), tabs, self.inputs["dataset"], self.inputs["cutoff_len"]],
+            show_progress="hidden",
+            api_visibility="private",
+        )
 
     # What happens.
 
@@ -166,9 +187,9 @@ class NewTraining:
         try:
             self.app.may_write()
             chosen = self._chosen(form)
-            train_form.check(self.app, chosen)
+            settings = train_form.check(self.app, chosen)
             yield self._said(note("busy", words("train.planning")))
-            yield self._planned(chosen, plan(chosen), request)
+            yield self._planned(chosen, plan(chosen, longest_example(settings)), request)
         except SettingsError as e:
             yield self._said(train_html.mistakes(e, words))
         except UserError as e:
@@ -191,7 +212,7 @@ class NewTraining:
             self.planned: [_key(chosen), found, chosen],
         }
 
-    def use(self, planned: list[Any] | None, other: int | None, request: gr.Request) -> list[Any]:
+    def use(self, planned: list[Any] | None, other: int | None) -> list[Any]:
         """Settings that would fit were taken: they go into the form."""
         same = [gr.skip()] * (len(self.inputs) + 4)
         if planned is None or other is None:
@@ -200,43 +221,63 @@ class NewTraining:
         form = self.values({**planned[2], **settings})
         return [*form, "", gr.update(visible=False), gr.skip(), None]
 
-    def begin(
+    def _beginning(
+        self, tabs: gr.Tabs, watch: Watch, anyway: bool
+    ) -> Callable[..., Iterator[Updates]]:
+        """What a start button does. anyway: also where the plan says that it does not fit."""
+
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def begin(
+            request: gr.Request, name: str, planned: list[Any] | None, *form: Any
+        ) -> Iterator[Updates]:
+            run = None
+            for step in self._begin(request, name, planned, self._chosen(form), anyway):
+                if isinstance(step, Run):
+                    run = step
+                else:
+                    yield step
+            if run is not None:
+                yield {
+                    self.misfit: gr.update(visible=False),
+                    tabs: gr.update(selected="runs"),
+                    watch.run: gr.update(choices=watch.names(request), value=run.name),
+                    watch.seen: None,
+                }
+
+        return begin
+
+    def _begin(
         self,
-        tabs: gr.Tabs,
-        watch: Watch,
-        anyway: bool,
         request: gr.Request,
         name: str,
         planned: list[Any] | None,
-        *form: Any,
-    ) -> Iterator[Updates]:
-        """Check, plan, start; the run is shown then."""
+        chosen: dict[str, Any],
+        anyway: bool,
+    ) -> Iterator[Updates | Run]:
+        """Check, plan, start: what is to be said meanwhile, and the run if there is one."""
         words = partial(say, request)
         try:
             self.app.may_write()
-            chosen = self._chosen(form)
-            train_form.check(self.app, chosen)
+            settings = train_form.check(self.app, chosen)
             self.runs.refuse_second()
             found = planned[1] if planned and planned[0] == _key(chosen) else None
             if found is None:
                 yield self._said(note("busy", words("train.planning")))
-                found = plan(chosen)
+                found = plan(chosen, longest_example(settings))
             yield self._planned(chosen, found, request)
-            if not found["fits"] and not anyway:
-                return
-            run = self.runs.start(chosen, name)
+            if found["fits"] or anyway:
+                yield self.runs.start(chosen, name)
         except SettingsError as e:
             yield self._said(train_html.mistakes(e, words))
-            return
         except UserError as e:
             yield self._said(train_html.mistakes(e, words, "train.not_started"))
-            return
-        yield {
-            self.misfit: gr.update(visible=False),
-            tabs: gr.update(selected="runs"),
-            watch.run: gr.update(choices=watch.names(request), value=run.name),
-            watch.seen: None,
-        }
+
+
+def of_page(name: str) -> Any:
+    """A component of another tab, by its id; that tab was built before."""
+    page = gr.context.Context.root_block
+    assert page is not None
+    return next(block for block in page.blocks.values() if block.elem_id == name)
 
 
 def _english(name: str) -> str:

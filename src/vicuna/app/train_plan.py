@@ -15,18 +15,44 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.app.run_process import ERROR
+from vicuna.config import TrainSettings
+from vicuna.data import dataset
+from vicuna.data.commands import renderer_for
 from vicuna.errors import UserError
 
 SECONDS = 300
+SHORTEST = 16  # what cutoff_len may be at least
 
 
-def plan(chosen: Mapping[str, Any]) -> dict[str, Any]:
+def longest_example(settings: TrainSettings) -> int:
+    """Tokens of the longest example that these settings leave: what the training plans for.
+
+    Reading the data is not wasted: what comes of it lies in the cache, where the training finds it.
+
+    Raises: UserError where a file cannot be used, or there is nothing to train on.
+    """
+    renderer = renderer_for(settings)
+    found, _ = dataset.load([*settings.dataset, *settings.val_dataset], settings, renderer)
+    if not len(found):
+        raise UserError(
+            "no usable records: nothing to train on",
+            where="dataset",
+            fix="The tab Data says why each record was dropped.",
+        )
+    return max(SHORTEST, min(found.lengths().longest, settings.cutoff_len))
+
+
+def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """What `vicuna plan --json` says of these settings on this machine.
+
+    Args:
+        longest: tokens of the longest example.
 
     Raises: UserError with its words where it cannot be told.
     """
     import yaml
 
+    chosen = {**chosen, "cutoff_len": longest}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "plan.yaml"
         recipe.write_text(yaml.safe_dump(dict(chosen), allow_unicode=True), encoding="utf-8")

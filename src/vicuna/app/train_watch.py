@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from html import escape
+from typing import Any
 
 import gradio as gr
 
 from vicuna.app import train_html
-from vicuna.app.data_html import note
+from vicuna.app.data_html import note, toast
+from vicuna.app.room import choose
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
+from vicuna.app.train_new import NewTraining, of_page
 from vicuna.app.words import language_of, say, t
 from vicuna.errors import UserError
-
-if TYPE_CHECKING:
-    from vicuna.app.train_new import NewTraining
 
 SECONDS = 2.0
 # The buttons that make sense in a state.
@@ -40,7 +40,7 @@ class Watch:
         self.shown = [
             *(self.run, self.compare, self.seen, self.head, self.buttons, self.curves),
             *(self.others, self.samples, self.output, self.terminal, self.table, self.body),
-            *(self.pause, self.resume, self.stop, self.delete, self.again, self.sure),
+            *(self.pause, self.resume, self.stop, self.talk, self.again, self.delete, self.sure),
         ]
         self._events()
 
@@ -65,6 +65,7 @@ class Watch:
                 t("train.resume"), variant="primary", elem_id="train-resume", **small
             )
             self.stop = gr.Button(t("train.stop"), elem_id="train-stop", **small)
+            self.talk = gr.Button(t("train.talk"), variant="primary", elem_id="train-talk", **small)
             self.again = gr.Button(t("train.again"), elem_id="train-again", **small)
             self.delete = gr.Button(t("train.delete"), elem_id="train-delete", **small)
         with gr.Group(visible=False, elem_id="train-sure") as self.sure:
@@ -90,10 +91,8 @@ class Watch:
             self.table = gr.HTML(elem_id="train-table")
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
-        page = gr.context.Context.root_block
-        assert page is not None
-        page.load(self.refresh, self.asked, self.shown, **quiet)
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        self.app.opening.append((self.refresh, self.asked, self.shown))
         gr.Timer(SECONDS).tick(self.refresh, self.asked, self.shown, trigger_mode="once", **quiet)
         for chosen in (self.run, self.compare):
             chosen.input(self.refresh, self.asked, self.shown, trigger_mode="always_last", **quiet)
@@ -101,6 +100,7 @@ class Watch:
             button.click(partial(self.act, act), self.run, self.seen, **quiet).then(
                 self.refresh, self.asked, self.shown, **quiet
             )
+        self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **quiet)
         asking = [self.wish, self.sure, self.question, self.yes]
         for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
             button.click(partial(self.ask, wish), self.run, asking, **quiet)
@@ -116,7 +116,10 @@ class Watch:
             values = new.values(self.runs.get(name or "").settings())
             return [gr.update(selected="new"), *values]
 
-        self.again.click(fill, self.run, [tabs, *new.inputs.values()], show_progress="hidden")
+        self.again.click(
+            fill, self.run, [tabs, *new.inputs.values()], show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
 
     # What happens.
 
@@ -137,23 +140,43 @@ class Watch:
         run = by_name.get(name or "") or next((r for r in runs if r.working), None)
         run = run or next(iter(runs), None)
         others = [by_name[n] for n in compared or [] if n in by_name and n != (run and run.name)]
-        states = [(r.name, r.state, r.log.step) for r in runs]
-        now = [language_of(request), states, _fingerprint(run), [o.name for o in others]]
+        listed: list[Any] = [run and run.name, [o.name for o in others], language_of(request)]
+        listed += [(r.name, r.state) for r in runs]
+        now = [listed, _fingerprint(run), [r.log.step for r in runs]]
         if now == seen:
             return {self.seen: gr.skip()}
-        choices = [(_shown(r, request), r.name) for r in runs]
         updates: Updates = {
             self.seen: now,
-            self.run: gr.update(choices=choices, value=run.name if run else None),
-            self.compare: gr.update(choices=choices, value=[o.name for o in others]),
             self.table: train_html.all_runs(runs, partial(say, request)),
-            self.buttons: gr.update(visible=run is not None and not self.app.settings.read_only),
-            self.body: gr.update(visible=run is not None),
         }
+        # What can be clicked is left alone while only numbers change.
+        if seen is None or seen[0] != listed:
+            updates |= self._clickable(runs, run, others, request)
         if run is None:
             empty = note("empty", say(request, "train.no_runs"))
             return {**updates, self.head: empty, self.sure: gr.update(visible=False)}
         return {**updates, **self._run(run, others, request)}
+
+    def _clickable(
+        self, runs: Sequence[Run], run: Run | None, others: Sequence[Run], request: gr.Request
+    ) -> Updates:
+        choices = [(_shown(r, request), r.name) for r in runs]
+        updates: Updates = {
+            self.run: gr.update(choices=choices, value=run.name if run else None),
+            self.compare: gr.update(choices=choices, value=[o.name for o in others]),
+            self.buttons: gr.update(visible=run is not None and not self.app.settings.read_only),
+            self.body: gr.update(visible=run is not None),
+        }
+        if run is not None:
+            updates |= {
+                self.pause: gr.update(visible=run.state in _PAUSABLE),
+                self.resume: gr.update(visible=run.state in _RESUMABLE),
+                self.stop: gr.update(visible=run.working),
+                self.talk: gr.update(visible=run.has_adapter and not run.working),
+                self.again: gr.update(visible=not run.working),
+                self.delete: gr.update(visible=not run.working),
+            }
+        return updates
 
     def _run(self, run: Run, others: Sequence[Run], request: gr.Request) -> Updates:
         words = partial(say, request)
@@ -164,11 +187,6 @@ class Watch:
             self.samples: train_html.samples(run, words),
             self.output: train_html.output(run),
             self.terminal: train_html.commands(run),
-            self.pause: gr.update(visible=run.state in _PAUSABLE),
-            self.resume: gr.update(visible=run.state in _RESUMABLE),
-            self.stop: gr.update(visible=run.working),
-            self.again: gr.update(visible=not run.working),
-            self.delete: gr.update(visible=not run.working),
         }
 
     def act(self, act: Any, name: str | None) -> Any:
@@ -176,8 +194,24 @@ class Watch:
         try:
             act(name or "")
         except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from e
+            raise gr.Error(toast(e), print_exception=False) from e
         return None
+
+    def talk_with(self, tab: str, name: str | None) -> Any:
+        """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
+        try:
+            path = self.app.shelf.get(
+                str((self.runs.get(name or "").path / "adapter").resolve())
+            ).path
+            session = self.app.sessions.get(tab)
+            mix = {path: 1.0}
+            # Loaded now, so that an adapter of another base is refused here and not at a question.
+            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+        except UserError as e:
+            raise gr.Error(toast(e), print_exception=False) from e
+        session.mix.clear()
+        session.mix.update(mix)
+        return gr.update(selected="chat")
 
     def ask(self, wish: str, name: str | None, request: gr.Request) -> Updates:
         """Ask whether it is really meant."""
@@ -195,11 +229,11 @@ class Watch:
         try:
             if wish == "delete":
                 self.runs.delete(name or "")
-                gr.Info(say(request, "train.deleted", name=name))
+                gr.Info(escape(say(request, "train.deleted", name=name)))
             elif wish == "stop":
                 self.runs.stop(name or "")
         except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from e
+            raise gr.Error(toast(e), print_exception=False) from e
         return "", gr.update(visible=False), None
 
 
