@@ -17,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "generate"), str(HERE.parent / "app")]
+sys.path[:0] = [
+    str(HERE),
+    str(HERE.parent),
+    str(HERE.parent / "generate"),
+    str(HERE.parent / "app"),
+]
 
 from browser_kit import FLAGS, Visitor, chromium  # noqa: E402
 
