@@ -227,7 +227,8 @@ def test_no_text_runs_as_script(visitor: Visitor, served: tuple[App, str]) -> No
     page = visitor.page
     evil = (
         "<img src=x onerror=\"document.title='owned'\"> <script>document.title='owned'</script> "
-        "![i](http://example.com/i.png) [l](javascript:document.title='owned')"
+        "![i](http://example.com/i.png) [l](javascript:document.title='owned') "
+        "${document.title='owned'} {{value}}"
     )
     visitor.mode("greedy")
     visitor.longest(6)
