@@ -17,8 +17,9 @@ from page_kit import make_place, open_page
 from vicuna.app.state import App
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """A browser of a module's own: its event loop would be in the way of other tests."""
     if why := missing():
         if os.environ.get("CI"):
             pytest.fail(f"the tests of the page {why}, and never skip where CI is set")
