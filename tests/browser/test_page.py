@@ -261,6 +261,9 @@ def test_conversations_are_saved_rated_and_loaded(visitor: Visitor, place: Path)
         if saved.is_file():
             break
         time.sleep(0.1)
+    with page.expect_download() as kept:
+        page.click("#chat-download")
+    assert Path(kept.value.path()).read_text("utf-8") == saved.read_text("utf-8")
     page.click("#chat-clear")
     page.wait_for_selector("#chat-history .v-hello")
     page.set_input_files("#chat-load input[type=file], input[type=file]", str(saved))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -24,6 +25,14 @@ from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_DOWNLOAD = """(text) => {
+  if (!text) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
+  link.download = 'conversation.jsonl';
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}"""
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -109,9 +118,8 @@ class ChatTab:
                 t("chat.save"), size="sm", visible=not self.app.settings.read_only,
                 elem_id="chat-save",
             )  # fmt: skip
-            self.download = gr.DownloadButton(
-                t("chat.download"), size="sm", elem_id="chat-download"
-            )
+            self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
+            self.export = gr.Textbox(visible="hidden", show_label=False)
             self.load = gr.UploadButton(
                 t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
             )
@@ -133,8 +141,9 @@ class ChatTab:
         )
         self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **_QUIET)
         self.save.click(self.keep, self._inputs, None, **_QUIET)
-        # The file is written when it is asked for, and is gone with the next one.
-        self.download.click(self.hand_out, self._inputs, self.download, **_QUIET)
+        self.download.click(self.hand_out, self._inputs, self.export, **_QUIET).then(
+            None, self.export, None, js=_DOWNLOAD
+        )
         self.app.opening.append(
             (
                 self.opened,
@@ -346,16 +355,13 @@ class ChatTab:
             return
         gr.Info(words("chat.saved", path="conversations.jsonl"))
 
-    def hand_out(self, *values: Any) -> Any:
-        """A file for the browser, with the conversation in it."""
+    def hand_out(self, request: gr.Request, *values: Any) -> str:
+        """The conversation as a line of JSONL, which the browser keeps as a file."""
         session, _, _ = self._asked(values)
         if not session.chat.turns:
-            return gr.skip()
-        import tempfile
-
-        path = Path(tempfile.mkdtemp(prefix="vicuna-")) / "conversation.jsonl"
-        session.chat.save(path)
-        return str(path)
+            gr.Warning(say(request, "chat.nothing"))
+            return ""
+        return json.dumps({"messages": session.chat.messages()}, ensure_ascii=False) + "\n"
 
     def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
         """Go on with a conversation from a file: its first line."""
