@@ -45,7 +45,9 @@ class App:
         given = self.settings.model_fields_set & ModelSettings.model_fields.keys()
         values = {name: getattr(self.settings, name) for name in given}
         # Room for the beams and answers that the page may ask for, where a cache is one block.
-        values |= {"num_beams": 4, "max_new_tokens": 512, "adapter": ""}
+        values |= {"num_beams": 4, "max_new_tokens": 512}
+        if self.settings.engine != "vllm":  # which takes adapters only where it is opened with one
+            values["adapter"] = ""
         values["model"] = self.settings.model or self._base_of_adapter()
         answering = config.build(AnswerSettings, values)
         room = Room(lambda: open_model(answering))
