@@ -38,7 +38,11 @@ def asked(app: App, tab: str, *adapters: str, tokens: int = 12) -> list[Any]:
     """What the tab Chat sends behind a question: greedy, so that the answer is known."""
     from vicuna.app.controls import DEFAULTS
 
-    controls = {**DEFAULTS, "max_new_tokens": tokens}
+    controls = {
+        **DEFAULTS,
+        "max_new_tokens": tokens,
+        "min_new_tokens": tokens if tokens > 99 else 0,
+    }
     order = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"]
     order += ["num_beams", "length_penalty", "early_stopping", "repetition_penalty"]
     order += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_new_tokens"]

@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train_kit import Visitor, served
 
-pytest.importorskip("gradio")
-sync_api = pytest.importorskip("playwright.sync_api")
-
-from train_kit import CHROMIUM, FLAGS, Visitor, served  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 EVIL = '<img src=x onerror="window.hurt=1"> ${window.hurt=2} {{value}} <|im_end|>'
 
 
@@ -24,17 +19,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(place: Path) -> Iterator[str]:
+def url(browser: Any, place: Path) -> Iterator[str]:
     with served(place) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as p:
-        found = p.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield found
-        found.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+from browser_kit import FLAGS as FLAGS
+from browser_kit import chromium
 from run_kit import save_tiny_model, write_data
 
 from vicuna.app.state import App
 from vicuna.config import WebSettings
 
-FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or ""
+CHROMIUM = chromium()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -20,9 +21,18 @@ from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_DOWNLOAD = """(text) => {
+  if (!text) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
+  link.download = 'conversation.jsonl';
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}"""
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -81,8 +91,8 @@ class ChatTab:
 
     def _side(self) -> None:
         self.adapters = gr.Dropdown(
-            [], multiselect=True, label=t("chat.adapters"), info=t("chat.adapters_info"),
-            elem_id="chat-adapters",
+            list(self.app.shelf.choices()), multiselect=True, label=t("chat.adapters"),
+            info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
             0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
@@ -108,9 +118,8 @@ class ChatTab:
                 t("chat.save"), size="sm", visible=not self.app.settings.read_only,
                 elem_id="chat-save",
             )  # fmt: skip
-            self.download = gr.DownloadButton(
-                t("chat.download"), size="sm", elem_id="chat-download"
-            )
+            self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
+            self.export = gr.Textbox(visible="hidden", show_label=False)
             self.load = gr.UploadButton(
                 t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
             )
@@ -132,8 +141,9 @@ class ChatTab:
         )
         self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **_QUIET)
         self.save.click(self.keep, self._inputs, None, **_QUIET)
-        # The file is written when it is asked for, and is gone with the next one.
-        self.download.click(self.hand_out, self._inputs, self.download, **_QUIET)
+        self.download.click(self.hand_out, self._inputs, self.export, **_QUIET).then(
+            None, self.export, None, js=_DOWNLOAD
+        )
         self.app.opening.append(
             (
                 self.opened,
@@ -145,15 +155,26 @@ class ChatTab:
             self.take, [self.load, *self._inputs], [*self._shown, self.system], **_QUIET
         )
 
-    def _asked(self, values: tuple[Any, ...]) -> tuple[Session, Ask, str]:
-        """(session, what is asked but for its turns, view), from the values of `_inputs`."""
+    def _asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
+        """(session, what is asked but for its turns, view), from the values of `_inputs`.
+
+        Args:
+            strict: settings that are wrong raise; else the defaults stand in for them.
+
+        Raises: UserError, SettingsError.
+        """
         tab, adapters, strength, system, template, memory, view, *rest = values
         session = self.app.sessions.get(tab)
         session.chat.system = (system or "").strip()
         known = self.app.shelf.paths()
         mix = {a: session.mix.get(a, 1.0) * float(strength) for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
-        settings = self.controls.settings(rest)
+        try:
+            settings = self.controls.settings(rest)
+        except UserError:
+            if strict:
+                raise
+            settings = Settings()
         view = view if view in VIEWS else "columns"
         return session, Ask((), settings, mix, template, int(memory)), view
 
@@ -172,7 +193,7 @@ class ChatTab:
     ) -> AsyncIterator[Updates]:
         words = partial(say, request)
         try:
-            session, ask, view = self._asked(values)
+            session, ask, view = self._asked(values, strict=True)
             if session.busy:
                 raise UserError(words("chat.busy"))
         except UserError as e:
@@ -194,14 +215,15 @@ class ChatTab:
                 last = now
                 if now.finished is None:
                     yield {self.live: chat_html.growing(now, view, words)}
-            problem = "" if last.text.strip() else chat_html.problem(words("chat.silent"))
+            silent = not last.text.strip() and not job.cancelled.is_set()
+            problem = chat_html.problem(words("chat.silent")) if silent else ""
         except Exception as e:
             problem = self._problem(e, words)
         finally:
             if not kept:
                 session.end(last.text, _stats(last, self._who(ask, words)))
                 kept = True
-        lost = question if problem and not last.text.strip() else gr.skip()
+        lost = gr.skip() if last.text.strip() else question
         yield {
             self.box: lost, self.live: "", self.note: problem, **self._running(False),
             self.history: self._history(session, words),
@@ -305,8 +327,9 @@ class ChatTab:
         choices = self.app.shelf.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
-        if not session.mix and not session.chat.turns and self.app.first in known:
+        if not session.greeted and self.app.first in known:
             session.mix = {self.app.first: 1.0}
+        session.greeted = True
         chosen = list(session.mix)
         return [
             self._history(session, words), self._gauge(session, ask, words),
@@ -332,16 +355,13 @@ class ChatTab:
             return
         gr.Info(words("chat.saved", path="conversations.jsonl"))
 
-    def hand_out(self, *values: Any) -> Any:
-        """A file for the browser, with the conversation in it."""
+    def hand_out(self, request: gr.Request, *values: Any) -> str:
+        """The conversation as a line of JSONL, which the browser keeps as a file."""
         session, _, _ = self._asked(values)
         if not session.chat.turns:
-            return gr.skip()
-        import tempfile
-
-        path = Path(tempfile.mkdtemp(prefix="vicuna-")) / "conversation.jsonl"
-        session.chat.save(path)
-        return str(path)
+            gr.Warning(say(request, "chat.nothing"))
+            return ""
+        return json.dumps({"messages": session.chat.messages()}, ensure_ascii=False) + "\n"
 
     def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
         """Go on with a conversation from a file: its first line."""

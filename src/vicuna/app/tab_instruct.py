@@ -65,8 +65,8 @@ class InstructTab:
             elem_id="instruct-input",
         )  # fmt: skip
         self.who = gr.CheckboxGroup(
-            [(t("chat.base"), BASE)], value=[BASE], label=t("instruct.who"),
-            elem_id="instruct-who", elem_classes="v-pills",
+            [(t("chat.base"), BASE), *self.app.shelf.choices()], value=[BASE],
+            label=t("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
         )  # fmt: skip
         with gr.Row(elem_classes="v-ask"):
             self.go = gr.Button(

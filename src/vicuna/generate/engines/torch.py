@@ -7,7 +7,7 @@ not computed again, also after `/undo` and along the answer of a beam.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import adapter as adapters
+from vicuna.generate.engines.switching import Switching
 from vicuna.model import answering, kernels, parts, products
-from vicuna.model.adapter import AdapterFiles
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -44,32 +43,7 @@ def causal_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def use_adapters(model: Any, mix: Mapping[str, float]) -> None:
-    """Make adapters of a PEFT model the active ones, each scaled by its strength; none at all where
-    the mix is empty."""
-    if not hasattr(model, "peft_config"):
-        return
-    if not mix:
-        model.base_model.disable_adapter_layers()
-        return
-    model.base_model.enable_adapter_layers()
-    model.base_model.set_adapter(list(mix))
-    for module in model.modules():
-        if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
-            for name, strength in mix.items():
-                module.set_scale(name, strength)
-
-
-def attach_adapter(model: Any, name: str, files: AdapterFiles) -> Any:
-    """The model with a further adapter, a PEFT model from now on. No adapter is active then."""
-    peft = adapters.attach_saved(model, files, name=name)
-    peft.to(causal_of(peft).get_input_embeddings().weight.device)
-    peft.eval()
-    use_adapters(peft, {})
-    return peft
-
-
-class TorchEngine:
+class TorchEngine(Switching):
     """An `Engine` over a model whose parts are known.
 
     Args:
@@ -106,24 +80,6 @@ class TorchEngine:
                 group.refresh()
                 group.hold(layer.mlp.norm.dtype)
         self.forget()
-
-    def load_adapter(self, name: str, files: AdapterFiles) -> None:
-        """Attach a further adapter. It changes nothing until it is chosen; none is chosen now.
-
-        Raises: UserError where it does not fit the base.
-        """
-        self._take(attach_adapter(self.model, name, files))
-
-    def drop_adapter(self, name: str) -> None:
-        """Free an adapter; none is chosen now."""
-        self.model.delete_adapter(name)
-        self.use_adapters({})
-
-    def use_adapters(self, mix: Mapping[str, float]) -> None:
-        """Add these adapters to the base from now on, each scaled. What was computed is
-        forgotten."""
-        use_adapters(self.model, mix)
-        self.refresh()
 
     def forget(self) -> None:
         """See `Engine.forget`."""
