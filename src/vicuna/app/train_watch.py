@@ -11,7 +11,6 @@ import gradio as gr
 
 from vicuna.app import train_html
 from vicuna.app.data_html import note, toast
-from vicuna.app.room import choose
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.train_new import NewTraining, of_page
@@ -206,7 +205,7 @@ class Watch:
             session = self.app.sessions.get(tab)
             mix = {path: 1.0}
             # Loaded now, so that an adapter of another base is refused here and not at a question.
-            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+            self.app.room.choose(session.name, mix).wait()
         except UserError as e:
             raise gr.Error(toast(e), print_exception=False) from e
         session.mix.clear()
