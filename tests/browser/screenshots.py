@@ -3,7 +3,7 @@
     python tests/browser/screenshots.py --adapters runs --output docs/images
 
 Needs Chromium and Playwright, and a folder with at least one adapter of the embedded base
-(`vicuna demo`). Each picture stays under 150 kB.
+(`vicuna demo`), which is also the run that is shown. Each picture stays under 150 kB.
 """
 
 from __future__ import annotations
@@ -122,6 +122,39 @@ def chinese(person: Visitor) -> None:
     person.answered(1)
 
 
+def look(person: Visitor) -> None:
+    """A data set of the package: its report and the lengths."""
+    person.page.locator("#tabs button[role=tab]").nth(3).click()
+    person.page.locator("#data-source input").first.click()
+    person.page.get_by_role("option").filter(has_text="instruct_zh.jsonl").click()
+    person.page.wait_for_selector("#data-lost .v-number")
+    person.page.locator("#data-report").scroll_into_view_if_needed()
+
+
+def tokens(person: Visitor) -> None:
+    """An example of it, token by token."""
+    look(person)
+    person.page.locator("#data-details button[role=tab]").nth(1).click()
+    person.page.locator("#data-borders input").check()
+    person.page.wait_for_selector("#data-tokens .borders")
+    time.sleep(1)
+    person.page.locator("#data-tokens").scroll_into_view_if_needed()
+
+
+def train(person: Visitor) -> None:
+    """The form of a new training."""
+    person.page.locator("#tabs button[role=tab]").nth(4).click()
+    person.page.wait_for_selector("#train-start")
+
+
+def run(person: Visitor) -> None:
+    """The newest run of the folder."""
+    train(person)
+    person.page.locator("#train-tabs button[role=tab]").nth(1).click()
+    person.page.wait_for_selector("#train-curves svg")
+    time.sleep(1)
+
+
 PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
     "chat": ({"viewport": WIDE}, chat),
     "instruct": ({"viewport": WIDE}, instruct),
@@ -129,6 +162,11 @@ PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
     "phone": ({"viewport": PHONE}, short),
     "chinese": ({"viewport": WIDE, "locale": "zh-CN"}, chinese),
     "dark": ({"viewport": WIDE, "color_scheme": "dark"}, short),
+    "data": ({"viewport": WIDE}, look),
+    "tokens": ({"viewport": WIDE, "locale": "zh-CN"}, tokens),
+    "train": ({"viewport": WIDE}, train),
+    "run": ({"viewport": WIDE}, run),
+    "run-phone": ({"viewport": PHONE, "locale": "zh-CN", "color_scheme": "dark"}, run),
 }
 
 if __name__ == "__main__":
