@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "generate")]
+sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("generate", "app", "browser"))]
 
 
 def pytest_collection_finish() -> None:

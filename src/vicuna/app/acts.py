@@ -16,7 +16,8 @@ const tell = (b, more) => trigger('click', {...b.dataset, ...more});
 const copy = (b) => {
   const raw = b.closest('.v-turn').querySelector('.v-raw');
   raw.select();
-  if (navigator.clipboard) navigator.clipboard.writeText(raw.value); else document.execCommand('copy');
+  if (navigator.clipboard) navigator.clipboard.writeText(raw.value);
+  else document.execCommand('copy');
   raw.blur(); b.classList.add('on'); setTimeout(() => b.classList.remove('on'), 900);
 };
 element.addEventListener('click', (e) => {

@@ -31,8 +31,9 @@ def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
         else ""
     )
     return (
-        f'<article class="v-card{" on" if used else ""}"><header><h3>{escape(card.name)}</h3>{delete}'
-        f"</header><dl>{rows}</dl>{_loss(card, say)}<footer>{_use(card, strength, say)}</footer>"
+        f'<article class="v-card{" on" if used else ""}"><header><h3>{escape(card.name)}</h3>'
+        f"{delete}</header><dl>{rows}</dl>{_loss(card, say)}"
+        f"<footer>{_use(card, strength, say)}</footer>"
         "</article>"
     )
 

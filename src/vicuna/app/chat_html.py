@@ -1,7 +1,7 @@
 """A conversation as HTML: what was said, the answer that grows, its beams, the room that is left.
 
-Every text of a person or a model passes through `markdown.html` or `escape`. Buttons carry what they
-do in `data-act` and which turn they mean in `data-i`; `page.js` hands both to the tab's event.
+Every text of a person or a model passes through `markdown.html` or `escape`. Buttons carry what
+they do in `data-act` and which turn they mean in `data-i` (`acts.py`).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def _answer(
     return (
         f'<div class="v-turn answer{faded}"><div class="v-said v-md">{markdown.html(text)}</div>'
         f'<div class="v-acts">{"".join(acts)}{stats(note.stats, say)}</div>'
-        f'<textarea class="v-raw" readonly tabindex="-1" aria-hidden="true">{escape(text)}</textarea>'
-        "</div>"
+        '<textarea class="v-raw" readonly tabindex="-1" aria-hidden="true">'
+        f"{escape(text)}</textarea></div>"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from vicuna import config
-from vicuna.app.words import t
+from vicuna.app.words import say, t
 from vicuna.generate.settings import OF_BEAMS, OF_SAMPLING, Settings, biases_of
 
 MODES = ("greedy", "sample", "beam", "beam-sample")
@@ -91,7 +91,9 @@ class Controls:
             [(t(f"set.{p}"), p) for p in PRESETS], value="balanced", label=t("set.preset"),
             elem_id=f"{name}-preset", elem_classes="v-pills",
         )  # fmt: skip
-        self.about = gr.HTML(f"<p class='v-fine'>{t('set.about_balanced')}</p>")
+        self.about = gr.HTML(
+            f"<p class='v-fine'>{t('set.about_balanced')}</p>", elem_classes="v-bare"
+        )
         self.mode = gr.Radio(
             [(t(f"set.{m}"), m) for m in MODES], value="sample", label=t("set.mode"),
             elem_id=f"{name}-mode", elem_classes="v-pills",
@@ -119,7 +121,7 @@ class Controls:
         return {
             "label": t(f"set.{key}"),
             "info": t(f"set.{key}_info"),
-            "value": _shown(key),
+            "value": DEFAULTS[key],
             "elem_id": f"{self._name}-{key}",
         }
 
@@ -151,20 +153,27 @@ class Controls:
         self.mode.change(
             visible, self.mode, shown, show_progress="hidden", api_visibility="private"
         )
+        # A mode of one's own is no preset any more.
+        self.mode.input(
+            lambda: [None, ""], None, [self.preset, self.about], show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
         filled = [self.mode, *self.inputs.values(), self.about]
         self.preset.input(
             self._fill, self.preset, filled, show_progress="hidden", api_visibility="private"
         )
         self.reset.click(
-            lambda: ["balanced", *self._fill("balanced")], None, [self.preset, *filled],
-            show_progress="hidden", api_visibility="private",
+            self._back, None, [self.preset, *filled], show_progress="hidden",
+            api_visibility="private",
         )  # fmt: skip
 
-    def _fill(self, preset: str, request: gr.Request | None = None) -> list[Any]:
-        from vicuna.app.words import say
+    def _back(self, request: gr.Request) -> list[Any]:
+        return ["balanced", *self._fill("balanced", request)]
 
-        chosen = {**{k: _shown(k) for k in DEFAULTS}, **PRESETS[preset]}
-        about = say(request, f"set.about_{preset}")
+    def _fill(self, preset: str, request: gr.Request) -> list[Any]:
+
+        chosen = {**DEFAULTS, **PRESETS[preset or "balanced"]}
+        about = say(request, f"set.about_{preset or 'balanced'}")
         values = [chosen["mode"], *(chosen[k] for k in self.inputs)]
         return [*values, f"<p class='v-fine'>{about}</p>"]
 
@@ -174,10 +183,6 @@ class Controls:
         Raises: SettingsError naming every mistake.
         """
         return build(dict(zip(("mode", *self.inputs), values)))
-
-
-def _shown(key: str) -> Any:
-    return DEFAULTS[key]
 
 
 def visible(mode: str) -> list[Any]:

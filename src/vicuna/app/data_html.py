@@ -32,6 +32,11 @@ def note(kind: str, text: str, fix: str = "") -> str:
     return f'<div class="v-note {kind}" role="status">{"".join(parts)}</div>'
 
 
+def toast(error: Exception) -> str:
+    """What went wrong, for a notice of gradio's: it takes HTML, and must get none of others."""
+    return escape(str(error)).replace("\n", "<br>")
+
+
 def report(found: DataReport, say: Say) -> str:
     """Counts, formats, and what happened for which reason how often."""
     total = {k: sum(getattr(f, k) for f in found.files) for k in _COUNTS}
@@ -68,14 +73,14 @@ def _notes(found: DataReport, say: Say) -> list[str]:
 
 
 def _files(found: DataReport, say: Say) -> str:
-    head = "".join(f'<th class="n">{escape(say(f"data.{k}"))}</th>' for k in _COUNTS)
+    head = _head(("file", *_COUNTS), say)
     rows = "".join(
         f"<tr><td>{escape(Path(f.path).name)}</td>"
         + "".join(f'<td class="n">{getattr(f, k):,}</td>' for k in _COUNTS)
         + "</tr>"
         for f in found.files
     )
-    return table(f"<th>{escape(say('data.file'))}</th>{head}", rows)
+    return table(head, rows)
 
 
 def _reasons(found: DataReport, say: Say) -> str:
@@ -87,11 +92,17 @@ def _reasons(found: DataReport, say: Say) -> str:
         f'<td class="n">{count:,}</td><td class="places">{escape(", ".join(places))}</td></tr>'
         for action, reason, count, places in counts
     )
-    names = ("action", "reason", "count", "places")
-    head = "".join(
-        f"<th{' class=n' if n == 'count' else ''}>{escape(say(f'data.{n}'))}</th>" for n in names
+    return table(_head(("action", "reason", "count", "places"), say), rows)
+
+
+_CLASSES = {"line": "n", "count": "n", "places": "places", "file": "file"}
+_CLASSES |= dict.fromkeys(_COUNTS, "n")
+
+
+def _head(names: Sequence[str], say: Say) -> str:
+    return "".join(
+        f'<th class="{_CLASSES.get(name, "")}">{escape(say(f"data.{name}"))}</th>' for name in names
     )
-    return table(head, rows)
 
 
 def _chip(action: str, say: Say) -> str:
@@ -127,10 +138,7 @@ def problems(rows: Sequence[tuple[str, Problem]], page: int, say: Say) -> str:
         f"<td>{_chip(p.action, say)}</td></tr>"
         for name, p in shown
     )
-    names = ("file", "line", "field", "reason", "action")
-    head = "".join(
-        f"<th{' class=n' if n == 'line' else ''}>{escape(say(f'data.{n}'))}</th>" for n in names
-    )
+    head = _head(("file", "line", "field", "reason", "action"), say)
     more = note("warn", say("data.more_rows", count=ROWS)) if len(rows) == ROWS else ""
     return table(head, body) + more
 

@@ -24,6 +24,7 @@ from vicuna.data.lengths import Lengths
 from vicuna.data.report import DataReport
 from vicuna.data.template import Renderer
 from vicuna.data.types import Action, Problem
+from vicuna.errors import UserError
 
 KEPT = 4  # looks held in memory
 ROWS = 20_000  # problems that can be paged through; `vicuna data check --json` has all
@@ -44,8 +45,14 @@ class Wish:
         return config.build(DataSettings, given)
 
     def marks(self) -> tuple[object, ...]:
-        """Equal for the same files with the same content."""
-        about = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        """Equal for the same files with the same content.
+
+        Raises: UserError where one is gone.
+        """
+        try:
+            about = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        except OSError as e:
+            raise UserError("the file is not there any more", where=str(e.filename)) from e
         return (*about, self.model, self.template, self.cutoff)
 
 
@@ -84,7 +91,7 @@ class Looks:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[object, ...], Look] = OrderedDict()
         self._lock = threading.Lock()
-        self._preparing = threading.Lock()
+        self._preparing: dict[tuple[object, ...], threading.Lock] = {}
 
     def get(self, wish: Wish, say: Callable[[str], None] = lambda _: None) -> Look:
         """The look at what is wished for.
@@ -97,9 +104,12 @@ class Looks:
         key = wish.marks()
         if (found := self._find(key)) is not None:
             return found
-        with self._preparing:
+        with self._lock:
+            preparing = self._preparing.setdefault(key, threading.Lock())
+        with preparing:
             found = self._find(key) or _look(wish, say)
         with self._lock:
+            self._preparing.pop(key, None)
             self._kept[key] = found
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)

@@ -1,5 +1,5 @@
-"""Headers that keep the page to itself, whatever a text on it says: the browser fetches nothing from
-elsewhere, and no other page may frame this one."""
+"""Headers that keep the page to itself, whatever a text on it says: the browser fetches nothing
+from elsewhere, and no other page may frame this one."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What people and models wrote, as HTML that can do nothing: no tags of theirs, no script, no image,
-nothing that is fetched."""
+"""What people and models wrote, as HTML that can do nothing: no tags of theirs, no script, no
+image, nothing that is fetched."""
 
 from __future__ import annotations
 

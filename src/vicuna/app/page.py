@@ -70,7 +70,7 @@ def build(app: App) -> gr.Blocks:
             language = gr.Button(t("page.language"), size="sm", elem_id="language", min_width=0)
         language.click(None, js=_SWITCH_LANGUAGE)
         dark.click(None, js=_SWITCH_DARK)
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for name, tab in TABS.items():
                 with gr.Tab(t(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
                     before = len(app.opening)

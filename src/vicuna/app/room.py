@@ -15,12 +15,14 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vicuna.app.queue import FairQueue, Job
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
+from vicuna.model.adapter_names import WEIGHTS
 
 if TYPE_CHECKING:
     from vicuna.generate.events import Finished, Step
@@ -94,6 +96,7 @@ class Room:
         self.queue = FairQueue()
         self._opened: Loaded | None = None
         self._failed: BaseException | None = None
+        self._stamps: dict[str, float] = {}
         ready = threading.Event()
         self._thread = threading.Thread(
             target=self._live, args=(open_model, ready), name="model", daemon=True
@@ -134,13 +137,30 @@ class Room:
         engine: Any = self.loaded.engine
         getattr(engine, "close", engine.forget)()
 
-    def do(self, person: str, work: Callable[[Loaded], Any]) -> Job:
-        """Queue anything that changes the model."""
-        return self.queue.join(Job(person, lambda _: work(self.loaded)))
-
     def ask(self, person: str, ask: Ask) -> Job:
         """Queue a request; `job.latest` is a `Picture` as soon as there is one."""
-        return self.queue.join(Job(person, lambda job: _answer(self.loaded, ask, job)))
+        return self.queue.join(Job(person, lambda job: self._answer(ask, job)))
+
+    def choose(self, person: str, mix: Mapping[str, float]) -> Job:
+        """Queue that these adapters are loaded; what does not fit raises there."""
+        return self.queue.join(Job(person, lambda _: self._choose(mix)))
+
+    def _choose(self, mix: Mapping[str, float]) -> None:
+        """Answer with these adapters from now on. What is not loaded yet is loaded, and what was
+        trained anew.
+
+        Raises: UserError where one does not belong to the base.
+        """
+        for adapter in mix:
+            stamp = _stamp(adapter)
+            if adapter not in self.loaded.adapters or self._stamps.get(adapter) != stamp:
+                self.loaded.load_adapter(adapter, adapter)
+                self._stamps[adapter] = stamp
+        self.loaded.set_adapter(mix)
+
+    def _answer(self, ask: Ask, job: Job) -> Picture:
+        self._choose(ask.mix)
+        return _compute(self.loaded, ask, job)
 
     def fitted(self, ask: Ask) -> Fitted:
         """What of a conversation would be read. The adapters need not be loaded."""
@@ -172,23 +192,17 @@ def _limit(context: int, ask: Ask) -> int:
     return min(context, ask.limit or context)
 
 
-def choose(loaded: Loaded, mix: Mapping[str, float]) -> None:
-    """Answer with these adapters from now on; what is not loaded yet is loaded.
-
-    Raises: UserError where one does not belong to the base.
-    """
-    for adapter in mix:
-        if adapter not in loaded.adapters:
-            loaded.load_adapter(adapter, adapter)
-    loaded.set_adapter(mix)
+def _stamp(adapter: str) -> float:
+    """When an adapter's weights were written; 0 for what is no folder."""
+    times = [p.stat().st_mtime for name in WEIGHTS if (p := Path(adapter) / name).is_file()]
+    return max(times, default=0.0)
 
 
-def _answer(loaded: Loaded, ask: Ask, job: Job) -> Picture:
+def _compute(loaded: Loaded, ask: Ask, job: Job) -> Picture:
     """Compute an answer; pictures of it go into `job.latest`."""
     from vicuna.generate.decode import decode
     from vicuna.generate.events import Finished
 
-    choose(loaded, ask.mix)
     renderer = loaded.renderer_of(ask.mix, ask.template)
     engine, began = loaded.engine, time.perf_counter()
     limit = _limit(engine.context_length, ask)

@@ -53,7 +53,7 @@ class Process:
         """Whether it still works."""
         child = _children.get(self.pid)
         if child is not None and child.poll() is not None:
-            del _children[self.pid]
+            _children.pop(self.pid, None)
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < SLACK

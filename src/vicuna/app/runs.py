@@ -240,11 +240,11 @@ def _state(path: Path, process: Process | None, alive: bool, log: RunLog) -> tup
     ended = log.end and (process is None or float(log.end["time"]) >= process.created)
     if ended:
         return ("paused" if log.end.get("reason") == "interrupted" else "finished"), ""
-    asked = process.asked if process else ""
     words = run_process.last_error(path, process) or _logged_error(log, process)
-    if asked or words == INTERRUPTED:
-        return "stopped", ""
-    return ("failed", words) if words else ("killed", "")
+    if words and words != INTERRUPTED:
+        return "failed", words
+    asked = process.asked if process else ""
+    return ("stopped", "") if asked or words else ("killed", "")
 
 
 def _logged_error(log: RunLog, process: Process | None) -> str:

@@ -37,7 +37,7 @@ class Session:
 
     notes: one for each answer. editing: the question that the next one replaces.
     mix: strengths of the adapters that answer, by their path.
-    job: what is being computed for it.
+    job: what is being computed for it. greeted: whether the page was opened for it before.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Session:
     editing: int | None = None
     mix: dict[str, float] = field(default_factory=dict)
     job: Job | None = None
+    greeted: bool = False
     seen: float = field(default_factory=time.monotonic)
 
     @property

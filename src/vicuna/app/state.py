@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vicuna import config
 from vicuna.app.sessions import Sessions
 from vicuna.app.shelf import Shelf
-from vicuna.config import AnswerSettings, WebSettings
+from vicuna.config import AnswerSettings, ModelSettings, WebSettings
 from vicuna.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,16 +42,18 @@ class App:
         from vicuna.app.room import Room
         from vicuna.generate.load import open_model
 
-        given = self.settings.model_fields_set & AnswerSettings.model_fields.keys()
+        given = self.settings.model_fields_set & ModelSettings.model_fields.keys()
         values = {name: getattr(self.settings, name) for name in given}
         # Room for the beams and answers that the page may ask for, where a cache is one block.
-        values |= {"num_beams": 4, "max_new_tokens": 512, "adapter": ""}
+        values |= {"num_beams": 4, "max_new_tokens": 512}
+        if self.settings.engine != "vllm":  # which takes adapters only where it is opened with one
+            values["adapter"] = ""
         values["model"] = self.settings.model or self._base_of_adapter()
         answering = config.build(AnswerSettings, values)
         room = Room(lambda: open_model(answering))
         if self.settings.adapter:
             self.first = self.shelf.add(self.settings.adapter)
-            room.do("", lambda loaded: loaded.load_adapter(self.first, self.first)).wait()
+            room.choose("", {self.first: 1.0}).wait()
         return room
 
     def _base_of_adapter(self) -> str:

@@ -11,7 +11,6 @@ import gradio as gr
 
 from vicuna.app import adapters_html, chat_html
 from vicuna.app.acts import acting, told
-from vicuna.app.room import choose
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -92,10 +91,11 @@ class AdaptersTab:
         writable = not self.app.settings.read_only
         found = self.app.shelf.cards()
         who = self.app.shelf.in_words(session.mix) or words("adapters.mix_base")
-        mix = f'<div class="v-mix"><h4>{words("adapters.mix")}</h4><p>{chat_html.escape(who)}</p></div>'
+        mix = f"<h4>{words('adapters.mix')}</h4><p>{chat_html.escape(who)}</p>"
         return {
             self.cards: adapters_html.cards(found, session.mix, writable, words),
-            self.mix: mix, self.note: note, self.sure: gr.update(visible=False), self.asked: "",
+            self.mix: f'<div class="v-mix">{mix}</div>', self.note: note,
+            self.sure: gr.update(visible=False), self.asked: "",
         }  # fmt: skip
 
     def act(self, tab: str, request: gr.Request, event: gr.EventData) -> Updates:
@@ -126,7 +126,7 @@ class AdaptersTab:
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
         try:
-            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+            self.app.room.choose(session.name, mix).wait()
         except UserError as e:
             return self._now(tab, request, chat_html.problem(e.what, e.fix))
         who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -20,9 +21,18 @@ from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+_DOWNLOAD = """(text) => {
+  if (!text) return;
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
+  link.download = 'conversation.jsonl';
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}"""
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -81,8 +91,8 @@ class ChatTab:
 
     def _side(self) -> None:
         self.adapters = gr.Dropdown(
-            [], multiselect=True, label=t("chat.adapters"), info=t("chat.adapters_info"),
-            elem_id="chat-adapters",
+            list(self.app.shelf.choices()), multiselect=True, label=t("chat.adapters"),
+            info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
             0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
@@ -108,9 +118,8 @@ class ChatTab:
                 t("chat.save"), size="sm", visible=not self.app.settings.read_only,
                 elem_id="chat-save",
             )  # fmt: skip
-            self.download = gr.DownloadButton(
-                t("chat.download"), size="sm", elem_id="chat-download"
-            )
+            self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
+            self.export = gr.Textbox(visible="hidden", show_label=False)
             self.load = gr.UploadButton(
                 t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
             )
@@ -132,8 +141,9 @@ class ChatTab:
         )
         self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **_QUIET)
         self.save.click(self.keep, self._inputs, None, **_QUIET)
-        # The file is written when it is asked for, and is gone with the next one.
-        self.download.click(self.hand_out, self._inputs, self.download, **_QUIET)
+        self.download.click(self.hand_out, self._inputs, self.export, **_QUIET).then(
+            None, self.export, None, js=_DOWNLOAD
+        )
         self.app.opening.append(
             (
                 self.opened,
@@ -145,20 +155,31 @@ class ChatTab:
             self.take, [self.load, *self._inputs], [*self._shown, self.system], **_QUIET
         )
 
-    def _asked(self, values: tuple[Any, ...]) -> tuple[Session, Ask, str]:
-        """(session, what is asked but for its turns, view), from the values of `_inputs`."""
+    def _asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
+        """(session, what is asked but for its turns, view), from the values of `_inputs`.
+
+        Args:
+            strict: settings that are wrong raise; else the defaults stand in for them.
+
+        Raises: UserError, SettingsError.
+        """
         tab, adapters, strength, system, template, memory, view, *rest = values
         session = self.app.sessions.get(tab)
         session.chat.system = (system or "").strip()
         known = self.app.shelf.paths()
         mix = {a: session.mix.get(a, 1.0) * float(strength) for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
-        settings = self.controls.settings(rest)
+        try:
+            settings = self.controls.settings(rest)
+        except UserError:
+            if strict:
+                raise
+            settings = Settings()
         view = view if view in VIEWS else "columns"
         return session, Ask((), settings, mix, template, int(memory)), view
 
     async def answer(
-        self, question: str, *values: Any, request: gr.Request
+        self, request: gr.Request, question: str, *values: Any
     ) -> AsyncIterator[Updates]:
         """Answer a question, showing how the answer grows."""
         if not (question or "").strip():
@@ -172,7 +193,7 @@ class ChatTab:
     ) -> AsyncIterator[Updates]:
         words = partial(say, request)
         try:
-            session, ask, view = self._asked(values)
+            session, ask, view = self._asked(values, strict=True)
             if session.busy:
                 raise UserError(words("chat.busy"))
         except UserError as e:
@@ -194,17 +215,19 @@ class ChatTab:
                 last = now
                 if now.finished is None:
                     yield {self.live: chat_html.growing(now, view, words)}
-            problem = "" if last.text.strip() else chat_html.problem(words("chat.silent"))
+            silent = not last.text.strip() and not job.cancelled.is_set()
+            problem = chat_html.problem(words("chat.silent")) if silent else ""
         except Exception as e:
             problem = self._problem(e, words)
         finally:
             if not kept:
                 session.end(last.text, _stats(last, self._who(ask, words)))
                 kept = True
-        lost = question if problem and not last.text.strip() else gr.skip()
+        lost = gr.skip() if last.text.strip() else question
         yield {
             self.box: lost, self.live: "", self.note: problem, **self._running(False),
-            self.history: self._history(session, words), self.gauge: self._gauge(session, ask, words),
+            self.history: self._history(session, words),
+            self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
 
     def _who(self, ask: Ask, words: Any) -> str:
@@ -235,7 +258,7 @@ class ChatTab:
         return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
 
     async def act(
-        self, *values: Any, request: gr.Request, event: gr.EventData
+        self, request: gr.Request, event: gr.EventData, *values: Any
     ) -> AsyncIterator[Updates]:
         """What a button beside a turn is for."""
         found, words = told(event), partial(say, request)
@@ -275,7 +298,7 @@ class ChatTab:
         """Stop the answer; what was said stays."""
         self.app.sessions.get(tab).stop()
 
-    def forget(self, *values: Any, request: gr.Request) -> Updates:
+    def forget(self, request: gr.Request, *values: Any) -> Updates:
         """Begin a new conversation."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)
@@ -286,7 +309,7 @@ class ChatTab:
             self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
 
-    def count(self, *values: Any, request: gr.Request) -> str:
+    def count(self, request: gr.Request, *values: Any) -> str:
         """The gauge, where something changed that it depends on."""
         session, ask, _ = self._asked(values)
         return self._gauge(session, ask, partial(say, request))
@@ -297,15 +320,16 @@ class ChatTab:
         session.mix = {a: session.mix.get(a, 1.0) for a in adapters}
         return gr.update(visible=bool(adapters))
 
-    def opened(self, *values: Any, request: gr.Request) -> list[Any]:
+    def opened(self, request: gr.Request, *values: Any) -> list[Any]:
         """A browser comes, or comes again: what it had, and the adapters there are."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)
         choices = self.app.shelf.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
-        if not session.mix and not session.chat.turns and self.app.first in known:
+        if not session.greeted and self.app.first in known:
             session.mix = {self.app.first: 1.0}
+        session.greeted = True
         chosen = list(session.mix)
         return [
             self._history(session, words), self._gauge(session, ask, words),
@@ -314,7 +338,7 @@ class ChatTab:
 
     # Files.
 
-    def keep(self, *values: Any, request: gr.Request) -> None:
+    def keep(self, request: gr.Request, *values: Any) -> None:
         """Save the conversation on the server, in the data folder."""
         words = partial(say, request)
         session, _, _ = self._asked(values)
@@ -331,18 +355,15 @@ class ChatTab:
             return
         gr.Info(words("chat.saved", path="conversations.jsonl"))
 
-    def hand_out(self, *values: Any) -> Any:
-        """A file for the browser, with the conversation in it."""
+    def hand_out(self, request: gr.Request, *values: Any) -> str:
+        """The conversation as a line of JSONL, which the browser keeps as a file."""
         session, _, _ = self._asked(values)
         if not session.chat.turns:
-            return gr.skip()
-        import tempfile
+            gr.Warning(say(request, "chat.nothing"))
+            return ""
+        return json.dumps({"messages": session.chat.messages()}, ensure_ascii=False) + "\n"
 
-        path = Path(tempfile.mkdtemp(prefix="vicuna-")) / "conversation.jsonl"
-        session.chat.save(path)
-        return str(path)
-
-    def take(self, file: str, *values: Any, request: gr.Request) -> Updates:
+    def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
         """Go on with a conversation from a file: its first line."""
         words = partial(say, request)
         session, ask, _ = self._asked(values)

@@ -214,7 +214,7 @@ class DataTab:
         try:
             path = files.keep(self.app, Path(dropped))
         except UserError as e:
-            raise gr.Error(str(e)) from e
+            raise gr.Error(html.toast(e), print_exception=False) from e
         choices = files.listed(self.app)
         if self.app.settings.read_only:
             choices = [*choices, (path.name, str(path))]

@@ -43,6 +43,7 @@ class InstructTab:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        self._jobs: dict[str, list[Job]] = {}  # by session
         with gr.Row(elem_classes="v-split"):
             with gr.Column(scale=3, min_width=320, elem_classes="v-main"):
                 self._question()
@@ -64,8 +65,8 @@ class InstructTab:
             elem_id="instruct-input",
         )  # fmt: skip
         self.who = gr.CheckboxGroup(
-            [(t("chat.base"), BASE)], value=[BASE], label=t("instruct.who"),
-            elem_id="instruct-who", elem_classes="v-pills",
+            [(t("chat.base"), BASE), *self.app.shelf.choices()], value=[BASE],
+            label=t("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
         )  # fmt: skip
         with gr.Row(elem_classes="v-ask"):
             self.go = gr.Button(
@@ -98,13 +99,9 @@ class InstructTab:
         for job in self._jobs.pop(self.app.sessions.get(tab).name, []):
             job.cancel()
 
-    @property
-    def _jobs(self) -> dict[str, list[Job]]:
-        return self.__dict__.setdefault("_of", {})  # type: ignore[no-any-return]
-
     async def answer(
-        self, tab: str, instruction: str, material: str, who: list[str], *values: Any,
-        request: gr.Request,
+        self, request: gr.Request, tab: str, instruction: str, material: str, who: list[str],
+        *values: Any,
     ) -> AsyncIterator[Updates]:  # fmt: skip
         """Answer side by side, one column after another."""
         words = partial(say, request)
@@ -153,7 +150,8 @@ class InstructTab:
     async def _watch(self, column: _Column) -> AsyncIterator[None]:
         """Follow a column to its end; what goes wrong is told in it, and the others go on."""
         try:
-            async for column.now in self.app.room.follow(column.job):
+            async for now in self.app.room.follow(column.job):
+                column.now = now
                 yield
         except UserError as e:
             column.now = str(e)

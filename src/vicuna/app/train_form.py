@@ -115,7 +115,8 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, field in fields().items():
         value = field.given(values.get(name))
-        if value is not None and value != field.default and value != "":
+        # What was emptied is left to itself, too.
+        if value not in (None, "", []) and value != field.default:
             found[name] = value
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from html import escape
 from typing import Any
 
 import gradio as gr
 
 from vicuna.app import train_html
-from vicuna.app.data_html import note
-from vicuna.app.room import choose
+from vicuna.app.data_html import note, toast
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
 from vicuna.app.train_new import NewTraining, of_page
@@ -139,23 +139,43 @@ class Watch:
         run = by_name.get(name or "") or next((r for r in runs if r.working), None)
         run = run or next(iter(runs), None)
         others = [by_name[n] for n in compared or [] if n in by_name and n != (run and run.name)]
-        states = [(r.name, r.state, r.log.step) for r in runs]
-        now = [language_of(request), states, _fingerprint(run), [o.name for o in others]]
+        listed: list[Any] = [run and run.name, [o.name for o in others], language_of(request)]
+        listed += [(r.name, r.state) for r in runs]
+        now = [listed, _fingerprint(run), [r.log.step for r in runs]]
         if now == seen:
             return {self.seen: gr.skip()}
-        choices = [(_shown(r, request), r.name) for r in runs]
         updates: Updates = {
             self.seen: now,
-            self.run: gr.update(choices=choices, value=run.name if run else None),
-            self.compare: gr.update(choices=choices, value=[o.name for o in others]),
             self.table: train_html.all_runs(runs, partial(say, request)),
-            self.buttons: gr.update(visible=run is not None and not self.app.settings.read_only),
-            self.body: gr.update(visible=run is not None),
         }
+        # What can be clicked is left alone while only numbers change.
+        if seen is None or seen[0] != listed:
+            updates |= self._clickable(runs, run, others, request)
         if run is None:
             empty = note("empty", say(request, "train.no_runs"))
             return {**updates, self.head: empty, self.sure: gr.update(visible=False)}
         return {**updates, **self._run(run, others, request)}
+
+    def _clickable(
+        self, runs: Sequence[Run], run: Run | None, others: Sequence[Run], request: gr.Request
+    ) -> Updates:
+        choices = [(_shown(r, request), r.name) for r in runs]
+        updates: Updates = {
+            self.run: gr.update(choices=choices, value=run.name if run else None),
+            self.compare: gr.update(choices=choices, value=[o.name for o in others]),
+            self.buttons: gr.update(visible=run is not None and not self.app.settings.read_only),
+            self.body: gr.update(visible=run is not None),
+        }
+        if run is not None:
+            updates |= {
+                self.pause: gr.update(visible=run.state in _PAUSABLE),
+                self.resume: gr.update(visible=run.state in _RESUMABLE),
+                self.stop: gr.update(visible=run.working),
+                self.talk: gr.update(visible=run.has_adapter and not run.working),
+                self.again: gr.update(visible=not run.working),
+                self.delete: gr.update(visible=not run.working),
+            }
+        return updates
 
     def _run(self, run: Run, others: Sequence[Run], request: gr.Request) -> Updates:
         words = partial(say, request)
@@ -166,12 +186,6 @@ class Watch:
             self.samples: train_html.samples(run, words),
             self.output: train_html.output(run),
             self.terminal: train_html.commands(run),
-            self.pause: gr.update(visible=run.state in _PAUSABLE),
-            self.resume: gr.update(visible=run.state in _RESUMABLE),
-            self.stop: gr.update(visible=run.working),
-            self.talk: gr.update(visible=run.has_adapter and not run.working),
-            self.again: gr.update(visible=not run.working),
-            self.delete: gr.update(visible=not run.working),
         }
 
     def act(self, act: Any, name: str | None) -> Any:
@@ -179,7 +193,7 @@ class Watch:
         try:
             act(name or "")
         except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from e
+            raise gr.Error(toast(e), print_exception=False) from e
         return None
 
     def talk_with(self, tab: str, name: str | None) -> Any:
@@ -191,9 +205,9 @@ class Watch:
             session = self.app.sessions.get(tab)
             mix = {path: 1.0}
             # Loaded now, so that an adapter of another base is refused here and not at a question.
-            self.app.room.do(session.name, lambda loaded: choose(loaded, mix)).wait()
+            self.app.room.choose(session.name, mix).wait()
         except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from e
+            raise gr.Error(toast(e), print_exception=False) from e
         session.mix.clear()
         session.mix.update(mix)
         return gr.update(selected="chat")
@@ -214,11 +228,11 @@ class Watch:
         try:
             if wish == "delete":
                 self.runs.delete(name or "")
-                gr.Info(say(request, "train.deleted", name=name))
+                gr.Info(escape(say(request, "train.deleted", name=name)))
             elif wish == "stop":
                 self.runs.stop(name or "")
         except UserError as e:
-            raise gr.Error(str(e), print_exception=False) from e
+            raise gr.Error(toast(e), print_exception=False) from e
         return "", gr.update(visible=False), None
 
 

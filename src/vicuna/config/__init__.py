@@ -6,7 +6,7 @@ together, a misspelt key with the nearest right one, a name of the 2023 project 
 A module for each kind of command holds its settings; `parse` reads them.
 """
 
-from vicuna.config.answer import AnswerSettings, GenerateSettings
+from vicuna.config.answer import AnswerSettings, GenerateSettings, ModelSettings
 from vicuna.config.common import DatasetEntry, Settings
 from vicuna.config.data import (
     ConvertSettings,
@@ -49,6 +49,7 @@ __all__ = [
     "GenerateSettings",
     "InspectSettings",
     "MergeSettings",
+    "ModelSettings",
     "PlanSettings",
     "PreviewSettings",
     "QuantizeSettings",

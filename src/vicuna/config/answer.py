@@ -1,4 +1,4 @@
-"""The settings of `vicuna generate` and `vicuna chat`."""
+"""The settings of `vicuna generate` and `vicuna chat`, and of every command that loads a model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 from vicuna.config.common import EarlyStopping, Settings, Texts, setting
 
 
-class AnswerSettings(Settings):
-    """The settings of `vicuna generate` and `vicuna chat`."""
+class ModelSettings(Settings):
+    """Which model answers, and on what it is computed."""
 
     model: str = setting(
         "", "Model", "the base; where not given, the one that the adapter names, else smollm2-135m"
@@ -31,6 +31,11 @@ class AnswerSettings(Settings):
         "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
     )
     allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
+
+
+class AnswerSettings(ModelSettings):
+    """The settings of `vicuna generate` and `vicuna chat`."""
+
     system: str = setting("", "Talking", "system prompt")
     max_new_tokens: int = setting(512, "Decoding", "longest answer in tokens", ge=1)
     min_new_tokens: int = setting(0, "Decoding", "no end token before so many tokens", ge=0)

@@ -1,4 +1,4 @@
-"""Names of an adapter's files; apart from the rest, so that looking for them needs no PyTorch."""
+"""Names of an adapter's files, apart from `adapter.py`: looking for them needs no PyTorch."""
 
 META = "vicuna.json"  # what this project notes beside an adapter or a merged base
 # Today's, then those of 2023.

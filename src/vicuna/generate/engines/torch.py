@@ -7,7 +7,7 @@ not computed again, also after `/undo` and along the answer of a beam.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +19,8 @@ from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import adapter as adapters
+from vicuna.generate.engines.switching import Switching
 from vicuna.model import answering, kernels, parts, products
-from vicuna.model.adapter import AdapterFiles
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -62,32 +61,7 @@ def causal_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def use_adapters(model: Any, mix: Mapping[str, float]) -> None:
-    """Make adapters of a PEFT model the active ones, each scaled by its strength; none at all where
-    the mix is empty."""
-    if not hasattr(model, "peft_config"):
-        return
-    if not mix:
-        model.base_model.disable_adapter_layers()
-        return
-    model.base_model.enable_adapter_layers()
-    model.base_model.set_adapter(list(mix))
-    for module in model.modules():
-        if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
-            for name, strength in mix.items():
-                module.set_scale(name, strength)
-
-
-def attach_adapter(model: Any, name: str, files: AdapterFiles) -> Any:
-    """The model with a further adapter, a PEFT model from now on. No adapter is active then."""
-    peft = adapters.attach_saved(model, files, name=name)
-    peft.to(causal_of(peft).get_input_embeddings().weight.device)
-    peft.eval()
-    use_adapters(peft, {})
-    return peft
-
-
-class TorchEngine:
+class TorchEngine(Switching):
     """An `Engine` over a model whose parts are known.
 
     Args:
@@ -147,27 +121,14 @@ class TorchEngine:
                 group.hold(layer.mlp.norm.dtype)
         self.forget()
 
-    def load_adapter(self, name: str, files: AdapterFiles) -> None:
-        """Attach a further adapter. It changes nothing until it is chosen; none is chosen now.
-
-        Raises: UserError where it does not fit the base.
-        """
-        self.model = attach_adapter(self.model, name, files)
-        found = parts.find(causal_of(self.model), training=False)
-        assert not isinstance(found, str)
+    def _take(self, model: Any) -> None:
+        """Compute with the same base, with other adapters around it, from now on. Weights that were
+        laid out for answering stay so."""
+        found = parts.find(causal_of(model), training=False)
+        assert not isinstance(found, str), found
+        self.model = model
         for layer, block in zip(self._layers, found.blocks):
             layer.follow(block)
-        self.refresh()
-
-    def drop_adapter(self, name: str) -> None:
-        """Free an adapter; none is chosen now."""
-        self.model.delete_adapter(name)
-        self.use_adapters({})
-
-    def use_adapters(self, mix: Mapping[str, float]) -> None:
-        """Add these adapters to the base from now on, each scaled. What was computed is
-        forgotten."""
-        use_adapters(self.model, mix)
         self.refresh()
 
     def forget(self) -> None:

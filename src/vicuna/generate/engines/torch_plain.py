@@ -8,7 +8,7 @@ new prompt keeps of it what both begin with. Where beams fork the cache is reord
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.switching import Switching
 from vicuna.generate.engines.torch import (
     CHUNK,
     MAX_ROWS,
-    attach_adapter,
     causal_of,
-    use_adapters,
 )
 from vicuna.model import fused
-from vicuna.model.adapter import AdapterFiles
 from vicuna.model.memory_errors import is_memory
 
 
-class PlainEngine:
+class PlainEngine(Switching):
     """An `Engine` over any causal LM of transformers, or a PEFT model around one.
 
     Args:
@@ -50,24 +48,9 @@ class PlainEngine:
         """What was computed with other weights is of no use."""
         self.forget()
 
-    def load_adapter(self, name: str, files: AdapterFiles) -> None:
-        """Attach a further adapter. It changes nothing until it is chosen; none is chosen now.
-
-        Raises: UserError where it does not fit the base.
-        """
-        self.model = attach_adapter(self.model, name, files)
-        fused.install(self.model)
-        self.refresh()
-
-    def drop_adapter(self, name: str) -> None:
-        """Free an adapter; none is chosen now."""
-        self.model.delete_adapter(name)
-        self.use_adapters({})
-
-    def use_adapters(self, mix: Mapping[str, float]) -> None:
-        """Add these adapters to the base from now on, each scaled. What was computed is
-        forgotten."""
-        use_adapters(self.model, mix)
+    def _take(self, model: Any) -> None:
+        self.model = model
+        fused.install(model)
         self.refresh()
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+from app_kit import write_run
 from run_kit import save_tiny_model, write_data
 
 from vicuna.app import run_process
@@ -50,12 +51,20 @@ def wait(look: Callable[[], Run], until: Callable[[Run], bool], seconds: float =
     return run
 
 
+START = (
+    "import json, sys; from pathlib import Path; from vicuna.app.runs import Runs; "
+    "Runs(Path(sys.argv[1])).start(json.loads(sys.argv[2]), '一号 run')"
+)
+
+
 def test_a_run_is_paused_found_by_another_server_resumed_and_finished(place: Path) -> None:
     runs = Runs(place / "runs")
     assert runs.all() == []
     long = recipe(place, max_steps=100_000, sample_prompts=["第1题"], sample_steps=100_000)
-    run = runs.start(long, "一号 run")
-    assert run.state == "starting"
+    # Started by a server that is gone at once.
+    subprocess.run([sys.executable, "-c", START, str(place / "runs"), json.dumps(long)], check=True)
+    run = runs.get("一号 run")
+    assert run.state in ("starting", "running")
     with pytest.raises(UserError, match="another training works already"):
         runs.start(recipe(place), "second")
     assert not (place / "runs" / "second").exists()
@@ -130,18 +139,6 @@ def test_a_page_that_only_looks_does_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "old").is_dir()
 
 
-def write_run(path: Path, *events: dict[str, Any], output: str | None = None) -> None:
-    """A run's folder as a process that is gone has left it."""
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text("model: tiny\n")
-    first = {"event": "start", "step": 0, "total_steps": 9, "time": 1.0}
-    (path / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in (first, *events)))
-    if output is not None:
-        (path / "output.txt").write_text(output)
-        gone = run_process.Process(2**22 + 1, 0.5, 0)
-        (path / ".process.json").write_text(json.dumps(gone.__dict__))
-
-
 WARNED = {"event": "warning", "step": 3, "time": 9.0}
 
 
@@ -158,6 +155,7 @@ WARNED = {"event": "warning", "step": 3, "time": 9.0}
             "disk: full\nFree some space.",
         ),
         ([], "1/9\n\ninterrupted\n", "stopped", ""),
+        ([], "error: old\n$ vicuna train\nerror: new\n", "failed", "new"),
         # Started in a terminal: there is the log alone.
         ([{**WARNED, "message": "UserError: out of memory"}], None, "failed", "out of memory"),
         ([{**WARNED, "message": "KeyboardInterrupt: "}], None, "stopped", ""),

@@ -1,0 +1,53 @@
+"""A real browser over a page on a tiny random model.
+
+Without Chromium or Playwright these tests are skipped, except where CI is set: there they fail.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser_kit import FLAGS, Visitor, chromium, missing
+from page_kit import make_place, open_page
+
+from vicuna.app.state import App
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser of a module's own: its event loop would be in the way of other tests."""
+    if why := missing():
+        if os.environ.get("CI"):
+            pytest.fail(f"the tests of the page {why}, and never skip where CI is set")
+        pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium(), args=list(FLAGS))
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_place(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def served(browser: Any, place: Path) -> Iterator[tuple[App, str]]:
+    with open_page(place) as opened:
+        yield opened
+
+
+@pytest.fixture
+def visitor(browser: Any, served: tuple[App, str]) -> Iterator[Visitor]:
+    made = Visitor(browser, served[1])
+    made.ready()
+    yield made
+    made.context.close()
+    assert made.wrong == []
+    assert made.outside() == []
