@@ -53,18 +53,25 @@ def open_engine(settings: AnswerSettings, base: str, files: AdapterFiles | None)
 
 def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
     from vicuna.generate.engines import torch as torch_engines
-    from vicuna.model import fused, load
+    from vicuna.model import fused, load, placement
 
+    over = placement.devices(settings.device_map)
     folder = locate(base)
     notes = _check(settings, files, lambda: adapters.identify(folder))
-    device = load.pick_device()
-    model = load.load_base(folder, load.choose(settings.precision, device), device)
+    chosen = load.choose(settings.precision, over[0])
+    if len(over) == 1:
+        model = load.load_base(folder, chosen, over[0])
+    else:
+        fill = settings.device_map == "auto"
+        model = load.load_base(folder, chosen, over[0], placement.spread(over, fill))
+        placement.check(model.hf_device_map, over)
     if files is not None:
         model = adapters.attach_saved(model, files)
-        model.to(device)
+        if len(over) == 1:
+            model.to(over[0])
     model.eval()
     context = settings.context_length or load.context_length(model)
-    engine = torch_engines.open_engine(model, context)
+    engine = torch_engines.open_engine(model, context, settings.cache_type, alone=True)
     if files is not None and not isinstance(engine, torch_engines.TorchEngine):
         fused.install(model)  # the other engine has a forward pass of its own
     name = model.active_adapters[0] if files is not None else ""
@@ -81,6 +88,16 @@ def _check(
     return [*files.notes, *([warning] if warning else [])]
 
 
+def _refuse(settings: AnswerSettings, name: str, why: str) -> None:
+    """Refuse a setting that an engine cannot follow, where it was given."""
+    if getattr(settings, name) != "auto":
+        raise UserError(
+            f"{name} has no effect with {settings.engine}: {why}",
+            where=name,
+            fix="Leave it out, or use --engine torch.",
+        )
+
+
 # -- llama.cpp ----
 
 
@@ -90,6 +107,7 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     from vicuna.generate.engines.libllama import library
     from vicuna.generate.engines.llamacpp import LlamaCppEngine
 
+    _refuse(settings, "device_map", "llama.cpp places the layers itself")
     library()  # a missing wheel is met before a base is converted
     gguf, folder, notes, taken = _gguf_of(settings, base, files)
     # Filters and penalties are torch's. Its threads would spin between two of them, on the cores
@@ -101,6 +119,7 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
         context_length=settings.context_length,
         spare=lambda context: others * min(settings.max_new_tokens, context),
         threads=settings.threads,
+        cache_type="f16" if settings.cache_type == "auto" else settings.cache_type,
     )
     if files is not None:
         from vicuna.export.gguf_cache import adapter_file
@@ -169,6 +188,8 @@ def _check_shape(
 def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
     from vicuna.generate.engines.vllm import VllmEngine, library
 
+    _refuse(settings, "device_map", "vLLM places the layers itself")
+    _refuse(settings, "cache_type", "vLLM's cache has types of its own")
     library()
     folder = locate(base)
     notes = _check(settings, files, lambda: adapters.identify(folder))

@@ -55,9 +55,7 @@ class Plain:
         both = self._buffers[0][:, first:stop].to(self._dtype)
         return both[: self._heads], both[self._heads :]
 
-    def attend(
-        self, q: Tensor, first: int, stop: int, scale: float, mask: Tensor | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, first: int, stop: int, scale: float, mask: Tensor | None) -> Tensor:
         """Attention of rows q (K, R, D) over the slots: (K, R, D).
 
         Args:
@@ -94,9 +92,7 @@ class Quantised(Plain):
         both = codes.to(self._dtype).mul_(scales.to(self._dtype))
         return both[: self._heads], both[self._heads :]
 
-    def attend(
-        self, q: Tensor, first: int, stop: int, scale: float, mask: Tensor | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, first: int, stop: int, scale: float, mask: Tensor | None) -> Tensor:
         """See `Plain.attend`."""
         both, scales = (b[:, first:stop] for b in self._buffers)
         codes, scales = both.to(self._dtype), scales.transpose(1, 2)

@@ -19,7 +19,7 @@ from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.model import answering, kernels, parts, products
+from vicuna.model import answering, kernels, parts, placement, products
 from vicuna.model.decoder import Layer
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
@@ -39,10 +39,11 @@ def open_engine(
     Args:
         cache_type, alone: those of `TorchEngine`.
 
-    Raises: UserError where this kind of model has no such cache.
+    Raises: UserError where this kind of model has no such cache, or a part of it is not in memory.
     """
     from vicuna.generate.engines.torch_plain import PlainEngine
 
+    placement.check_present(model)
     found = parts.find(causal_of(model), training=False)
     if not isinstance(found, str):
         return TorchEngine(model, context_length, cache_type, alone)
@@ -279,6 +280,7 @@ class _Angles:
 
     def __init__(self, found: parts.Parts) -> None:
         self._rotary, self._made = found.rotary, 0
+        self._cos = self._sin = torch.empty(0)
 
     def at(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (t, D), as `answering.rotate` takes them, in type and place of `like`."""
