@@ -184,6 +184,7 @@ class Bench:
         first = Settings(max_new_tokens=1)
         found = {}
         for name, engine in self.engines.items():
+            self.share_threads(engine)
             known, anew = [], []
             for _ in range(self.o.repeats):
                 engine.forget()
@@ -203,6 +204,7 @@ class Bench:
         )
         found = {}
         for name, engine in self.engines.items():
+            self.share_threads(engine)
             timed = Timed(engine)
             engine.forget()
             marks = [
@@ -221,6 +223,11 @@ class Bench:
             }
         return found
 
+    def share_threads(self, engine: Any = None) -> None:
+        """PyTorch's threads as a command has them: one beside llama.cpp (see `openers`)."""
+        beside = engine is not None and not hasattr(engine, "tree")
+        torch.set_num_threads(1 if beside else self.o.threads)
+
     # -- how each is run -------------------------------------------------------------------------
 
     def in_turn(self, runs: dict[str, Callable[[], list[int]]]) -> dict[str, float]:
@@ -235,6 +242,7 @@ class Bench:
         return {name: min(found) for name, found in times.items()}
 
     def reference(self, prompt: Sequence[int], beams: int) -> list[int]:
+        self.share_threads()
         ids = torch.tensor([list(prompt)])
         with torch.no_grad():
             out = self.model.generate(
@@ -251,6 +259,7 @@ class Bench:
         self, engine: Any, prompt: Sequence[int], settings: Settings
     ) -> Callable[[], list[int]]:
         def run() -> list[int]:
+            self.share_threads(engine)
             engine.forget()
             if hasattr(engine, "tree"):
                 self.peak_cache = 0
@@ -267,6 +276,7 @@ class Bench:
         """What the library does by itself: a call for the prompt, one for each token, the maximum
         of the scores."""
         context = self.engines[name]._context
+        self.share_threads(self.engines[name])
         self.engines[name].forget()
         context.decode(prompt, range(len(prompt)), [0] * len(prompt), 1)
         said = [int(context.scores(1)[0].argmax())]
