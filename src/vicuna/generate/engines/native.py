@@ -9,6 +9,7 @@ cmake and a C++ compiler, and puts the library into the cache, where the engine 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
@@ -72,6 +73,7 @@ def build(version: str) -> Path:
         _run("cmake", ["cmake", "-S", str(source), "-B", str(work / "build"), *options])
         _run("cmake --build", [
             "cmake", "--build", str(work / "build"), "--target", "llama", "--parallel",
+            str(os.cpu_count() or 1),  # without a number make starts all at once
         ])  # fmt: skip
         for library in (work / "build" / "bin").glob("lib*"):
             shutil.copy2(library, target / library.name)  # links become files: no chain to break
