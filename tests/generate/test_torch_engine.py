@@ -311,7 +311,7 @@ def test_a_smaller_cache_is_close(family: str, cache_type: Any) -> None:
     pairs += [(whole.step(*s).clone(), small.step(*s)) for s in steps]
     for right, found in pairs:
         off = (found - right).norm() / right.norm()
-        assert 0 < off < (2e-3 if cache_type == "f16" else 2e-2)
+        assert 0 < off < (2e-3 if cache_type == "f16" else 4e-2)
     size = model.config.head_dim or 8
     share = 0.5 if cache_type == "f16" else (size + 4) / (4 * size)
     assert small.tree.memory == share * whole.tree.memory

@@ -57,13 +57,17 @@ def test_room_is_left_beside_the_weights(gpus: None) -> None:
     assert placement.spread(placement.devices("auto"), fill=False)["device_map"] == "balanced"
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk", "meta"])
-def test_a_part_outside_is_refused(place: str) -> None:
-    over = [torch.device("cuda:0"), torch.device("cuda:1")]
-    placement.check({"model.embed_tokens": 0, "model.layers.0": "cuda:1"}, over)
-    with pytest.raises(UserError, match=rf"layers\.1 would lie on {place}") as e:
-        placement.check({"model.layers.0": 0, "model.layers.1": place}, over)
+def test_a_part_that_found_no_room_is_refused() -> None:
+    """accelerate leaves a part for the host or the disk without data, as meta tensors."""
+    model = tiny_llama(50)
+    cpu = torch.device("cpu")
+    placement.check(model, [cpu])
+    with pytest.raises(UserError, match=r"fit cuda:0, cuda:1: from model\.embed_tokens") as e:
+        placement.check(model, [torch.device("cuda:0"), torch.device("cuda:1")])
     assert "nf4" in str(e.value.fix)
+    model.model.layers[1].to("meta")
+    with pytest.raises(UserError, match=r"from model\.layers\.1\."):
+        placement.check(model, [cpu])
 
 
 def test_a_map_of_modules_loads_and_answers_alike(tmp_path: Path) -> None:
@@ -73,7 +77,7 @@ def test_a_map_of_modules_loads_and_answers_alike(tmp_path: Path) -> None:
     chosen, cpu = load.Chosen("fp32", ""), torch.device("cpu")
     told: dict[str, Any] = {"device_map": "sequential", "max_memory": {"cpu": 1 << 40}}
     spread = load.load_base(tmp_path, chosen, cpu, told)
-    placement.check(spread.hf_device_map, [cpu])
+    placement.check(spread, [cpu])
     one = TorchEngine(load.load_base(tmp_path, chosen, cpu), 64)
     many = TorchEngine(spread, 64, alone=True)
     prompt = [3, 1, 4, 1, 5]

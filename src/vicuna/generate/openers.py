@@ -64,7 +64,7 @@ def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None)
     else:
         fill = settings.device_map == "auto"
         model = load.load_base(folder, chosen, over[0], placement.spread(over, fill))
-        placement.check(model.hf_device_map, over)
+        placement.check(model, over)
     if files is not None:
         model = adapters.attach_saved(model, files)
         if len(over) == 1:

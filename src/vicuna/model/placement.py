@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,25 +62,20 @@ def spread(over: list[torch.device], fill: bool) -> dict[str, Any]:
     return {"device_map": "sequential" if fill else "balanced", "max_memory": room}
 
 
-def check(placed: Mapping[str, Any], over: list[torch.device]) -> None:
-    """Refuse a map of modules to devices that leaves a part outside: on the host, on disk, nowhere.
+def check(model: Any, over: list[torch.device]) -> None:
+    """Refuse a model of which a part found no room on its devices, and lies on the host or on disk.
 
     Raises: UserError naming the first such part.
     """
-    inside = {str(d) for d in over} | {str(d.index) for d in over}
-    for module, device in placed.items():
-        if str(device) not in inside:
-            raise too_small(f"{module or 'the model'} would lie on {device}", over)
-
-
-def too_small(why: str, over: list[torch.device]) -> UserError:
-    """The error of a base that the devices have no room for."""
-    return UserError(
-        f"the base does not fit {', '.join(map(str, over))}: {why}",
-        where="device_map",
-        fix="Name more GPUs, take --precision nf4 (a quarter of fp16's memory), --device_map cpu, "
-        "or --engine llama.cpp with a GGUF file of a 4-bit type.",
-    )
+    for name, parameter in model.named_parameters():
+        if parameter.device not in over:
+            raise UserError(
+                f"the base does not fit {', '.join(map(str, over))}: from {name} on there is no "
+                "room",
+                where="device_map",
+                fix="Name more GPUs, take --precision nf4 (a quarter of fp16's memory), "
+                "--device_map cpu, or --engine llama.cpp with a GGUF file of a 4-bit type.",
+            )
 
 
 def check_present(model: Any) -> None:
