@@ -58,7 +58,7 @@ def spread(over: list[torch.device], fill: bool) -> dict[str, Any]:
     """
     free = {d.index: int(FOR_WEIGHTS * torch.cuda.mem_get_info(d)[0]) for d in over}
     # What finds no room goes to the host's memory, where `check` finds it.
-    room = {**free, "cpu": 1 << 50}
+    room: dict[int | str, int] = {**free, "cpu": 1 << 50}
     return {"device_map": "sequential" if fill else "balanced", "max_memory": room}
 
 
