@@ -56,9 +56,10 @@ def spread(over: list[torch.device], fill: bool) -> dict[str, Any]:
         fill: use the first ones up before the next, so that a model that fits one stays on it; else
             an equal share on each.
     """
-    free = {d.index: int(FOR_WEIGHTS * torch.cuda.mem_get_info(d)[0]) for d in over}
     # What finds no room goes to the host's memory, where `check` finds it.
-    room: dict[int | str, int] = {**free, "cpu": 1 << 50}
+    room: dict[int | str, int] = {"cpu": 1 << 50}
+    for device in over:
+        room[device.index] = int(FOR_WEIGHTS * torch.cuda.mem_get_info(device)[0])
     return {"device_map": "sequential" if fill else "balanced", "max_memory": room}
 
 
