@@ -1,6 +1,7 @@
 """How fast answers come: beams, greedy, further turns of a chat, and what the strategies cost.
 
     python bench/decode.py                     # the embedded base, prompt of 512, 128 new tokens
+    python bench/decode.py --only beams --out found.json  # a part; added to those in the file
     python bench/decode.py --tiny              # seconds: everything runs, the figures say nothing
     python bench/decode.py --write-docs        # puts the tables into docs/performance.md
 
@@ -12,12 +13,14 @@ against transformers' `generate` in fp32, which does not stream beams at all.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ TEXT = (
     "请根据下面的材料写一篇短文，介绍这座城市的历史、风景、美食和人们的生活。"
 )
 
+NATIVE = ", built for this CPU"
 PARTS = ["beams", "greedy", "chat", "overhead"]
 
 
@@ -44,18 +48,22 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     bench = Bench(options)
-    results: dict[str, Any] = {
+    results: dict[str, Any] = {}
+    if options.only != PARTS and options.out and options.out.exists():
+        results = json.loads(options.out.read_text("utf-8"))
+    results |= {
         "machine": machine.describe(options.threads),
         "settings": {k: v for k, v in vars(options).items() if k not in ("out", "write_docs")},
         **{part: getattr(bench, part)() for part in options.only},
     }
-    if options.only != PARTS:
-        print(json.dumps(results, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
+    if missing := [part for part in PARTS if part not in results]:
+        print(json.dumps(results, indent=1, ensure_ascii=False))
+        print(f"no tables yet: {', '.join(missing)} not measured")
         return
     text = tables(results)
     print(text)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
     if options.write_docs:
         report.write("decode", text)
 
@@ -98,21 +106,36 @@ class Bench:
             self.model = AutoModelForCausalLM.from_config(config).eval()
         else:
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.engines: dict[str, Any] = {"torch": open_engine(self.model, 4096)}
+        # A copy, laid out for answering as `vicuna generate` has it; `generate` keeps its own.
+        ours = copy.deepcopy(self.model)
+        self.engines: dict[str, Any] = {"torch": open_engine(ours, 4096, alone=True)}
         if not options.tiny:
             self._open_llamacpp(folder)
 
     def _open_llamacpp(self, folder: Path) -> None:
+        """Of each type of weights an engine over the wheel's library; and over the one that was
+        built for this CPU (`vicuna.generate.engines.native`), where it was."""
         from vicuna.export.gguf import write_base
         from vicuna.export.gguf_cache import base_file
-        from vicuna.generate.engines.llamacpp import LlamaCppEngine
+        from vicuna.generate.engines import libllama, native
 
         f16 = base_file(folder, "f16")
         small = Path(tempfile.mkdtemp()) / "q4_k_m.gguf"
+        os.environ[libllama.OWN_BUILD] = libllama.WHEEL
         write_base(folder, small, "q4_k_m")
+        files = (("llama.cpp F16", f16), ("llama.cpp Q4_K_M", small))
+        self._open_each(files, "")
+        if built := native.found(libllama.VERSION):
+            os.environ[libllama.OWN_BUILD] = str(built)
+            libllama.library.cache_clear()  # engines keep the library they were opened with
+            self._open_each(files, NATIVE)
+
+    def _open_each(self, files: Sequence[tuple[str, Path]], suffix: str) -> None:
+        from vicuna.generate.engines.llamacpp import LlamaCppEngine
+
         room = 3 * self.o.new + 64
-        for name, file in (("llama.cpp F16", f16), ("llama.cpp Q4_K_M", small)):
-            self.engines[name] = LlamaCppEngine(
+        for name, file in files:
+            self.engines[name + suffix] = LlamaCppEngine(
                 file, self.o.chat + 512, spare=lambda _: room, threads=self.o.threads
             )
 
@@ -142,8 +165,9 @@ class Bench:
         plain = Settings(max_new_tokens=self.o.new, min_new_tokens=self.o.new)
         runs = {"transformers generate": lambda: self.reference(prompt, 1)}
         runs |= {n: self.answering(e, prompt, plain) for n, e in self.engines.items()}
-        if "llama.cpp F16" in self.engines:
-            runs["llama.cpp F16, its own loop"] = lambda: self.bare_loop(prompt)
+        for name in ("llama.cpp F16", f"llama.cpp F16{NATIVE}"):
+            if name in self.engines:
+                runs[f"{name}, its own loop"] = partial(self.bare_loop, name, prompt)
         found = self.in_turn(runs)
         same = self.answers["transformers generate"] == self.answers["torch"]
         return {"seconds": found, "same_tokens": same}
@@ -160,6 +184,7 @@ class Bench:
         first = Settings(max_new_tokens=1)
         found = {}
         for name, engine in self.engines.items():
+            self.share_threads(engine)
             known, anew = [], []
             for _ in range(self.o.repeats):
                 engine.forget()
@@ -179,6 +204,7 @@ class Bench:
         )
         found = {}
         for name, engine in self.engines.items():
+            self.share_threads(engine)
             timed = Timed(engine)
             engine.forget()
             marks = [
@@ -197,6 +223,11 @@ class Bench:
             }
         return found
 
+    def share_threads(self, engine: Any = None) -> None:
+        """PyTorch's threads as a command has them: one beside llama.cpp (see `openers`)."""
+        beside = engine is not None and not hasattr(engine, "tree")
+        torch.set_num_threads(1 if beside else self.o.threads)
+
     # -- how each is run -------------------------------------------------------------------------
 
     def in_turn(self, runs: dict[str, Callable[[], list[int]]]) -> dict[str, float]:
@@ -211,6 +242,7 @@ class Bench:
         return {name: min(found) for name, found in times.items()}
 
     def reference(self, prompt: Sequence[int], beams: int) -> list[int]:
+        self.share_threads()
         ids = torch.tensor([list(prompt)])
         with torch.no_grad():
             out = self.model.generate(
@@ -227,6 +259,7 @@ class Bench:
         self, engine: Any, prompt: Sequence[int], settings: Settings
     ) -> Callable[[], list[int]]:
         def run() -> list[int]:
+            self.share_threads(engine)
             engine.forget()
             if hasattr(engine, "tree"):
                 self.peak_cache = 0
@@ -239,17 +272,18 @@ class Bench:
 
         return run
 
-    def bare_loop(self, prompt: Sequence[int]) -> list[int]:
+    def bare_loop(self, name: str, prompt: Sequence[int]) -> list[int]:
         """What the library does by itself: a call for the prompt, one for each token, the maximum
         of the scores."""
-        context = self.engines["llama.cpp F16"]._context
-        self.engines["llama.cpp F16"].forget()
+        context = self.engines[name]._context
+        self.share_threads(self.engines[name])
+        self.engines[name].forget()
         context.decode(prompt, range(len(prompt)), [0] * len(prompt), 1)
         said = [int(context.scores(1)[0].argmax())]
         while len(said) < self.o.new:
             context.decode([said[-1]], [len(prompt) + len(said) - 1], [0], 1)
             said.append(int(context.scores(1)[0].argmax()))
-        self.engines["llama.cpp F16"].forget()
+        self.engines[name].forget()
         return said
 
     def first_token(self, engine: Any, prompt: Sequence[int], settings: Settings) -> float:

@@ -181,6 +181,10 @@ def test_what_is_no_conversation_is_refused(model: vicuna.Model, messages: Any) 
         ({"model": "nowhere"}, "no such model"),
         ({"adapter": "nowhere"}, "no such adapter"),
         ({"context_length": -1}, "at least 0"),
+        ({"cache_type": "q2"}, "cache_type is q2"),
+        ({"device_map": "tpu"}, "no list of devices"),
+        ({"engine": "llama.cpp", "device_map": "cpu"}, "device_map has no effect"),
+        ({"engine": "vllm", "cache_type": "f16"}, "cache_type has no effect"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(place: Path, options: Any, message: str) -> None:
@@ -346,8 +350,9 @@ def test_adapters_are_loaded_later_mixed_and_dropped(
 
 @needs_llamacpp
 @pytest.mark.parametrize("base", ["base", "base.gguf"])
-def test_llamacpp_gives_torchs_answers(place: Path, model: vicuna.Model, base: str) -> None:
+def test_llamacpp_gives_torchs_answers(place: Path, base: str) -> None:
     choice = {"engine": "llama.cpp", "model": str(place / base)}
+    model = load(place, precision="fp32")  # auto is bf16 where a CPU has it: further off than F16
     with load(place, num_beams=4, max_new_tokens=12, **choice) as other:
         for beams in (1, 4):
             wanted = model.generate(QUESTION, max_new_tokens=12, num_beams=beams)
@@ -368,6 +373,16 @@ def test_many_answers_have_room_beside_a_full_context(place: Path) -> None:
         assert model.generate(question, **asked).finish_reason == "length"
     with load(place, **options) as model:  # and without it there is what there is
         assert model.generate(question, **asked).finish_reason == "memory"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_cache_of_16_bits_gives_the_same_answer(place: Path, engine: str) -> None:
+    gguf = {"model": str(place / "base.gguf")} if engine == "llama.cpp" else {}
+    said = []
+    for cache_type in ("f32", "f16"):
+        with load(place, engine=engine, cache_type=cache_type, device_map="auto", **gguf) as model:
+            said.append(model.generate(QUESTION, max_new_tokens=6, num_beams=2).token_ids)
+    assert said[0] == said[1]
 
 
 def test_an_engine_with_its_own_forward_leaves_the_models_alone(place: Path) -> None:

@@ -40,6 +40,8 @@ def load(
     precision: str = "auto",
     template: str = "",
     context_length: int = 0,
+    cache_type: str = "auto",
+    device_map: str = "auto",
     allow_other_base: bool = False,
     threads: int = 0,
     num_beams: int = 1,
@@ -56,6 +58,8 @@ def load(
         precision: auto, fp32, bf16, fp16, int8 or nf4.
         template: where not given the adapter's own, else the tokenizer's.
         context_length: tokens of prompt and answer together; 0: the model's own.
+        cache_type: what keys and values are kept in: auto, f32, f16 or q8_0.
+        device_map: where torch puts the base: auto, cpu, cuda:0, or several (cuda:0,cuda:1).
         allow_other_base: accept an adapter that belongs to other weights.
         threads: that llama.cpp computes with; 0: one for each core it may use.
         num_beams, num_return_sequences, max_new_tokens: the most that requests will ask for, so
@@ -73,6 +77,8 @@ def load(
         "precision": precision,
         "template": template,
         "context_length": context_length,
+        "cache_type": cache_type,
+        "device_map": device_map,
         "allow_other_base": allow_other_base,
         "threads": threads,
         "num_beams": num_beams,

@@ -3,6 +3,7 @@ tree grew, and what is known is not computed again."""
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -11,13 +12,20 @@ import torch
 from generate_kit import tiny_llama
 from torch import Tensor
 
-from vicuna.generate.engines import kv_tree
+from vicuna.errors import UserError
+from vicuna.generate.engines import kv_store, kv_tree
 from vicuna.generate.engines import torch as engines
 from vicuna.generate.engines import torch_plain as plain_engines
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
 from vicuna.generate.engines.torch import TorchEngine, open_engine
 from vicuna.generate.engines.torch_plain import PlainEngine
 from vicuna.model import answering
+
+
+def alone(model: Any, context: int) -> TorchEngine:
+    """The engine with weights laid out for answering, over a copy: the model's own stay."""
+    return TorchEngine(copy.deepcopy(model), context, alone=True)
+
 
 KINDS = [TorchEngine, PlainEngine]
 SHAPE: dict[str, Any] = {
@@ -77,7 +85,7 @@ def wander(engine: Any, model: Any, prompt: list[int], steps: int, seed: int) ->
     return paths
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, alone])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_fork_die_and_go_on(family: str, kind: Any) -> None:
     model = make(family)
@@ -234,7 +242,7 @@ def adapted(model: Any, *names: str) -> Any:
     return peft.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, alone])
 def test_an_adapter_applies_unmerged(kind: Any) -> None:
     base = make("qwen2")
     plain = fresh(base, [1, 2, 3])
@@ -244,7 +252,7 @@ def test_an_adapter_applies_unmerged(kind: Any) -> None:
     assert not near(scores, plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, alone])
 def test_adapters_are_switched_between_requests(kind: Any) -> None:
     base = make("llama")
     plain = fresh(base, [1, 2, 3])
@@ -276,3 +284,77 @@ def test_models_of_other_families_take_the_plain_engine() -> None:
     assert isinstance(engine, PlainEngine)
     wander(engine, model, [1, 2, 3], 4, 0)
     assert isinstance(open_engine(make("qwen3"), 100), TorchEngine)
+
+
+def test_who_computes_with_weights_that_were_given_up_sees_it() -> None:
+    model = make("llama")
+    engine = TorchEngine(model, 64, alone=True)
+    if engine._layers[0].inputs.group.packed is None:
+        pytest.skip("nothing is laid out anew on this machine")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.shape == (32, 32)
+    assert weight.untyped_storage().nbytes() == 4
+    assert bool(fresh(model, [1, 2]).isnan().all())
+
+
+# -- the type of keys and values ----
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("cache_type", ["f16", "q8_0"])
+def test_a_smaller_cache_is_close(family: str, cache_type: Any) -> None:
+    model = make(family)
+    whole, small = TorchEngine(model, 100), TorchEngine(model, 100, cache_type)
+    prompt = [(7 * i) % 50 for i in range(20)]
+    steps = [([3, 9, 3], [0, 0, 0]), ([1, 2, 3, 4], [0, 2, 2, 1]), ([8], [3])]
+    pairs = [(whole.prefill(prompt), small.prefill(prompt))]
+    pairs += [(whole.step(*s).clone(), small.step(*s)) for s in steps]
+    for right, found in pairs:
+        off = (found - right).norm() / right.norm()
+        assert 0 < off < (2e-3 if cache_type == "f16" else 4e-2)
+    size = model.config.head_dim or 8
+    share = 0.5 if cache_type == "f16" else (size + 4) / (4 * size)
+    assert small.tree.memory == share * whole.tree.memory
+
+
+def test_a_cache_of_8_bits_forks_and_gives_dead_slots_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is moved are codes and scales together: the same tree without moving says the same."""
+    model = make("llama")
+    found = []
+    for reclaim in (10, 1000):
+        monkeypatch.setattr(kv_tree, "RECLAIM", reclaim)
+        engine, rng = TorchEngine(model, 200, "q8_0"), random.Random(1)
+        engine.prefill([1, 2, 3])
+        rows = 1
+        for _ in range(30):
+            parents = [rng.randrange(rows) for _ in range(rng.randint(1, 4))]
+            scores = engine.step([rng.randrange(50) for _ in parents], parents)
+            rows = len(parents)
+        found.append((engine.tree.used, scores))
+    assert found[0][0] < found[1][0]
+    assert near(found[0][1], found[1][1])
+
+
+def test_a_head_of_zeros_is_kept() -> None:
+    layer = kv_store.store("q8_0", 1, 4, torch.float32, torch.device("cpu"))
+    layer.resize(2, 0)
+    layer.write(0, torch.zeros(2, 2, 4))
+    assert not any(t.any() for t in layer.plain(0, 2))
+
+
+def test_a_model_of_another_family_has_no_other_cache() -> None:
+    import transformers
+
+    config = transformers.Gemma2Config(**{**SHAPE, "head_dim": 8, "sliding_window": 16})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match="gemma2"):
+        open_engine(model, 100, "q8_0")
+
+
+def test_a_model_that_is_not_all_in_memory_is_refused() -> None:
+    model = make("llama")
+    model.model.layers[1].to("meta")
+    with pytest.raises(UserError, match=r"model\.layers\.1.* not in memory"):
+        open_engine(model, 100)

@@ -26,6 +26,12 @@ class ModelSettings(Settings):
         "tokens of prompt and answer; 0: the model's (llama.cpp: at most 8192)",
         ge=0,
     )
+    cache_type: Literal["auto", "f32", "f16", "q8_0"] = setting(
+        "auto", "Model", "keys and values are kept in: auto, f32, f16, q8_0 (8 bits)"
+    )
+    device_map: str = setting(
+        "auto", "Model", "where torch puts the base: auto, cpu, cuda:0, or several: cuda:0,cuda:1"
+    )
     threads: int = setting(0, "Model", "of llama.cpp; 0: one for each core it may use", ge=0)
     template: str = setting(
         "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"

@@ -54,16 +54,22 @@ def open_engine(settings: AnswerSettings, base: str, files: AdapterFiles | None)
 
 def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
     from vicuna.generate.engines import torch as torch_engines
-    from vicuna.model import load
+    from vicuna.model import load, placement
 
+    over = placement.devices(settings.device_map)
     folder = locate(base)
     check = _checker(settings, lambda: adapters.identify(folder))
     _check(check, files)
-    device = load.pick_device()
-    model = load.load_base(folder, load.choose(settings.precision, device), device)
+    chosen = load.choose(settings.precision, over[0])
+    if len(over) == 1:
+        model = load.load_base(folder, chosen, over[0])
+    else:
+        fill = settings.device_map == "auto"
+        model = load.load_base(folder, chosen, over[0], placement.spread(over, fill))
+        placement.check(model, over)
     model.eval()
     context = settings.context_length or load.context_length(model)
-    engine = torch_engines.open_engine(model, context)
+    engine = torch_engines.open_engine(model, context, settings.cache_type, alone=True)
     return Opened(engine, folder, check, engine.load_adapter)
 
 
@@ -84,6 +90,16 @@ def _check(check: Callable[[AdapterFiles], list[str]], files: AdapterFiles | Non
         check(files)
 
 
+def _refuse(settings: AnswerSettings, name: str, why: str) -> None:
+    """Refuse a setting that an engine cannot follow, where it was given."""
+    if getattr(settings, name) != "auto":
+        raise UserError(
+            f"{name} has no effect with {settings.engine}: {why}",
+            where=name,
+            fix="Leave it out, or use --engine torch.",
+        )
+
+
 # -- llama.cpp ----
 
 
@@ -93,6 +109,7 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     from vicuna.generate.engines.libllama import library
     from vicuna.generate.engines.llamacpp import LlamaCppEngine
 
+    _refuse(settings, "device_map", "llama.cpp places the layers itself")
     library()  # a missing wheel is met before a base is converted
     gguf, folder, check, taken = _gguf_of(settings, base)
     _check(check, files)
@@ -105,6 +122,7 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
         context_length=settings.context_length,
         spare=lambda context: others * min(settings.max_new_tokens, context),
         threads=settings.threads,
+        cache_type="f16" if settings.cache_type == "auto" else settings.cache_type,
     )
 
     def load(name: str, files: AdapterFiles) -> None:
@@ -172,6 +190,8 @@ def _shape_checker(
 def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) -> Opened:
     from vicuna.generate.engines.vllm import VllmEngine, library
 
+    _refuse(settings, "device_map", "vLLM places the layers itself")
+    _refuse(settings, "cache_type", "vLLM's cache has types of its own")
     library()
     folder = locate(base)
     check = _checker(settings, lambda: adapters.identify(folder))

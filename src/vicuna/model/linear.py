@@ -24,6 +24,12 @@ from vicuna.model import frozen, products
 from vicuna.model.dropout import PrefixDropout
 
 
+def give_up(layer: Any) -> None:
+    """Free the weight of a linear layer. It keeps shape and type and reads as NaN, which whoever
+    computes with it will see."""
+    layer.weight.data = layer.weight.new_full((1, 1), torch.nan).expand(layer.weight.shape)
+
+
 @dataclass(frozen=True)
 class Lora:
     """The adapter of one layer of a group. columns: where its rank lies among the group's."""
@@ -107,11 +113,7 @@ class Group:
 
     def pack(self) -> None:
         """Lay the weights out for answering on this CPU, where that is of use, and give the plain
-        ones back: what answers through `products.product` alone needs them no more.
-
-        The layers' own weights keep shape and type and read as NaN, which whoever computes with
-        them will see; they take no memory.
-        """
+        ones up: what answers through `products.product` alone needs them no more."""
         if self.weight is None:
             return
         self.packed = products.packed(self.weight)
@@ -119,7 +121,7 @@ class Group:
             return
         self.weight = None
         for base in self.bases:
-            base.weight.data = base.weight.new_full((1, 1), torch.nan).expand(base.weight.shape)
+            give_up(base)
 
     def _adjacent(self, weights: Sequence[Tensor]) -> bool:
         """Whether an earlier group has joined these weights already."""

@@ -74,8 +74,13 @@ def choose(precision: Precision, device: torch.device) -> Chosen:
     return Chosen(*fastest(device))
 
 
-def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
+def load_base(
+    folder: Path, chosen: Chosen, device: torch.device, spread: dict[str, Any] | None = None
+) -> Any:
     """A causal language model with frozen weights, in evaluation mode, its cache off.
+
+    Args:
+        spread: in place of one device, from `placement.spread`.
 
     Raises: UserError where transformers cannot load it, or a library is missing.
     """
@@ -84,9 +89,9 @@ def load_base(folder: Path, chosen: Chosen, device: torch.device) -> Any:
     quiet_transformers()
     attention.register()
     check_weights(folder)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(spread or {})
     if chosen.precision in ("int8", "nf4"):
-        extra = {"quantization_config": _quantization(chosen), "device_map": {"": device}}
+        extra = {"device_map": {"": device}, **extra, "quantization_config": _quantization(chosen)}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=chosen.dtype, **extra)
     except torch.cuda.OutOfMemoryError as e:

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
+from vicuna.generate.engines import native
 
-# Names a libllama of the same version that was built otherwise.
+# Names a libllama of the same version that was built otherwise; "wheel": the wheel's in any case.
 OWN_BUILD = "VICUNA_LIBLLAMA"
+WHEEL = "wheel"
 INSTALL = "pip install 'chinese-vicuna[cpp]'"
 # What the layouts below were written for: llama.cpp b11549.
 VERSION = "2026.10.11549"
@@ -173,9 +175,12 @@ def library() -> Any:
 
 
 def _shared_object() -> Path:
-    """The wheel's, or a build of one's own (for a GPU, or for this very CPU)."""
-    if own := os.environ.get(OWN_BUILD):
+    """A build of one's own (for a GPU), one for this very CPU, else the wheel's."""
+    own = os.environ.get(OWN_BUILD)
+    if own and own != WHEEL:
         return Path(own).expanduser()
+    if not own and (built := native.found(VERSION)):
+        return built
     spec = importlib.util.find_spec("xllamacpp")  # not imported: its server is not needed
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():

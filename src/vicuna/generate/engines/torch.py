@@ -20,8 +20,9 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.switching import Switching
-from vicuna.model import answering, kernels, parts, products
+from vicuna.model import answering, kernels, parts, placement, products
 from vicuna.model.decoder import Layer
+from vicuna.model.linear import give_up
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
 
@@ -40,10 +41,11 @@ def open_engine(
     Args:
         cache_type, alone: those of `TorchEngine`.
 
-    Raises: UserError where this kind of model has no such cache.
+    Raises: UserError where this kind of model has no such cache, or a part of it is not in memory.
     """
     from vicuna.generate.engines.torch_plain import PlainEngine
 
+    placement.check_present(model)
     found = parts.find(causal_of(model), training=False)
     if not isinstance(found, str):
         return TorchEngine(model, context_length, cache_type, alone)
@@ -99,19 +101,23 @@ class TorchEngine(Switching):
         self._places = [layer.mlp.norm.device for layer in self._layers]
         self._windows = {layer.heads.window for layer in self._layers}
         if alone:
-            self._pack()
+            self._pack(head)
         self._angles = _Angles(found)
         self.computed = 0  # positions that went through the model so far
         self.refresh()
 
-    def _pack(self) -> None:
-        """Lay the weights out for answering. The output matrix stays beside its packed copy: it is
-        often the embedding as well."""
+    def _pack(self, head: Any) -> None:
+        """Lay the weights out for answering; an output matrix that is the embedding as well stays
+        beside its packed copy."""
         for layer in self._layers:
             for group in layer.groups:
                 group.pack()
         packed = products.packed(self._head)
-        self._head = self._head if packed is None else packed
+        if packed is None:
+            return
+        self._head = packed
+        if head.weight is not getattr(self._parts.embed, "weight", None):
+            give_up(head)
 
     def refresh(self) -> None:
         """Take the adapters as they are now; needed where they were switched or trained."""
@@ -249,7 +255,7 @@ class TorchEngine(Switching):
         norm = self._parts.norm
         x = x.to(norm.device)
         h = answering.normalised(kernels.PLAIN, x, norm, self._parts.eps)
-        return products.product(h, self._head, self._head_bias).float()
+        return products.product(h.to(self._head.device), self._head, self._head_bias).float()
 
     @contextmanager
     def _safely(self) -> Iterator[None]:
@@ -273,6 +279,7 @@ class _Angles:
 
     def __init__(self, found: parts.Parts) -> None:
         self._rotary, self._made = found.rotary, 0
+        self._cos = self._sin = torch.empty(0)
 
     def at(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (t, D), as `answering.rotate` takes them, in type and place of `like`."""
