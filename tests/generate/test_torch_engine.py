@@ -297,6 +297,19 @@ def test_who_computes_with_weights_that_were_given_up_sees_it() -> None:
     assert bool(fresh(model, [1, 2]).isnan().all())
 
 
+def test_an_engine_may_be_made_again_with_an_adapter() -> None:
+    base = make("qwen2")
+    peft = adapted(copy.deepcopy(base), "default")
+    wanted = fresh(peft, [1, 2, 3])
+    state = {k: v for k, v in peft.state_dict().items() if "lora_" in k}
+    assert near(
+        TorchEngine(base, 64, alone=True).prefill([1, 2, 3]), fresh(make("qwen2"), [1, 2, 3])
+    )
+    again = adapted(base, "default")
+    again.load_state_dict(state, strict=False)
+    assert near(TorchEngine(again, 64, alone=True).prefill([1, 2, 3]), wanted)
+
+
 # -- the type of keys and values ----
 
 

@@ -73,8 +73,12 @@ class Group:
         starts = [sum(outs[:i]) for i in range(len(outs))]
         self.rows = [slice(start, start + n) for start, n in zip(starts, outs)]
         self.width, self.depth = sum(outs), int(self.bases[0].in_features)
-        self.weight, self.bias = self._join()
+        # A group made again over the same layers, with adapters since, finds what was laid out.
         self.packed: Tensor | None = None
+        if (laid := getattr(self.bases[0], "laid_out", None)) is not None:
+            self.weight, (self.packed, self.bias) = None, laid
+        else:
+            self.weight, self.bias = self._join()
         self.loras: list[Lora] = []
         self._held: tuple[Tensor | None, Tensor | None] | None = None
         self.refresh()
@@ -120,6 +124,7 @@ class Group:
         if self.packed is None:
             return
         self.weight = None
+        self.bases[0].laid_out = self.packed, self.bias
         for base in self.bases:
             give_up(base)
 

@@ -112,10 +112,11 @@ class TorchEngine(Switching):
         for layer in self._layers:
             for group in layer.groups:
                 group.pack()
-        packed = products.packed(self._head)
+        packed = getattr(head, "laid_out", None)
+        packed = products.packed(self._head) if packed is None else packed
         if packed is None:
             return
-        self._head = packed
+        self._head = head.laid_out = packed
         if head.weight is not getattr(self._parts.embed, "weight", None):
             give_up(head)
 
