@@ -40,13 +40,6 @@ class Layer:
         """Its linear layers."""
         return [self.inputs.group, self.out, self.mlp.gate_up, self.mlp.down]
 
-    def follow(self, block: parts.Block) -> None:
-        """Look at these modules from now on: the same weights, with other adapters around them."""
-        for group, modules in zip(
-            self.groups, (block.qkv, [block.out], block.gate_up, [block.down])
-        ):
-            group.layers = list(modules)
-
     def __call__(
         self,
         x: Tensor,

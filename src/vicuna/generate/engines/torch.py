@@ -133,9 +133,8 @@ class TorchEngine(Switching):
         laid out for answering stay so."""
         found = parts.find(causal_of(model), training=False)
         assert not isinstance(found, str), found
-        self.model = model
-        for layer, block in zip(self._layers, found.blocks):
-            layer.follow(block)
+        self.model, self._parts = model, found
+        self._layers = [Layer(block, found.eps) for block in found.blocks]
         self.refresh()
 
     def forget(self) -> None:
