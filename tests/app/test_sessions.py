@@ -88,6 +88,7 @@ def test_sessions_are_apart_and_the_oldest_go() -> None:
     assert sessions.get(a).chat.turns[0].text == "hello"
     sessions.get(c)
     assert sessions.get(a).chat.turns  # b was the oldest
-    for name in ("", "../x", "A" * 32, "0" * 31):
+    assert sessions.get("") is not sessions.get("")
+    for name in ("../x", "A" * 32, "0" * 31):
         with pytest.raises(UserError, match="no session"):
             sessions.get(name)

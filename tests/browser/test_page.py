@@ -64,7 +64,7 @@ def test_every_mode_answers_and_shows_only_what_acts_in_it(visitor: Visitor, mod
         "([id, on]) => !!document.querySelector(id)?.offsetParent === on",
         arg=["#chat-temperature", "sample" in mode],
     )
-    assert page.locator("#chat-num_beams").is_visible() == ("beam" in mode)
+    page.wait_for_selector("#chat-num_beams", state="visible" if "beam" in mode else "hidden")
     visitor.longest(8)
     visitor.ask("hello?")
     assert visitor.answered()
@@ -115,6 +115,7 @@ def test_edit_again_take_back_and_begin_anew(visitor: Visitor) -> None:
     visitor.ask("second?")
     visitor.answered(2)
     visitor.act("again")
+    page.wait_for_timeout(1500)
     visitor.answered(2)
     visitor.act("edit", 0)
     page.wait_for_function("document.querySelector('#chat-box textarea').value === 'first?'")

@@ -1,7 +1,8 @@
 """Buttons inside of HTML that tell the server what they are for.
 
 An element with `data-act` inside of an `acting()` component triggers its click event with that act
-and everything else that the element carries as `data-...`; a range or a checkbox tells its value.
+and everything else that the element carries as `data-...` (`data-path` must not be among it: gradio
+takes a path for a file); a range or a checkbox tells its value.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(card, say) if value)
     delete = (
         f'<button type="button" class="v-text-act" data-act="delete" '
-        f'data-path="{escape(card.path)}">{say("adapters.delete")}</button>'
+        f'data-of="{escape(card.path)}">{say("adapters.delete")}</button>'
         if writable and card.changed
         else ""
     )
@@ -77,9 +77,9 @@ def _use(card: Card, strength: float | None, say: Say) -> str:
     now = 1.0 if strength is None else strength
     off = " disabled" if strength is None else ""
     return (
-        f'<label class="v-check"><input type="checkbox" data-act="use" data-path="{path}"{checked}>'
+        f'<label class="v-check"><input type="checkbox" data-act="use" data-of="{path}"{checked}>'
         f"{say('adapters.use')}</label>"
         f'<label class="v-strength{off}">{say("adapters.strength")} <input type="range" min="-1" '
-        f'max="2" step="0.05" value="{now:g}" data-act="strength" data-path="{path}"{off}>'
+        f'max="2" step="0.05" value="{now:g}" data-act="strength" data-of="{path}"{off}>'
         f"<output>{now:.2f}</output></label>"
     )

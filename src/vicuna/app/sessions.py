@@ -137,7 +137,9 @@ class Sessions:
 
         Raises: UserError where this is no name that a tab makes up.
         """
-        if not _NAME.fullmatch(name or ""):
+        if not name:  # the page is only just opening
+            return Session("")
+        if not _NAME.fullmatch(name):
             raise UserError("this page has no session yet", fix="Load it again.")
         with self._lock:
             session = self._all.setdefault(name, Session(name))

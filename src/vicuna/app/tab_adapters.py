@@ -103,7 +103,7 @@ class AdaptersTab:
         words, found = partial(say, request), told(event)
         session = self.app.sessions.get(tab)
         try:
-            card = self.app.shelf.get(found.get("path", ""))
+            card = self.app.shelf.get(found.get("of", ""))
         except UserError as e:
             return self._now(tab, request, chat_html.problem(e.what))
         act = found.get("act")

@@ -144,24 +144,9 @@ class DataTab:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         chosen = [self.source, self.model, self.template, self.wish]
         found = [
-            *(
-                self.wish,
-                self.status,
-                self.report,
-                self.details,
-                self.cutoff,
-                self.chart,
-                self.lost,
-            ),
-            *(
-                self.example,
-                self.count,
-                self.tokens,
-                self.page,
-                self.action,
-                self.place,
-                self.problems,
-            ),
+            *(self.wish, self.status, self.report, self.details, self.train),
+            *(self.cutoff, self.chart, self.lost, self.example, self.count, self.tokens),
+            *(self.page, self.action, self.place, self.problems),
         ]
         kept = self.drop.upload(
             self.keep, self.drop, [self.source, self.drop, self.status], **quiet

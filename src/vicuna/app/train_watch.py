@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from typing import Any
@@ -102,7 +102,7 @@ class Watch:
         self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **quiet)
         asking = [self.wish, self.sure, self.question, self.yes]
         for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
-            button.click(partial(self.ask, wish), self.run, asking, **quiet)
+            button.click(self._asking(wish), self.run, asking, **quiet)
         self.no.click(lambda: ("", gr.update(visible=False)), None, [self.wish, self.sure], **quiet)
         self.yes.click(
             self.sure_of_it, [self.wish, self.run], [self.wish, self.sure, self.seen], **quiet
@@ -212,16 +212,21 @@ class Watch:
         session.mix.update(mix)
         return gr.update(selected="chat")
 
-    def ask(self, wish: str, name: str | None, request: gr.Request) -> Updates:
+    def _asking(self, wish: str) -> Callable[..., Updates]:
         """Ask whether it is really meant."""
-        if not name:
-            return {self.wish: ""}
-        return {
-            self.wish: wish,
-            self.sure: gr.update(visible=True),
-            self.question: note("warn", say(request, f"train.sure_{wish}", name=name)),
-            self.yes: say(request, f"train.yes_{wish}"),
-        }
+
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def ask(name: str | None, request: gr.Request) -> Updates:
+            if not name:
+                return {self.wish: ""}
+            return {
+                self.wish: wish,
+                self.sure: gr.update(visible=True),
+                self.question: note("warn", say(request, f"train.sure_{wish}", name=name)),
+                self.yes: say(request, f"train.yes_{wish}"),
+            }
+
+        return ask
 
     def sure_of_it(self, wish: str, name: str | None, request: gr.Request) -> Any:
         """It was really meant."""

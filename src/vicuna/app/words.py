@@ -24,7 +24,7 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 COOKIE = "vicuna_language"
-_MARK = re.compile(r"@@([a-z0-9_.-]+)@@")
+_MARK = re.compile(r"@@([A-Za-z0-9_.-]+)@@")
 _WISH = re.compile(r"\s*([A-Za-z]+)(?:-[\w-]+)?\s*(?:;\s*q=([\d.]+))?\s*$")
 
 
