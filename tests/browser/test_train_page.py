@@ -94,6 +94,7 @@ def test_a_training_from_the_page_is_paused_found_again_and_talked_with(
     visitor.see("#train-answer .v-note.error", "batch_size is 0")
     for setting, value in (("batch_size", "4"), ("max_steps", "600"), ("val_size", "6")):
         visitor.fill(setting, value)
+    visitor.page.get_by_role("button", name="All other settings").click()
     visitor.fill("eval_steps", "200")
     visitor.fill("sample_prompts", EVIL)
     visitor.page.locator("#train-name").locator("input, textarea").first.fill("one")
