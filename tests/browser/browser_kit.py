@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 FLAGS = (
@@ -77,7 +78,27 @@ class Visitor:
         found.nth(place if place >= 0 else found.count() - 1).click()
 
     def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name, exact=True).click()
+        self.page.get_by_role("tab", name=name, exact=True).first.click()
+
+    def see(self, selector: str, words: str = "", seconds: float = 60) -> Any:
+        """Wait until an element with these words is visible."""
+        found = self.page.locator(selector)
+        found = (found.filter(has_text=words) if words else found).first
+        found.wait_for(timeout=1000 * seconds)
+        return found
+
+    def drop(self, path: Path) -> None:
+        self.page.locator("#data-drop input[type=file]").set_input_files(str(path))
+
+    def fill(self, setting: str, value: str) -> None:
+        self.page.locator(f"#set-{setting}").locator("input, textarea").first.fill(value)
+
+    def fits(self) -> bool:
+        """Whether nothing is wider than the window."""
+        wide: bool = self.page.evaluate(
+            "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        )
+        return wide
 
     def outside(self) -> list[str]:
         """Requests that went elsewhere than to the server."""

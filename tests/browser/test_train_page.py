@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_kit import Visitor, served
+from browser_kit import Visitor
+from train_kit import served
 
 EVIL = '<img src=x onerror="window.hurt=1"> ${window.hurt=2} {{value}} <|im_end|>'
 
@@ -26,14 +27,15 @@ def url(browser: Any, place: Path) -> Iterator[str]:
 
 @pytest.fixture
 def visitor(browser: Any, url: str) -> Iterator[Visitor]:
-    context = browser.new_context(locale="en-US", viewport={"width": 1200, "height": 900})
-    found = Visitor(context, url)
+    found = Visitor(browser, url, viewport={"width": 1200, "height": 900})
     yield found
-    context.close()
+    found.context.close()
+    assert found.wrong == []
+    assert found.outside() == []
 
 
 def test_a_dropped_file_is_told_of_cut_and_shown_token_by_token(
-    visitor: Visitor, url: str, tmp_path: Path
+    visitor: Visitor, tmp_path: Path
 ) -> None:
     records = [{"instruction": f"第{i}题？", "output": "好" * i} for i in range(1, 40)]
     records += [{"instruction": "没有回答"}, {"instruction": EVIL, "output": EVIL}]
@@ -63,8 +65,6 @@ def test_a_dropped_file_is_told_of_cut_and_shown_token_by_token(
     visitor.see("#data-problems td", "no answer")
     assert visitor.page.evaluate("window.hurt") is None
     assert visitor.page.locator("#tab-data img[src=x]").count() == 0
-    assert visitor.only_asked(url)
-    assert visitor.errors == []
 
 
 def test_a_bad_file_is_told_in_words(visitor: Visitor, tmp_path: Path, place: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_bad_file_is_told_in_words(visitor: Visitor, tmp_path: Path, place: Pa
 
 
 def test_a_training_from_the_page_is_paused_found_again_and_talked_with(
-    visitor: Visitor, url: str, place: Path
+    visitor: Visitor, place: Path
 ) -> None:
     visitor.tab("Data")
     source = visitor.page.locator("#data-source input").first
@@ -126,13 +126,10 @@ def test_a_training_from_the_page_is_paused_found_again_and_talked_with(
     visitor.page.locator("#train-yes").click()
     visitor.see("#train-head", "No runs yet")
     assert not (place / "runs" / "one").exists()
-    assert visitor.only_asked(url)
-    assert visitor.errors == []
 
 
 def test_nothing_is_wider_than_a_phone_in_chinese(browser: Any, url: str) -> None:
-    context = browser.new_context(locale="zh-CN", viewport={"width": 390, "height": 800})
-    visitor = Visitor(context, url)
+    visitor = Visitor(browser, url, locale="zh-CN", viewport={"width": 390, "height": 800})
     visitor.tab("数据")
     visitor.see("#data-status", "选择一个数据集")
     assert visitor.fits()
@@ -142,16 +139,15 @@ def test_nothing_is_wider_than_a_phone_in_chinese(browser: Any, url: str) -> Non
     visitor.tab("训练记录")
     visitor.see("#train-head", "还没有训练")
     assert visitor.fits()
-    context.close()
+    visitor.context.close()
 
 
 def test_a_page_that_only_looks_has_no_form(
     browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with served(tmp_path_factory.mktemp("look"), read_only=True) as address:
-        context = browser.new_context(locale="en-US")
-        visitor = Visitor(context, address)
+        visitor = Visitor(browser, address)
         visitor.tab("Train")
         visitor.see("#train-read-only", "only looks")
         assert visitor.page.locator("#train-start").count() == 0
-        context.close()
+        visitor.context.close()

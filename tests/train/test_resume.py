@@ -22,7 +22,7 @@ from vicuna.train import checkpoint as checkpoints
 def words(tiny: Path, data: Path) -> list[str]:
     return (
         f"--model {tiny} --dataset {data} --batch_size 8 --max_steps 8 --save_steps 2 "
-        "--val_size 6 --eval_steps 4 --save_total_limit 0"
+        "--val_size 6 --eval_steps 4 --save_total_limit 0 --precision fp32"
     ).split()
 
 
