@@ -70,7 +70,8 @@ def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """What bf16 takes on a CPU, in any type, and in blocks shorter than the segments."""
     if "blocks" in request.node.name:
         monkeypatch.setattr(cpu_attention, "in_blocks", lambda _: True)
-        monkeypatch.setattr(cpu_attention, "BLOCK", 6)
+        monkeypatch.setattr(cpu_attention, "BLOCK", 8)
+        monkeypatch.setattr(cpu_attention, "STEP", 4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

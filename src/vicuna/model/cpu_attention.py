@@ -16,6 +16,7 @@ backward computes them again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
 # products that are worth starting.
 BLOCK = 128
+# Blocks and what they see are filled up to whole steps of rows.
+STEP = 32
 
 
 def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
@@ -58,12 +61,13 @@ class BlockSegments(torch.autograd.Function):
         q, kv = _sides(qkv, heads)
         result = out.transpose(0, 1)
         for s in layout.segments:
-            seen = _seen(kv, s)
-            for own, columns, mask in _blocks(s, heads.window, layout, qkv):
-                k, v = seen[:, columns].chunk(2)
-                weights = _weights(_rows(q[:, own], heads, heads.scale), k, mask)
-                o = torch.bmm(weights, v)
-                result[:, own] = o.view(heads.query, -1, heads.size)
+            place = _Place(s)
+            seen = place.gather(kv)
+            for block in _blocks(s, place, heads.window, layout, qkv):
+                k, v = seen[:, block.columns].chunk(2)
+                weights = _weights(_rows(q[:, block.own], block, heads, heads.scale), k, block)
+                o = torch.bmm(weights, v).view(heads.query, -1, heads.size)
+                result[:, block.own] = o[:, : block.count]
         return out.flatten(1)
 
     @staticmethod
@@ -74,23 +78,26 @@ class BlockSegments(torch.autograd.Function):
         dqkv = torch.empty_like(qkv)
         q, kv = _sides(qkv, heads)
         dq, dkv = _sides(dqkv, heads)
-        if any(s.above for s in layout.segments):
+        shared = any(s.above for s in layout.segments)
+        if shared:
             dkv.zero_()
         for s in layout.segments:
-            seen = _seen(kv, s)
+            place = _Place(s)
+            seen = place.gather(kv)
             dseen = torch.zeros_like(seen)
-            for own, columns, mask in _blocks(s, heads.window, layout, qkv):
-                k, v = seen[:, columns].chunk(2)
-                dk, dv = dseen[:, columns].chunk(2)
-                queries, g = _rows(q[:, own], heads, heads.scale), _rows(given[:, own], heads)
-                weights = _weights(queries, k, mask)
+            for block in _blocks(s, place, heads.window, layout, qkv):
+                k, v = seen[:, block.columns].chunk(2)
+                dk, dv = dseen[:, block.columns].chunk(2)
+                queries = _rows(q[:, block.own], block, heads, heads.scale)
+                g = _rows(given[:, block.own], block, heads)
+                weights = _weights(queries, k, block)
                 dv.baddbmm_(weights.transpose(1, 2), g)
                 dweights = torch.bmm(g, v.transpose(1, 2))
                 dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
                 dk.baddbmm_(dscores.transpose(1, 2), queries)
                 dqueries = torch.bmm(dscores, k).view(heads.query, -1, heads.size)
-                torch.mul(dqueries, heads.scale, out=dq[:, own])
-            _give_back(dkv, dseen, s, layout)
+                torch.mul(dqueries[:, : block.count], heads.scale, out=dq[:, block.own])
+            place.give_back(dkv, dseen, shared)
         return dqkv, None, None
 
 
@@ -100,54 +107,105 @@ def _sides(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
     return split[: heads.query], split[heads.query :]
 
 
-def _seen(kv: Tensor, s: Segment) -> Tensor:
-    """The rows of k and v that a segment sees, those above it first: (2 K, S, D), contiguous."""
-    if not s.above:
-        return kv[:, s.start : s.stop].contiguous()
-    return torch.cat([kv[:, a:b] for a, b in (*s.above, (s.start, s.stop))], 1)
+class _Place:
+    """Where the rows that a segment sees lie beside each other: those above it, then its own.
+
+    Both parts are filled up to whole steps, so that products come in few shapes: the library makes
+    and keeps a program for each.
+
+        | empty | above | own | empty |
+          front           start         width
+    """
+
+    def __init__(self, s: Segment) -> None:
+        self.ranges = [*s.above, (s.start, s.stop)]
+        above = sum(b - a for a, b in s.above)
+        self.start = _whole(above)
+        self.front = self.start - above
+        self.width = self.start + _whole(s.stop - s.start)
+
+    def gather(self, kv: Tensor) -> Tensor:
+        """k and v of these rows: (2 K, T, D) -> (2 K, width, D)."""
+        seen = kv.new_zeros(kv.shape[0], self.width, kv.shape[2])
+        for here, there in self._parts():
+            seen[:, here] = kv[:, there]
+        return seen
+
+    def give_back(self, dkv: Tensor, dseen: Tensor, shared: bool) -> None:
+        """Put their gradients where they belong; added, where rows are `shared`."""
+        for here, there in self._parts():
+            if shared:
+                dkv[:, there] += dseen[:, here]
+            else:
+                dkv[:, there] = dseen[:, here]
+
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        first = self.front
+        for a, b in self.ranges:
+            yield slice(first, first + b - a), slice(a, b)
+            first += b - a
 
 
-def _give_back(dkv: Tensor, dseen: Tensor, s: Segment, layout: Layout) -> None:
-    """Put a segment's gradients of k and v where they belong."""
-    if not s.above and not any(t.above for t in layout.segments):
-        dkv[:, s.start : s.stop] = dseen
-        return
-    first = 0
-    for a, b in (*s.above, (s.start, s.stop)):
-        dkv[:, a:b] += dseen[:, first : first + b - a]
-        first += b - a
+def _whole(rows: int) -> int:
+    return -(-rows // STEP) * STEP
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a segment.
+
+    own: where they lie in the pack. columns: of the segment's place, those that any of them sees.
+    mask: the summand of the scores in the last columns, 0 or -inf: (t, s'), t whole steps.
+    front: columns before these that are empty.
+    """
+
+    own: slice
+    columns: slice
+    mask: Tensor
+    front: int
+
+    @property
+    def count(self) -> int:
+        """Rows that are not filled up."""
+        return self.own.stop - self.own.start
 
 
 def _blocks(
-    s: Segment, window: int | None, layout: Layout, like: Tensor
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Of each block: its rows in the pack, the columns that any of them sees, counted from the
-    first that the segment sees, and the summand of the scores in the last of them, 0 or -inf."""
-    above, rows = sum(b - a for a, b in s.above), s.stop - s.start
-    cut = window is not None and above + rows > window
+    s: Segment, place: _Place, window: int | None, layout: Layout, like: Tensor
+) -> Iterator[_Block]:
+    rows = s.stop - s.start
+    above = place.start - place.front
     for start in range(0, rows, BLOCK):
         stop = min(start + BLOCK, rows)
         own = slice(s.start + start, s.start + stop)
-        if cut and window is not None:
-            columns = slice(max(0, above + start - window + 1), above + stop)
-            mask = layout.additive(above, rows, window, like)[start:stop, columns]
-        else:
-            columns = slice(0, above + stop)
-            mask = layout.additive(0, stop - start, None, like)
-        yield own, columns, mask
+        high = _whole(stop - start)
+        if window is None or above + rows <= window:
+            columns = slice(0, place.start + start + high)
+            mask = layout.additive(0, high, None, like)
+            yield _Block(own, columns, mask, place.front)
+            continue
+        first = max(0, above + start - window + 1)
+        columns = slice(place.front + first, place.start + start + high)
+        mask = layout.additive(above, place.width - place.start, window, like)
+        yield _Block(own, columns, mask[start : start + high, first : above + start + high], 0)
 
 
-def _rows(x: Tensor, heads: Heads, scale: float = 1.0) -> Tensor:
-    """A copy of x (H, t, D), scaled, heads that share keys below each other: (K, G t, D)."""
-    part = torch.mul(x, scale, out=x.new_empty(x.shape))
+def _rows(x: Tensor, block: _Block, heads: Heads, scale: float = 1.0) -> Tensor:
+    """x (H, t, D), scaled, filled up with zeros, heads that share keys below each other:
+    (K, G t', D)."""
+    part = x.new_zeros(x.shape[0], block.mask.shape[0], x.shape[2])
+    torch.mul(x, scale, out=part[:, : block.count])
     return part.view(heads.key, -1, heads.size)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+def _weights(q: Tensor, k: Tensor, block: _Block) -> Tensor:
     """softmax(q k' + mask): q (K, G t, D), scaled, k (K, s, D) -> (K, G t, s)."""
     scores = torch.bmm(q, k.transpose(1, 2))
+    mask = block.mask
     masked = scores.view(k.shape[0], -1, mask.shape[0], k.shape[1])[..., -mask.shape[1] :]
     masked.add_(mask)
+    if block.front:
+        scores[..., : block.front] = float("-inf")
     return scores.softmax(-1)
 
 
