@@ -30,6 +30,14 @@ element.addEventListener('change', (e) => {
   const b = e.target.closest('input[data-act]');
   if (b) tell(b, {value: b.type === 'checkbox' ? String(b.checked) : b.value});
 });
+// What is drawn anew takes over the elements that were there, and what somebody ticked or moved on
+// them, for another thing perhaps: the markup alone says how they stand.
+new MutationObserver(() => {
+  for (const b of element.querySelectorAll('input[data-act]')) {
+    if (b.type === 'checkbox') b.checked = b.hasAttribute('checked');
+    else if (b !== document.activeElement) b.value = b.getAttribute('value');
+  }
+}).observe(element, {subtree: true, childList: true, attributes: true});
 element.addEventListener('input', (e) => {
   const out = e.target.closest('label')?.querySelector('output');
   if (out) out.textContent = Number(e.target.value).toFixed(2);
