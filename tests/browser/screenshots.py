@@ -36,11 +36,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", default="runs")
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
+    parser.add_argument("--only", nargs="*", default=list(PICTURES), help="some of them")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     with pages(given.adapters) as (browser, url):
-        for name, take in PICTURES.items():
-            options, picture = take
+        for name in given.only:
+            options, picture = PICTURES[name]
             person = Visitor(browser, url, **options)
             person.context.set_default_timeout(120_000)
             person.ready()
@@ -79,7 +80,7 @@ def chat(person: Visitor) -> None:
     person.longest(200)
     person.ask("Name three things to see there, as a list with a short reason each.")
     person.page.wait_for_selector(".v-beam")
-    time.sleep(6)
+    time.sleep(2.5)
 
 
 def instruct(person: Visitor) -> None:
@@ -111,6 +112,14 @@ def short(person: Visitor, question: str = "What is the capital of France?") -> 
     person.longest(60)
     person.ask(question)
     person.answered(1)
+
+
+def phone(person: Visitor) -> None:
+    """The same, from the top."""
+    short(person)
+    person.page.locator("#tabs").scroll_into_view_if_needed()
+    person.page.evaluate("window.scrollTo(0, 0)")
+    time.sleep(1)
 
 
 def chinese(person: Visitor) -> None:
@@ -159,7 +168,7 @@ PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
     "chat": ({"viewport": WIDE}, chat),
     "instruct": ({"viewport": WIDE}, instruct),
     "adapters": ({"viewport": WIDE}, adapters),
-    "phone": ({"viewport": PHONE}, short),
+    "phone": ({"viewport": PHONE}, phone),
     "chinese": ({"viewport": WIDE, "locale": "zh-CN"}, chinese),
     "dark": ({"viewport": WIDE, "color_scheme": "dark"}, short),
     "data": ({"viewport": WIDE}, look),
