@@ -1,14 +1,17 @@
-"""What transformers prints by itself, turned off."""
+"""What the libraries print by themselves, turned off."""
 
 from __future__ import annotations
 
+import logging
 import os
 
 
 def quiet_transformers() -> None:
     """Turn off progress bars and hints of the libraries: what matters is said by this project."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers.utils import logging
+    from transformers.utils import logging as of_transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    of_transformers.set_verbosity_error()
+    of_transformers.disable_progress_bar()
+    # It misses a kernel from a hub at each start, on some CPUs, and needs none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
