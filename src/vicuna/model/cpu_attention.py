@@ -2,8 +2,7 @@
 
 q, k, v and the result stay in one buffer each, and so do their gradients. In bf16 the products are
 our own, in blocks of rows; in the other types each segment is a call of PyTorch's flash attention
-for CPUs (FlashAttention-2, arXiv 2307.08691), which in bf16 spends most of its time on converting
-and on small products.
+for CPUs (FlashAttention-2, arXiv 2307.08691), which in bf16 is the slower one (bench/attention.py).
 
     s = scale q k' + mask      p = softmax(s)      o = p v
     dv += p' do    dp = do v'    ds = p (dp - sum(dp p))    dq = scale ds k    dk += scale ds' q

@@ -2,15 +2,8 @@
 
 For few rows the time goes into reading the weight. PyTorch hands fp32 products to MKL, which first
 copies the weight into a layout of its own; oneDNN reads it as it lies, and reads one that was laid
-out for it beforehand (`packed`) as fast as the memory gives it. On two cores with AVX-512, the
-matrices of the embedded base, gigabytes of weights a second (the memory gives 30):
-
-    rows        fp32: MKL  oneDNN  packed      bf16: oneDNN  packed
-    1                  12      21      24                11      22
-    4                   9      17      26                11      24
-
-With more rows a packed weight is still the fastest, by 3 to 15 % at 512. `bench/decode.py` shows
-what it does to whole answers.
+out for it beforehand (`packed`) faster still. `bench/decode.py` shows what that does to whole
+answers.
 """
 
 from __future__ import annotations
