@@ -240,6 +240,34 @@ def test_two_people_have_two_conversations(browser: Any, served: tuple[App, str]
         assert person.outside() == []
 
 
+def test_a_reload_keeps_the_conversation_whatever_comes_last(visitor: Visitor) -> None:
+    """The tab asks once before it has its name: that answer may come late, and changes nothing."""
+    page, late = visitor.page, []
+    greedy(visitor)
+    visitor.ask("hello?")
+    visitor.answered(1)
+
+    def hold(route: Any) -> None:
+        sent = route.request.post_data_json or {}
+        if (sent.get("data") or [None])[0] == "":
+            late.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/queue/join*", hold)
+    for _ in range(10):  # mostly the first
+        page.reload()
+        assert visitor.answered(1)
+        page.wait_for_timeout(300)
+        if late:
+            break
+    assert late
+    for route in late:
+        route.continue_()
+    page.wait_for_timeout(1500)
+    assert visitor.answered(1)
+
+
 def test_no_text_runs_as_script(visitor: Visitor, served: tuple[App, str]) -> None:
     page = visitor.page
     evil = (

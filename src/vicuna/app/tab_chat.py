@@ -322,6 +322,8 @@ class ChatTab:
 
     def opened(self, request: gr.Request, *values: Any) -> list[Any]:
         """A browser comes, or comes again: what it had, and the adapters there are."""
+        if not values[0]:  # the tab was drawn before it had its name: it is asked again with it
+            return [gr.skip()] * 4
         words = partial(say, request)
         session, ask, _ = self._asked(values)
         choices = self.app.shelf.choices()
