@@ -21,7 +21,7 @@ Tokens after an example's last target are never computed: nothing is learned fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -64,6 +64,29 @@ class Pack:
     examples: int
     tokens: int
     supervised: int
+
+
+def filled(pack: Pack, step: int) -> Pack:
+    """The same pack with its rows, and its rows with a target, filled up to multiples of `step`: by
+    a segment of its own that nobody sees, and by targets that count nothing."""
+    rows, targets = -len(pack.ids) % step, -len(pack.target_rows) % step
+    if not rows and not targets:
+        return pack
+    stop = len(pack.ids)
+    return replace(
+        pack,
+        ids=_longer(pack.ids, rows),
+        positions=np.append(pack.positions, np.arange(rows)),
+        segments=[*pack.segments, Segment(stop, stop + rows)] if rows else pack.segments,
+        target_rows=_longer(pack.target_rows, targets),
+        target_ids=_longer(pack.target_ids, targets),
+        weights=_longer(pack.weights, targets),
+        prefix_hashes=_longer(pack.prefix_hashes, rows),
+    )
+
+
+def _longer(values: np.ndarray, by: int) -> np.ndarray:
+    return np.append(values, np.zeros(by, values.dtype))
 
 
 @dataclass(slots=True)

@@ -140,6 +140,7 @@ class Step:
         with without_collection(), as_on(self.device), self.tracker:
             begin(self.tracker, self.parameters, self.optimizer)
             run(self.learner, pack, self.optimizer, self.tracker.trace)
+            self.learner.logits = None  # the next pack may be smaller
         return self.tracker.trace
 
 

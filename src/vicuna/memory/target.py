@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +18,7 @@ from vicuna.memory.stand_in import attention_on, fused_attention
 from vicuna.model import attention, blocks, decoder
 from vicuna.model.attention import Layout
 from vicuna.model.parts import Heads
-from vicuna.train import loss
+from vicuna.train import loss, step
 
 Attend = Callable[[Tensor, Heads, Layout], Tensor]
 
@@ -25,18 +26,21 @@ Attend = Callable[[Tensor, Heads, Layout], Tensor]
 @contextmanager
 def as_on(device: Device) -> Iterator[None]:
     """For as long as the context is open, `meta` stands for `device`. Not for several threads."""
-    pieces, attend, plain = blocks.PIECE["meta"], decoder.attend, F.scaled_dot_product_attention
-    rows = loss.SLICE["meta"]
-    blocks.PIECE["meta"] = blocks.PIECE[device.kind]
-    loss.SLICE["meta"] = loss.SLICE[device.kind]
+    by_device: list[tuple[dict[str, Any], Any]] = [
+        (blocks.PIECE, 2048), (loss.SLICE, loss.CHUNK), (loss.ROOM, False), (step.STEP, 1),
+    ]  # fmt: skip
+    before = [table["meta"] for table, _ in by_device]
+    attend, plain = decoder.attend, F.scaled_dot_product_attention
+    for table, otherwise in by_device:
+        table["meta"] = table.get(device.kind, otherwise)
     setattr(F, "scaled_dot_product_attention", attention_on(device))  # noqa: B010  for mypy
     if device.kind != "cpu":
         setattr(decoder, "attend", _attend_on(device))  # noqa: B010
     try:
         yield
     finally:
-        blocks.PIECE["meta"] = pieces
-        loss.SLICE["meta"] = rows
+        for (table, _), value in zip(by_device, before):
+            table["meta"] = value
         setattr(decoder, "attend", attend)  # noqa: B010
         setattr(F, "scaled_dot_product_attention", plain)  # noqa: B010
 

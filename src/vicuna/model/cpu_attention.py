@@ -14,10 +14,11 @@ backward computes them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,156 +57,213 @@ class BlockSegments(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
         ctx.heads, ctx.layout = heads, layout
         ctx.save_for_backward(qkv)
-        out = qkv.new_empty(qkv.shape[0], heads.query, heads.size)
-        q, kv = _sides(qkv, heads)
-        result = out.transpose(0, 1)
-        for s in layout.segments:
-            place = _Place(s)
-            seen = place.gather(kv)
-            for block in _blocks(s, place, heads.window, layout, qkv):
-                k, v = seen[:, block.columns].chunk(2)
-                weights = _weights(_rows(q[:, block.own], block, heads, heads.scale), k, block)
-                o = torch.bmm(weights, v).view(heads.query, -1, heads.size)
-                result[:, block.own] = o[:, : block.count]
-        return out.flatten(1)
+        plan = _plan_of(layout, heads, qkv)
+        rows = qkv.view(-1, heads.size)
+        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
+        result = torch.empty_like(queries)
+        scratch = qkv.new_empty(plan.scores)
+        for place in plan.places:
+            for block in place.blocks:
+                q, o = (block.part_of(t, heads) for t in (queries, result))
+                k, v = rows.index_select(0, block.seen).view(-1, block.width, heads.size).chunk(2)
+                torch.bmm(_weights(q, k, block, scratch), v, out=o)
+        return result.index_select(0, plan.back).view(qkv.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (qkv,) = ctx.saved_tensors
         heads, layout = ctx.heads, ctx.layout
-        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)
-        dqkv = torch.empty_like(qkv)
-        q, kv = _sides(qkv, heads)
-        dq, dkv = _sides(dqkv, heads)
-        shared = any(s.above for s in layout.segments)
-        if shared:
-            dkv.zero_()
-        for s in layout.segments:
-            place = _Place(s)
-            seen = place.gather(kv)
-            dseen = torch.zeros_like(seen)
-            for block in _blocks(s, place, heads.window, layout, qkv):
-                k, v = seen[:, block.columns].chunk(2)
-                dk, dv = dseen[:, block.columns].chunk(2)
-                queries = _rows(q[:, block.own], block, heads, heads.scale)
-                g = _rows(given[:, block.own], block, heads)
-                weights = _weights(queries, k, block)
-                dv.baddbmm_(weights.transpose(1, 2), g)
-                dweights = torch.bmm(g, v.transpose(1, 2))
-                dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-                dk.baddbmm_(dscores.transpose(1, 2), queries)
-                dqueries = torch.bmm(dscores, k).view(heads.query, -1, heads.size)
-                torch.mul(dqueries[:, : block.count], heads.scale, out=dq[:, block.own])
-            place.give_back(dkv, dseen, shared)
+        plan = _plan_of(layout, heads, qkv)
+        rows = qkv.view(-1, heads.size)
+        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
+        given = gradients[0].reshape(-1, heads.size).index_select(0, plan.given)
+        given.index_fill_(0, plan.empty, 0)
+        dqkv, dqueries = torch.empty_like(qkv), torch.empty_like(queries)
+        scratch, dscratch = qkv.new_empty(plan.scores), qkv.new_empty(plan.scores)
+        split = heads.query * heads.size
+        dkv = dqkv[:, split:].unflatten(1, (-1, heads.size)).transpose(0, 1)
+        for place in plan.places:
+            dseen = qkv.new_zeros(2 * heads.key, place.width, heads.size)
+            for block in place.blocks:
+                q, g, dq = (block.part_of(t, heads) for t in (queries, given, dqueries))
+                seen = rows.index_select(0, block.seen).view(-1, block.width, heads.size)
+                k, v = seen.chunk(2)
+                weights = _weights(q, k, block, scratch)
+                dweights = torch.bmm(g, v.transpose(1, 2), out=block.scores_of(dscratch, k))
+                dboth = torch.empty_like(seen)
+                torch.bmm(weights.transpose(1, 2), g, out=dboth[heads.key :])
+                dscores = torch.ops.aten._softmax_backward_data.out(
+                    dweights, weights, -1, weights.dtype, grad_input=dweights
+                )
+                torch.bmm(dscores.transpose(1, 2), q, out=dboth[: heads.key])
+                torch.bmm(dscores, k, out=dq)
+                dseen[:, block.columns] += dboth
+            place.give_back(dkv, dseen)
+        dqueries.mul_(heads.scale)
+        dqkv[:, :split] = dqueries.index_select(0, plan.back).view(-1, split)
         return dqkv, None, None
 
 
-def _sides(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """q (H, T, D), and k and v on top of each other (2 K, T, D), as views of one buffer."""
-    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
-    return split[: heads.query], split[heads.query :]
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a segment, filled up to whole steps: products come in few shapes, and the
+    library makes and keeps a program for each.
 
-
-class _Place:
-    """Where the rows that a segment sees lie beside each other: those above it, then its own.
-
-    Both parts are filled up to whole steps, so that products come in few shapes: the library makes
-    and keeps a program for each.
-
-        | empty | above | own | empty |
-          front           start         width
+    rows: where they lie among all blocks' rows, the heads of a block below each other. high: how
+    many. seen: int64 (2 K s,), the rows of qkv's heads that are their keys and values, which end
+    whole steps too. columns: where those lie in the segment's place. mask: (t, s'), the summand of
+    the scores, 0 or -inf, in the last columns.
     """
 
-    def __init__(self, s: Segment) -> None:
-        self.ranges = [*s.above, (s.start, s.stop)]
-        above = sum(b - a for a, b in s.above)
-        self.start = _whole(above)
-        self.front = self.start - above
-        self.width = self.start + _whole(s.stop - s.start)
+    rows: slice
+    high: int
+    seen: Tensor
+    columns: slice
+    mask: Tensor
 
-    def gather(self, kv: Tensor) -> Tensor:
-        """k and v of these rows: (2 K, T, D) -> (2 K, width, D)."""
-        seen = kv.new_zeros(kv.shape[0], self.width, kv.shape[2])
-        for here, there in self._parts():
-            seen[:, here] = kv[:, there]
-        return seen
+    @property
+    def width(self) -> int:
+        """s: how many rows of keys."""
+        return self.columns.stop - self.columns.start
 
-    def give_back(self, dkv: Tensor, dseen: Tensor, shared: bool) -> None:
-        """Put their gradients where they belong; added, where rows are `shared`."""
-        for here, there in self._parts():
-            if shared:
-                dkv[:, there] += dseen[:, here]
+    def part_of(self, x: Tensor, heads: Heads) -> Tensor:
+        """Its part of what lies block by block, heads that share keys below each other:
+        (K, G t, D)."""
+        return x[self.rows].view(heads.key, -1, heads.size)
+
+    def scores_of(self, scratch: Tensor, k: Tensor) -> Tensor:
+        """Room for its scores: (K, G t, s)."""
+        rows = (self.rows.stop - self.rows.start) // k.shape[0]
+        return scratch[: k.shape[0] * rows * self.width].view(k.shape[0], rows, self.width)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a segment sees: the rows above it, then its own. ranges: where those lie in the pack.
+    width: with what the last block is filled up with."""
+
+    ranges: list[tuple[int, int]]
+    width: int
+    blocks: list[_Block]
+
+    def give_back(self, dkv: Tensor, dseen: Tensor) -> None:
+        """Put the gradients of k and v where they belong. Segments come behind those above them:
+        a segment's own rows are its alone until then."""
+        first = 0
+        for number, (a, b) in enumerate(self.ranges, 1):
+            part = dseen[:, first : first + b - a]
+            if number == len(self.ranges):
+                dkv[:, a:b] = part
             else:
-                dkv[:, there] = dseen[:, here]
-
-    def _parts(self) -> Iterator[tuple[slice, slice]]:
-        first = self.front
-        for a, b in self.ranges:
-            yield slice(first, first + b - a), slice(a, b)
+                dkv[:, a:b] += part
             first += b - a
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the rows of a pack are laid into blocks; the same for all layers with one window.
+
+    queries: int64, for each row of the blocks the row of qkv's heads (T (H + 2 K), D). given: the
+    same of the result's heads (T H, D). empty: rows of the blocks that are filling. back: int64
+    (T H,), where each row of the result lies in the blocks. scores: of the largest block.
+    """
+
+    queries: Tensor
+    given: Tensor
+    empty: Tensor
+    back: Tensor
+    scores: int
+    places: list[_Place]
+
+
+def _plan_of(layout: Layout, heads: Heads, like: Tensor) -> _Plan:
+    plan: _Plan = layout.cached(
+        ("blocks", heads.window), lambda: _make_plan(layout.segments, heads, like)
+    )
+    return plan
+
+
+def _make_plan(segments: Sequence[Segment], heads: Heads, like: Tensor) -> _Plan:
+    every = heads.query + 2 * heads.key
+    own_heads, seen_heads = np.arange(heads.query), np.arange(heads.query, every)
+    masks: dict[Any, Tensor] = {}
+    places, laid, filling = [], [], []
+    done = 0
+    for s in segments:
+        ranges = [*s.above, (s.start, s.stop)]
+        above = sum(b - a for a, b in s.above)
+        rows = np.concatenate([np.arange(a, b) for a, b in ranges])
+        # What follows the own rows is filling, which the masks hide.
+        rows = np.append(rows, np.full(STEP + BLOCK, s.start))
+        blocks = []
+        for start in range(above, above + s.stop - s.start, BLOCK):
+            count = min(BLOCK, above + s.stop - s.start - start)
+            high = _whole(count)
+            first = 0 if heads.window is None else max(0, start - heads.window + 1)
+            columns = slice(first, first + _whole(start + count - first))
+            seen = rows[columns] * every + seen_heads[:, None]
+            place = slice(done, done + heads.query * high)
+            done = place.stop
+            size = (start - first, count, high, columns.stop - first)
+            mask = _mask(size, heads.window, like, masks)
+            blocks.append(_Block(place, high, _index(seen, like), columns, mask))
+            laid.append((rows[start : start + high] * heads.query + own_heads[:, None]).ravel())
+            filling.append(np.broadcast_to(np.arange(high) >= count, (heads.query, high)).ravel())
+        width = max(block.columns.stop for block in blocks)
+        places.append(_Place(ranges, width, blocks))
+    given, empty = np.concatenate(laid), np.concatenate(filling)
+    row, head = np.divmod(given, heads.query)
+    back = np.empty(segments[-1].stop * heads.query, np.int64)
+    back[given[~empty]] = np.flatnonzero(~empty)
+    scores = max(heads.query * b.high * b.width for place in places for b in place.blocks)
+    queries, empty_rows = row * every + head, np.flatnonzero(empty)
+    return _Plan(
+        _index(queries, like), _index(given, like), _index(empty_rows, like), _index(back, like),
+        scores, places,
+    )  # fmt: skip
+
+
+def _index(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values).ravel()).to(like.device)
+
+
+def _mask(
+    size: tuple[int, int, int, int], window: int | None, like: Tensor, made: dict[Any, Tensor]
+) -> Tensor:
+    """Who sees what of the last columns: 0 or -inf (high, columns), where row i stands at column
+    `above + i` of `width`. All columns, where a window hides some of the first.
+
+    Args:
+        size: (above, count, high, width). Of `high` rows the last are filling, behind `count`: they
+            see what the last of the others sees, so that no row sees nothing.
+    """
+    above, count, high, width = size
+    if window is None or above + high <= window:
+        window, above, width = None, 0, width - above
+    key = (above, count, high, width)
+    if key not in made:
+        rows = torch.arange(above, above + high, device=like.device)[:, None]
+        rows = rows.clamp(max=above + count - 1)
+        columns = torch.arange(width, device=like.device)
+        hidden = columns > rows
+        if window is not None:
+            hidden |= columns <= rows - window
+        zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        made[key] = zeros.masked_fill_(hidden, float("-inf"))
+    return made[key]
 
 
 def _whole(rows: int) -> int:
     return -(-rows // STEP) * STEP
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some rows of a segment.
-
-    own: where they lie in the pack. columns: of the segment's place, those that any of them sees.
-    mask: the summand of the scores in the last columns, 0 or -inf: (t, s'), t whole steps.
-    front: columns before these that are empty.
-    """
-
-    own: slice
-    columns: slice
-    mask: Tensor
-    front: int
-
-    @property
-    def count(self) -> int:
-        """Rows that are not filled up."""
-        return self.own.stop - self.own.start
-
-
-def _blocks(
-    s: Segment, place: _Place, window: int | None, layout: Layout, like: Tensor
-) -> Iterator[_Block]:
-    rows = s.stop - s.start
-    above = place.start - place.front
-    for start in range(0, rows, BLOCK):
-        stop = min(start + BLOCK, rows)
-        own = slice(s.start + start, s.start + stop)
-        high = _whole(stop - start)
-        if window is None or above + rows <= window:
-            columns = slice(0, place.start + start + high)
-            mask = layout.additive(0, high, None, like)
-            yield _Block(own, columns, mask, place.front)
-            continue
-        first = max(0, above + start - window + 1)
-        columns = slice(place.front + first, place.start + start + high)
-        mask = layout.additive(above, place.width - place.start, window, like)
-        yield _Block(own, columns, mask[start : start + high, first : above + start + high], 0)
-
-
-def _rows(x: Tensor, block: _Block, heads: Heads, scale: float = 1.0) -> Tensor:
-    """x (H, t, D), scaled, filled up with zeros, heads that share keys below each other:
-    (K, G t', D)."""
-    part = x.new_zeros(x.shape[0], block.mask.shape[0], x.shape[2])
-    torch.mul(x, scale, out=part[:, : block.count])
-    return part.view(heads.key, -1, heads.size)
-
-
-def _weights(q: Tensor, k: Tensor, block: _Block) -> Tensor:
-    """softmax(q k' + mask): q (K, G t, D), scaled, k (K, s, D) -> (K, G t, s)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
+def _weights(q: Tensor, k: Tensor, block: _Block, scratch: Tensor) -> Tensor:
+    """softmax(q k' + mask) in `scratch`: q (K, G t, D), scaled, k (K, s, D) -> (K, G t, s)."""
+    scores = torch.bmm(q, k.transpose(1, 2), out=block.scores_of(scratch, k))
     mask = block.mask
     masked = scores.view(k.shape[0], -1, mask.shape[0], k.shape[1])[..., -mask.shape[1] :]
     masked.add_(mask)
-    if block.front:
-        scores[..., : block.front] = float("-inf")
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=scores)  # a row is read before it is written
 
 
 # -- PyTorch's flash attention ---------------------------------------------------------------------

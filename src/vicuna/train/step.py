@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicuna.data.pack import Pack
+from vicuna.data.pack import Pack, filled
 from vicuna.model import attention, parts
 from vicuna.model.decoder import Checkpointing, Decoder
 from vicuna.model.dropout import DropoutState
 from vicuna.model.kernels import PLAIN, Kernels
-from vicuna.train.loss import cross_entropy_sum
+from vicuna.train import loss
+
+# Packs are filled up to whole steps of rows where oneDNN computes the products, which it does for
+# short types on a CPU: it makes a program for each shape, which takes about as long as a small
+# product, and keeps it, 0.6 MB each.
+STEP = {"cpu": 64, "meta": 1}
 
 
 @dataclass
@@ -25,7 +30,8 @@ class Learner:
     """A causal language model with an adapter, and how to get a loss from it.
 
     model: a PEFT model (or a bare causal LM for evaluation).
-    checkpointing: what backward computes again. kernels: the arithmetic on elements.
+    checkpointing: what backward computes again. kernels: the arithmetic on elements. logits: memory
+    for them that packs share, on a CPU.
     """
 
     model: Any
@@ -54,6 +60,7 @@ class Learner:
         chosen = self.decoder.config._attn_implementation
         self.plain = "sdpa" if chosen == attention.NAME else chosen
         config = causal.config.get_text_config()
+        self.logits: Tensor | None = None
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)
@@ -101,7 +108,9 @@ class Learner:
 
     def loss_sum(self, pack: Pack) -> Tensor:
         """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
-        return cross_entropy_sum(
+        if self.head.weight.dtype != torch.float32:
+            pack = filled(pack, STEP.get(self.device.type, 1))
+        return loss.cross_entropy_sum(
             self.hidden(pack),
             self.head.weight,
             torch.from_numpy(pack.target_ids).to(self.device),
@@ -109,7 +118,16 @@ class Learner:
             bias=getattr(self.head, "bias", None),
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            room=self._room(len(pack.target_rows)),
         )
+
+    def _room(self, rows: int) -> Tensor | None:
+        """Memory for the logits of so many rows, where packs share it; else None."""
+        rows = min(rows, loss.CHUNK)
+        if loss.ROOM.get(self.device.type) and (self.logits is None or len(self.logits) < rows):
+            self.logits = None  # before the next, which may have its place
+            self.logits = self.head.weight.new_empty(rows, self.head.weight.shape[0])
+        return self.logits
 
     def backward(self, packs: Iterable[Pack], supervised: int, loss_scale: float = 1.0) -> float:
         """Add a step's gradients to the parameters; the mean loss over its supervised tokens.
@@ -120,9 +138,9 @@ class Learner:
         """
         total = 0.0
         for pack in packs:
-            loss = self.loss_sum(pack)
-            (loss * (loss_scale / supervised)).backward()
-            total += loss.item()
+            value = self.loss_sum(pack)
+            (value * (loss_scale / supervised)).backward()
+            total += value.item()
         return total / supervised
 
     @torch.no_grad()
