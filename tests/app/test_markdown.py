@@ -84,7 +84,7 @@ def test_markdown_is_rendered() -> None:
 def test_conversations_and_beams_are_as_safe(text: str) -> None:
     session = Session("0" * 32)
     session.begin(text)
-    session.end(text, {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text})
+    session.end(session.asked, text, {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text})
     words = partial(say, "zh")
     picture = Picture(text, (Branch(text, -1.0, 3), Branch("b", -2.0, 3)))
     for html in (

@@ -11,8 +11,10 @@ from html import escape
 from typing import Any
 
 from vicuna.app import markdown
+from vicuna.app.mistakes import told
 from vicuna.app.room import Branch, Picture
 from vicuna.app.sessions import Note, Session
+from vicuna.errors import UserError
 
 Say = Callable[..., str]
 TAIL = 160  # characters of the agreed text before a beam's own
@@ -146,6 +148,11 @@ def problem(what: str, fix: str = "") -> str:
     """What went wrong, in words."""
     more = f"<p>{escape(fix)}</p>" if fix else ""
     return f'<div class="v-note error" role="alert"><p>{escape(what)}</p>{more}</div>'
+
+
+def mistake(error: UserError, say: Say) -> str:
+    """A mistake that can be mended, and how."""
+    return problem(*told(error, say))
 
 
 def gauge(used: int, limit: int, dropped: int, say: Say) -> str:

@@ -160,8 +160,9 @@ class Controls:
         )  # fmt: skip
         filled = [self.mode, *self.inputs.values(), self.about]
         self.preset.input(
-            self._fill, self.preset, filled, show_progress="hidden", api_visibility="private"
-        )
+            self._fill, self.preset, filled, trigger_mode="always_last", show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
         self.reset.click(
             self._back, None, [self.preset, *filled], show_progress="hidden",
             api_visibility="private",
