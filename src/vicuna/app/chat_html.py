@@ -17,6 +17,7 @@ from vicuna.app.sessions import Note, Session
 from vicuna.errors import UserError
 
 Say = Callable[..., str]
+Draw = Callable[[str], str]
 TAIL = 160  # characters of the agreed text before a beam's own
 _ICONS = {
     "copy": '<path d="M9 9h11v11H9z"/><path d="M5 15H4V4h11v1"/>',
@@ -101,13 +102,16 @@ def stats(found: dict[str, Any], say: Say) -> str:
 _OWN_END = ("stop", "stop_string")
 
 
-def growing(picture: Picture, view: str, say: Say) -> str:
-    """The answer as it stands, and its beams as `columns` or `rows`, or not (`hidden`)."""
-    text = markdown.html(picture.text)
+def growing(picture: Picture, view: str, say: Say, draw: Draw = markdown.html) -> str:
+    """The answer as it stands, and its beams as `columns` or `rows`, or not (`hidden`).
+
+    Args:
+        draw: markdown to HTML.
+    """
     several = len(picture.branches) > 1
     beams = live_beams(picture, view, say) if several and view != "hidden" else ""
-    if not several and picture.branches:
-        text = markdown.html(picture.text + picture.branches[0].text)
+    own = "" if several or not picture.branches else picture.branches[0].text
+    text = draw(picture.text + own)
     return (
         f'<div class="v-turn answer live"><div class="v-said v-md v-growing">{text}</div>{beams}'
         f'<div class="v-acts"><span class="v-stats">{say("chat.tokens", tokens=picture.tokens)}'

@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from vicuna.app import chat_html
+from vicuna.app import chat_html, markdown
 from vicuna.app.acts import acting, number, told
 from vicuna.app.controls import Controls
 from vicuna.app.mistakes import in_words
@@ -223,6 +223,7 @@ class ChatTab:
         """Show how what is being computed for a session goes, to its end."""
         job = session.job
         assert job is not None
+        draw = markdown.Growing()
         question = session.chat.turns[-1].text if session.open_question else ""
         yield {
             self.live: chat_html.waiting(0, words), self.history: self._history(session, words),
@@ -235,7 +236,7 @@ class ChatTab:
                 if isinstance(now, Waiting):
                     yield {self.live: chat_html.waiting(now.ahead, words)}
                 elif now.finished is None:
-                    yield {self.live: chat_html.growing(now, view, words)}
+                    yield {self.live: chat_html.growing(now, view, words, draw)}
             silent = not _kept(job, "")[0].strip()
             problem = chat_html.problem(words("chat.silent")) if silent else ""
             if job.cancelled.is_set():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from vicuna.app import chat_html, instruct_html
+from vicuna.app import chat_html, instruct_html, markdown
 from vicuna.app.controls import Controls
 from vicuna.app.mistakes import in_words
 from vicuna.app.queue import Job
@@ -37,6 +37,7 @@ class _Column:
     name: str
     job: Job
     now: Waiting | Picture | str  # a text is what went wrong
+    draw: markdown.Growing = field(default_factory=markdown.Growing)
 
 
 class InstructTab:
@@ -164,4 +165,4 @@ class InstructTab:
 
 
 def _grid(columns: list[_Column], words: Any) -> str:
-    return instruct_html.grid([(c.name, c.now) for c in columns], words)
+    return instruct_html.grid([(c.name, c.now, c.draw) for c in columns], words)
