@@ -345,3 +345,34 @@ def test_a_read_only_page_offers_no_writing(browser: Any, place: Path) -> None:
         page.wait_for_selector(".v-card")
         assert page.locator("[data-act=delete], #adapters-merge").count() == 0
         person.context.close()
+
+
+def test_probabilities_of_tokens_are_pointed_at_tapped_and_reached_by_keys(
+    browser: Any, served: tuple[App, str]
+) -> None:
+    phone = Visitor(
+        browser, served[1], viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
+    )
+    page = phone.ready()
+    greedy(phone, 8)
+    page.get_by_text("Words and ends").click()
+    box = page.locator("#chat-logprobs input[type=number]")
+    box.fill("3")
+    box.blur()
+    phone.ask("hello?")
+    phone.answered(1)
+    tokens = page.locator("#chat-history .v-tok")
+    assert tokens.count() >= 2
+    tokens.nth(1).tap()
+    rows = page.locator("#chat-history .v-alts div")
+    assert rows.count() in (3, 4)
+    assert rows.first.get_attribute("class") == "own"
+    assert page.locator(".v-alts .own span").inner_text().endswith("%")
+    page.focus("#chat-history .v-toks")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#chat-history .v-tok:first-child.at")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#chat-history .v-tok:nth-child(2).at")
+    assert phone.fits()
+    phone.context.close()
+    assert phone.wrong == []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from vicuna.app import markdown
+from vicuna.app import markdown, probabilities
 from vicuna.app.mistakes import told
 from vicuna.app.room import Branch, Picture
 from vicuna.app.sessions import Note, Session
@@ -77,8 +77,9 @@ def _answer(
     if can_rate:
         acts += [_button(r, i, say(f"chat.{r}"), note.rating == r) for r in ("up", "down")]
     faded = " faded" if edited else ""
+    body = probabilities.html(note.tokens, say) if note.tokens else markdown.html(text)
     return (
-        f'<div class="v-turn answer{faded}"><div class="v-said v-md">{markdown.html(text)}</div>'
+        f'<div class="v-turn answer{faded}"><div class="v-said v-md">{body}</div>'
         f'<div class="v-acts">{"".join(acts)}{stats(note.stats, say)}</div>'
         '<textarea class="v-raw" readonly tabindex="-1" aria-hidden="true">'
         f"{escape(text)}</textarea></div>"

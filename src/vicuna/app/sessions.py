@@ -10,10 +10,12 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vicuna.app.probabilities import Said
 from vicuna.app.queue import Job
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
@@ -25,10 +27,12 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Note:
-    """What stands under an answer. stats: words and numbers; rating: of the reader."""
+    """What stands under an answer. stats: words and numbers; rating: of the reader; tokens: how
+    likely each was, where that was asked for."""
 
     stats: dict[str, Any] = field(default_factory=dict)
     rating: Rating = ""
+    tokens: Sequence[Said] = ()
 
 
 @dataclass
@@ -73,7 +77,9 @@ class Session:
             self.asked += 1
             return self.chat.ask(text)
 
-    def end(self, asked: int, text: str, stats: dict[str, Any]) -> None:
+    def end(
+        self, asked: int, text: str, stats: dict[str, Any], tokens: Sequence[Said] = ()
+    ) -> None:
         """The answer to a question, if it still stands; where nothing was said, the question goes
         too.
 
@@ -85,7 +91,7 @@ class Session:
                 return
             self.chat.answer(text)
             if text.strip():
-                self.notes.append(Note(stats))
+                self.notes.append(Note(stats, "", tokens))
 
     @property
     def open_question(self) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from vicuna.app import chat_html, markdown
 from vicuna.app.acts import acting, number, told
+from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
-from vicuna.app.mistakes import in_words
+from vicuna.app.probabilities import Said, said
 from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
 from vicuna.app.sessions import Session, rate
@@ -29,14 +27,6 @@ from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_DOWNLOAD = """(text) => {
-  if (!text) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
-  link.download = 'conversation.jsonl';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}"""
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -55,11 +45,11 @@ class ChatTab:
                 self._conversation()
             with gr.Column(scale=1, min_width=290, elem_id="chat-side", elem_classes="v-side"):
                 self._side()
-        self._inputs = [
+        self.inputs = [
             app.tab, self.adapters, self.strength, self.system, self.template, self.memory,
             self.view, *self.controls.values,
         ]  # fmt: skip
-        self._shown = [
+        self.shown = [
             self.box, self.history, self.live, self.send, self.stop, self.gauge, self.note,
         ]  # fmt: skip
         self._events()
@@ -118,48 +108,34 @@ class ChatTab:
                 info=t("chat.memory_info"), elem_id="chat-memory",
             )  # fmt: skip
         with gr.Accordion(t("chat.keep"), open=False, elem_id="chat-keep"):
-            self.save = gr.Button(
-                t("chat.save"), size="sm", visible=not self.app.settings.read_only,
-                elem_id="chat-save",
-            )  # fmt: skip
-            self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
-            self.export = gr.Textbox(visible="hidden", show_label=False)
-            self.load = gr.UploadButton(
-                t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
-            )
+            self.files = ChatFiles(self)
 
     # What happens.
 
     def _events(self) -> None:
         gr.on(
-            [self.box.submit, self.send.click], self.answer, [self.box, *self._inputs],
-            self._shown, show_progress="hidden", api_name="chat",
+            [self.box.submit, self.send.click], self.answer, [self.box, *self.inputs],
+            self.shown, show_progress="hidden", api_name="chat",
         )  # fmt: skip
         # Multiple: a click that comes before the answer to the last one is not lost.
-        self.history.click(self.act, self._inputs, self._shown, trigger_mode="multiple", **_QUIET)
+        self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
-        self.clear.click(self.forget, self._inputs, self._shown, **_QUIET)
+        self.clear.click(self.forget, self.inputs, self.shown, **_QUIET)
         counted = [self.memory.release, self.system.blur, self.template.input]
         latest: dict[str, Any] = {"trigger_mode": "always_last", **_QUIET}
-        gr.on(counted, self.count, self._inputs, self.gauge, **latest)
+        gr.on(counted, self.count, self.inputs, self.gauge, **latest)
         self.controls.mode.change(
             lambda mode: gr.update(visible="beam" in mode), self.controls.mode, self.view, **_QUIET
         )
         self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **latest)
-        self.save.click(self.keep, self._inputs, None, **_QUIET)
-        self.download.click(self.hand_out, self._inputs, self.export, **_QUIET).then(
-            None, self.export, None, js=_DOWNLOAD
-        )
+        self.files.events()
         self.app.opening.append(
-            (self.opened, self._inputs, [self.gauge, self.adapters, self.strength])
+            (self.opened, self.inputs, [self.gauge, self.adapters, self.strength])
         )
-        self.app.loading.append((self.come_back, self._inputs, [*self._shown, self.system]))
-        self.load.upload(
-            self.take, [self.load, *self._inputs], [*self._shown, self.system], **_QUIET
-        )
+        self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
 
-    def _asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
-        """(session, what is asked but for its turns, view), from the values of `_inputs`; a system
+    def asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
+        """(session, what is asked but for its turns, view), from the values of `inputs`; a system
         prompt of None leaves it as it was.
 
         Args:
@@ -199,7 +175,7 @@ class ChatTab:
         """Answer a question; `cut` is the one that it replaces, with all behind it."""
         words = partial(say, request)
         try:
-            session, ask, view = self._asked(values, strict=True)
+            session, ask, view = self.asked(values, strict=True)
             if session.busy:
                 raise UserError(words("chat.busy"))
             if cut is not None:
@@ -211,7 +187,7 @@ class ChatTab:
         asked, who = session.asked, self._who(ask, words)
         # Kept where it ends, whether or not somebody still looks.
         session.job = self.app.room.ask(
-            session.name, ask, lambda job: session.end(asked, *_kept(job, who))
+            session.name, ask, lambda job: session.end(asked, *_kept(job, who), self._tokens(job))
         )
         yield {self.box: "", self.note: ""}
         async for update in self._follow(session, ask, view, words):
@@ -254,6 +230,11 @@ class ChatTab:
             self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
 
+    def _tokens(self, job: Job) -> list[Said]:
+        """How likely each token of an answer was, where that was asked for."""
+        found = job.latest.finished if isinstance(job.latest, Picture) else None
+        return said(found.answers[0], self.app.room.loaded.renderer.encoder) if found else []
+
     def _who(self, ask: Ask, words: Any) -> str:
         """The adapters that answered, in words."""
         return self.app.shelf.in_words(ask.mix) or words("chat.base")
@@ -291,7 +272,7 @@ class ChatTab:
         """What a button beside a turn is for."""
         found, words = told(event), partial(say, request)
         try:
-            session, ask, _ = self._asked(values)
+            session, ask, _ = self.asked(values)
             if session.busy:
                 raise UserError(words("chat.busy"))
             act, i = found.get("act"), number(found)
@@ -329,16 +310,20 @@ class ChatTab:
     def forget(self, request: gr.Request, *values: Any) -> Updates:
         """Begin a new conversation."""
         words = partial(say, request)
-        session, ask, _ = self._asked(values)
+        session, ask, _ = self.asked(values)
         session.clear()
+        return {**self.replaced(session, ask, words), self.box: ""}
+
+    def replaced(self, session: Session, ask: Ask, words: Any) -> Updates:
+        """The page where another conversation took the place of what there was."""
         return {
-            self.history: self._history(session, words), self.note: "", self.box: "",
-            self.live: "", self.gauge: self._gauge(session, ask, words), **self._running(False),
+            self.history: self._history(session, words), self.note: "", self.live: "",
+            self.gauge: self._gauge(session, ask, words), **self._running(False),
         }  # fmt: skip
 
     def count(self, request: gr.Request, *values: Any) -> str:
         """The gauge, where something changed that it depends on."""
-        session, ask, _ = self._asked(values)
+        session, ask, _ = self.asked(values)
         return self._gauge(session, ask, partial(say, request))
 
     def mix(self, tab: str, adapters: list[str]) -> Any:
@@ -350,7 +335,7 @@ class ChatTab:
     def opened(self, request: gr.Request, *values: Any) -> list[Any]:
         """The tab is opened: the adapters there are, and those that were chosen elsewhere."""
         tab, adapters, strength, _, *rest = values
-        session, ask, _ = self._asked((tab, adapters, strength, None, *rest))
+        session, ask, _ = self.asked((tab, adapters, strength, None, *rest))
         choices = self.app.shelf.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
@@ -367,56 +352,11 @@ class ChatTab:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
         words = partial(say, request)
         tab, adapters, strength, _, *rest = values
-        session, ask, view = self._asked((tab, adapters, strength, None, *rest))
+        session, ask, view = self.asked((tab, adapters, strength, None, *rest))
         yield {self.history: self._history(session, words), self.system: session.chat.system}
         if session.busy:
             async for update in self._follow(session, ask, view, words):
                 yield update
-
-    # Files.
-
-    def keep(self, request: gr.Request, *values: Any) -> None:
-        """Save the conversation on the server, in the data folder."""
-        words = partial(say, request)
-        session, _, _ = self._asked(values)
-        if not session.notes:
-            gr.Warning(words("chat.nothing"))
-            return
-        try:
-            self.app.may_write()
-            folder = self.app.data_folders[0]
-            folder.mkdir(parents=True, exist_ok=True)
-            session.answered().save(folder / "conversations.jsonl")
-        except UserError as e:
-            gr.Warning(escape(in_words(str(e), words)))
-            return
-        gr.Info(words("chat.saved", path="conversations.jsonl"))
-
-    def hand_out(self, request: gr.Request, *values: Any) -> str:
-        """The conversation as a line of JSONL, which the browser keeps as a file."""
-        session, _, _ = self._asked(values)
-        if not session.notes:
-            gr.Warning(say(request, "chat.nothing"))
-            return ""
-        return json.dumps({"messages": session.answered().messages()}, ensure_ascii=False) + "\n"
-
-    def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
-        """Go on with a conversation from a file: its first line."""
-        words = partial(say, request)
-        session, ask, _ = self._asked(values)
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig").strip()
-            session.load(text.splitlines()[0] if text else "")
-        except UserError as e:
-            return {self.note: chat_html.mistake(e, words)}
-        except UnicodeDecodeError as e:
-            return {self.note: chat_html.problem(str(e))}
-        gr.Info(words("chat.loaded", number=len(session.notes)))
-        return {
-            self.history: self._history(session, words), self.note: "", self.live: "",
-            self.gauge: self._gauge(session, ask, words), self.system: session.chat.system,
-            **self._running(False),
-        }  # fmt: skip
 
 
 def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:
