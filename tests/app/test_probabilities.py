@@ -43,7 +43,7 @@ def test_they_are_shown_as_text_and_tinted() -> None:
     tokens = [Said(evil, 0.95, ((evil, 0.95), ("b", 0.01))), Said("", 0.05, (("\n", 0.05),))]
     html = probabilities.html(tokens, partial(say, "zh"))
     assert "<img" not in html
-    assert '<span class="v-tok p4"' in html
-    assert '<span class="v-tok p0 part"' in html
+    assert '<span class="v-tok l4"' in html
+    assert '<span class="v-tok l0 part"' in html
     top = re.findall(r'data-top="([^"]*)"', html)
     assert json.loads(unescape(top[0])) == [[evil, 0.95], ["b", 0.01]]

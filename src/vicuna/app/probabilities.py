@@ -54,7 +54,7 @@ def _spelled(token_id: int, encoder: Encoder) -> str:
 def html(tokens: Sequence[Said], say: Say) -> str:
     """All tokens of an answer, tinted, with a place below for what else there was."""
     inner = "".join(_token(token) for token in tokens)
-    scale = "".join(f'<i class="p{i}">{name}</i>' for i, name in enumerate(_scale()))
+    scale = "".join(f'<i class="l{i}">{name}</i>' for i, name in enumerate(_scale()))
     return (
         f'<div class="v-toks" tabindex="0" role="group" aria-label="{escape(say("chat.probs"))}">'
         f'{inner}</div><div class="v-alts" aria-live="polite"><p>{say("chat.probs_help")} '
@@ -67,7 +67,7 @@ def _token(token: Said) -> str:
     top = escape(json.dumps(token.top, ensure_ascii=False))
     shown = "".join(_MARKS.get(c, "") + c for c in token.text) or _MARKS[""]
     kind = "" if token.text else " part"
-    return f'<span class="v-tok p{tint}{kind}" data-top="{top}">{escape(shown)}</span>'
+    return f'<span class="v-tok l{tint}{kind}" data-top="{top}">{escape(shown)}</span>'
 
 
 def _scale() -> list[str]:
