@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_kit import write_run
 from browser_kit import Visitor
 from train_kit import served
 
@@ -127,43 +126,6 @@ def test_a_training_from_the_page_is_paused_found_again_and_talked_with(
     visitor.page.locator("#train-yes").click()
     visitor.see("#train-head", "No runs yet")
     assert not (place / "runs" / "one").exists()
-
-
-def test_past_runs_are_compared_in_one_plot(
-    browser: Any, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    place = tmp_path_factory.mktemp("past")
-    for name, slope in (("flat", 0.01), ("steep", 0.2), ("third", 0.1)):
-        steps = [
-            {"event": "step", "step": i, "loss": 3 - slope * i, "time": 2.0 + i}
-            for i in range(1, 10)
-        ]
-        write_run(place / "runs" / name, *steps)
-    with served(place) as address:
-        visitor = Visitor(browser, address)
-        page = visitor.page
-        visitor.tab("Train")
-        visitor.tab("Runs")
-        lines = page.locator("#train-curves svg path.line")
-        visitor.see("#train-head h3")
-        page.locator("#train-run input").click()
-        page.get_by_role("option").filter(has_text="flat").last.click()
-        visitor.see("#train-head h3", "flat")
-        alone = lines.count()
-        for number, name in enumerate(("steep", "third"), 1):
-            page.locator("#train-compare input").click()
-            page.get_by_role("option").filter(has_text=name).last.click()
-            page.keyboard.press("Escape")
-            visitor.see("#train-curves", name)
-            visitor.until(lambda number=number: lines.count() == alone + number)
-        for name in ("flat", "steep", "third"):
-            visitor.see("#train-curves", name)
-        page.locator("#train-compare .token-remove").first.click()
-        visitor.until(lambda: lines.count() == alone + 1)
-        visitor.see("#train-curves", "third")
-        assert "steep" not in page.inner_text("#train-curves")
-        visitor.context.close()
-        assert visitor.wrong == []
 
 
 def test_nothing_is_wider_than_a_phone_in_chinese(browser: Any, url: str) -> None:
