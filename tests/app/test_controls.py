@@ -11,8 +11,8 @@ from vicuna.app.words import texts
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings
 
-# What is not among the controls, and why: two that the mode says, and one that no tab shows.
-ELSEWHERE = {"do_sample", "logprobs"}
+# What is not among the controls: the mode says it.
+ELSEWHERE = {"do_sample"}
 
 
 def chosen(mode: str, **changes: Any) -> dict[str, Any]:

@@ -66,6 +66,34 @@ def test_a_cancelled_job_is_never_begun_and_others_go_on() -> None:
     assert not third.cancelled.is_set()
 
 
+def test_who_does_not_want_to_wait_leaves_at_once() -> None:
+    queue = FairQueue()
+    ends: list[str] = []
+    jobs = [queue.join(Job(p, lambda _: 1, lambda job: ends.append(job.person))) for p in "abc"]
+    assert queue.next() is jobs[0]
+    jobs[1].cancel()
+    jobs[0].cancel()  # is being done: its work ends it
+    assert jobs[1].ended.is_set()
+    assert not jobs[0].ended.is_set()
+    assert ends == ["b"]
+    assert queue.ahead(jobs[2]) == 1
+
+
+def test_what_is_done_at_the_end_is_done_whatever_the_end_is() -> None:
+    queue, seen = FairQueue(), []
+
+    def then(job: Job) -> None:
+        seen.append((job.person, job.ended.is_set()))
+        if job.person == "b":
+            raise ValueError("at the end")
+
+    jobs = [queue.join(Job(p, lambda job: 1 / (job.person != "a"), then)) for p in "ab"]
+    drain(queue)
+    assert seen == [("a", False), ("b", False)]
+    assert isinstance(jobs[0].error, ZeroDivisionError)
+    assert isinstance(jobs[1].error, ValueError)
+
+
 def test_what_goes_wrong_is_kept_for_the_one_who_asked() -> None:
     queue = FairQueue()
 

@@ -47,7 +47,7 @@ def asked(app: App, tab: str, *adapters: str, tokens: int = 12) -> list[Any]:
     order = ["max_new_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed"]
     order += ["num_beams", "length_penalty", "early_stopping", "repetition_penalty"]
     order += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_new_tokens"]
-    order += ["banned_words", "logit_bias", "stop", "stop_tokens"]
+    order += ["banned_words", "logit_bias", "stop", "stop_tokens", "logprobs"]
     values = [controls[key] for key in order]
     return [tab, list(adapters), 1.0, "", "", app.room.context, "columns", "greedy", *values]
 

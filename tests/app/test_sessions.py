@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vicuna.app.queue import Job
 from vicuna.app.sessions import Session, Sessions, rate
 from vicuna.data.formats import parse
 from vicuna.data.types import Raw
@@ -17,9 +18,13 @@ from vicuna.errors import UserError
 def session() -> Session:
     made = Session("0" * 32)
     for question, answer in (("一", "甲"), ("二", "乙"), ("三", "丙")):
-        made.begin(question)
-        made.end(answer, {"tokens": 1})
+        said(made, question, answer)
     return made
+
+
+def said(session: Session, question: str, answer: str) -> None:
+    session.begin(question)
+    session.end(session.asked, answer, {"tokens": 1})
 
 
 def texts(session: Session) -> list[str]:
@@ -28,8 +33,7 @@ def texts(session: Session) -> list[str]:
 
 def test_an_edited_question_replaces_what_follows(session: Session) -> None:
     session.editing = 1
-    session.begin("二二")
-    session.end("新", {})
+    said(session, "二二", "新")
     assert texts(session) == ["一", "甲", "二二", "新"]
     assert len(session.notes) == 2
     assert session.editing is None
@@ -45,10 +49,36 @@ def test_taking_back_gives_the_question_and_cuts_there(session: Session) -> None
 
 
 def test_an_answer_of_nothing_takes_its_question_along(session: Session) -> None:
-    session.begin("四")
-    session.end("  ", {})
+    said(session, "四", "  ")
     assert texts(session)[-1] == "丙"
     assert len(session.notes) == 3
+
+
+@pytest.mark.parametrize("meanwhile", ["clear", "load", "clear and ask"])
+def test_an_answer_to_a_conversation_that_is_gone_goes_nowhere(
+    session: Session, meanwhile: str
+) -> None:
+    session.begin("四")
+    asked, job = session.asked, Job("a", lambda _: None)
+    session.job = job
+    if meanwhile == "load":
+        session.load(json.dumps({"instruction": "译 cat", "output": "猫"}))
+    else:
+        session.clear()
+    if meanwhile == "clear and ask":
+        session.begin("五")
+    session.end(asked, "丁", {})
+    assert job.cancelled.is_set()
+    assert not session.busy
+    left = {"clear": [], "load": ["译 cat", "猫"], "clear and ask": ["五"]}[meanwhile]
+    assert texts(session) == left
+    assert len(session.notes) == len(left) // 2
+
+
+def test_a_question_without_an_answer_is_not_saved(session: Session) -> None:
+    session.begin("四")
+    assert session.open_question
+    assert [t.text for t in session.answered().turns] == ["一", "甲", "二", "乙", "三", "丙"]
 
 
 def test_ratings_are_data(session: Session, tmp_path: Path) -> None:
@@ -88,7 +118,6 @@ def test_sessions_are_apart_and_the_oldest_go() -> None:
     assert sessions.get(a).chat.turns[0].text == "hello"
     sessions.get(c)
     assert sessions.get(a).chat.turns  # b was the oldest
-    assert sessions.get("") is not sessions.get("")
-    for name in ("../x", "A" * 32, "0" * 31):
+    for name in ("", "../x", "A" * 32, "0" * 31):
         with pytest.raises(UserError, match="no session"):
             sessions.get(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ class Visitor:
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.url = url
         self.context = browser.new_context(**{"locale": "en-GB", **options})
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(60_000)  # of a machine that has other things to do
         self.asked: list[str] = []
         self.wrong: list[str] = []
         self.page = self.open()
@@ -72,6 +74,17 @@ class Visitor:
             arg=number,
         )
         return str(page.locator("#chat-history .v-raw").nth(number - 1).input_value())
+
+    def until(self, true: Callable[[], Any], seconds: float = 60) -> None:
+        """Wait until something is true that is not on the page."""
+        end = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < end, "it did not come true"
+            self.page.wait_for_timeout(20)
+
+    def name(self) -> str:
+        """What the server knows this tab by."""
+        return str(self.page.evaluate("sessionStorage.getItem('vicuna-tab')"))
 
     def act(self, name: str, place: int = -1) -> None:
         found = self.page.locator(f"#chat-history [data-act={name}]")

@@ -6,6 +6,7 @@ Without Chromium or Playwright these tests are skipped, except where CI is set: 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,3 +52,18 @@ def visitor(browser: Any, served: tuple[App, str]) -> Iterator[Visitor]:
     made.context.close()
     assert made.wrong == []
     assert made.outside() == []
+
+
+@pytest.fixture
+def slow(served: tuple[App, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model takes its time, and does not end by itself: an answer can be seen growing."""
+    engine: Any = served[0].room.loaded.engine
+    step = engine.step
+
+    def late(tokens: Any, parents: Any) -> Any:
+        time.sleep(0.02)
+        scores = step(tokens, parents).clone()  # its own are made in inference mode
+        scores[:, [1, 3]] = -100.0  # </s> and <|im_end|>
+        return scores
+
+    monkeypatch.setattr(engine, "step", late)

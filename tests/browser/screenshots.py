@@ -122,6 +122,18 @@ def phone(person: Visitor) -> None:
     time.sleep(1)
 
 
+def probabilities(person: Visitor) -> None:
+    """An answer token by token, with what else could have come."""
+    page = person.page
+    page.get_by_text("Words and ends").click()
+    box = page.locator("#chat-logprobs input[type=number]")
+    box.fill("5")
+    box.blur()
+    short(person)
+    page.locator(".v-tok").nth(1).hover()
+    page.wait_for_selector(".v-alts .own")
+
+
 def chinese(person: Visitor) -> None:
     """The same in Chinese."""
     page = person.page
@@ -170,6 +182,7 @@ PICTURES: dict[str, tuple[dict[str, Any], Any]] = {
     "adapters": ({"viewport": WIDE}, adapters),
     "phone": ({"viewport": PHONE}, phone),
     "chinese": ({"viewport": WIDE, "locale": "zh-CN"}, chinese),
+    "probabilities": ({"viewport": WIDE}, probabilities),
     "dark": ({"viewport": WIDE, "color_scheme": "dark"}, short),
     "data": ({"viewport": WIDE}, look),
     "tokens": ({"viewport": WIDE, "locale": "zh-CN"}, tokens),

@@ -17,21 +17,6 @@ from vicuna.app.words import say
 LONG = 300
 
 
-@pytest.fixture
-def slow(served: tuple[App, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model takes its time, and does not end by itself: an answer can be seen growing."""
-    engine: Any = served[0].room.loaded.engine
-    step = engine.step
-
-    def late(tokens: Any, parents: Any) -> Any:
-        time.sleep(0.02)
-        scores = step(tokens, parents).clone()  # its own are made in inference mode
-        scores[:, [1, 3]] = -100.0  # </s> and <|im_end|>
-        return scores
-
-    monkeypatch.setattr(engine, "step", late)
-
-
 def greedy(visitor: Visitor, tokens: int = 12) -> None:
     visitor.mode("greedy")
     visitor.longest(tokens)
@@ -41,14 +26,14 @@ def test_an_answer_is_seen_growing_and_says_how_fast_it_was(slow: None, visitor:
     page = visitor.page
     visitor.mode("sample")
     visitor.longest(60)
+    page.evaluate(
+        "window.sizes = new Set(); new MutationObserver(() => { const seen = document.querySelector"
+        "('#chat-live .v-growing'); if (seen) sizes.add(seen.textContent.length); })"
+        ".observe(document.body, {subtree: true, childList: true, characterData: true})"
+    )
     visitor.ask("今天天气怎么样？")
-    sizes = set()
-    page.wait_for_selector("#chat-live .v-growing")
-    while page.locator("#chat-live .v-growing").count() and len(sizes) < 5:
-        sizes.add(page.evaluate("document.querySelector('#chat-live')?.innerText.length || 0"))
-        time.sleep(0.05)
-    assert len(sizes) >= 3
     visitor.answered()
+    assert page.evaluate("sizes.size") >= 3
     assert "今天天气怎么样？" in page.inner_text("#chat-history .v-turn.user")
     stats = page.inner_text("#chat-history .v-stats")
     assert "tokens/s" in stats
@@ -92,30 +77,37 @@ def test_four_beams_are_seen_live_and_can_be_hidden(slow: None, visitor: Visitor
     assert page.locator(".v-beams").count() == 0
 
 
-def test_stop_ends_within_a_second_and_keeps_what_was_said(slow: None, visitor: Visitor) -> None:
+def test_stop_ends_within_a_second_and_keeps_what_was_said(
+    slow: None, visitor: Visitor, served: tuple[App, str]
+) -> None:
     page = visitor.page
     visitor.mode("sample")
     visitor.longest(2000)
     visitor.ask("tell me everything")
-    page.wait_for_selector("#chat-live .v-growing")
-    time.sleep(0.3)
-    began = time.monotonic()
+    page.wait_for_function(
+        "document.querySelector('#chat-live .v-growing')?.innerText.trim().length > 5"
+    )
+    job = served[0].sessions.get(visitor.name()).job
+    assert job is not None
+    times = []
+    cancel, then = job.cancel, job.then
+    job.cancel = lambda: (times.append(time.monotonic()), cancel())
+    job.then = lambda job: (times.append(time.monotonic()), then(job))
     page.click("#chat-stop")
-    text = visitor.answered()
-    assert time.monotonic() - began < 1.5  # a second, and the driver's own time
-    assert text
+    assert visitor.answered()
+    assert times[1] - times[0] < 1  # without what a busy machine needs to draw it
     assert "stopped" in page.inner_text("#chat-history .v-stats")
 
 
-def test_edit_again_take_back_and_begin_anew(visitor: Visitor) -> None:
-    page = visitor.page
+def test_edit_again_take_back_and_begin_anew(visitor: Visitor, served: tuple[App, str]) -> None:
+    page, session = visitor.page, served[0].sessions.get(visitor.name())
     greedy(visitor)
     visitor.ask("first?")
     first = visitor.answered(1)
     visitor.ask("second?")
     visitor.answered(2)
     visitor.act("again")
-    page.wait_for_timeout(1500)
+    visitor.until(lambda: session.asked == 3)
     visitor.answered(2)
     visitor.act("edit", 0)
     page.wait_for_function("document.querySelector('#chat-box textarea').value === 'first?'")
@@ -240,34 +232,6 @@ def test_two_people_have_two_conversations(browser: Any, served: tuple[App, str]
         assert person.outside() == []
 
 
-def test_a_reload_keeps_the_conversation_whatever_comes_last(visitor: Visitor) -> None:
-    """The tab asks once before it has its name: that answer may come late, and changes nothing."""
-    page, late = visitor.page, []
-    greedy(visitor)
-    visitor.ask("hello?")
-    visitor.answered(1)
-
-    def hold(route: Any) -> None:
-        sent = route.request.post_data_json or {}
-        if (sent.get("data") or [None])[0] == "":
-            late.append(route)
-        else:
-            route.continue_()
-
-    page.route("**/queue/join*", hold)
-    for _ in range(10):  # mostly the first
-        page.reload()
-        assert visitor.answered(1)
-        page.wait_for_timeout(300)
-        if late:
-            break
-    assert late
-    for route in late:
-        route.continue_()
-    page.wait_for_timeout(1500)
-    assert visitor.answered(1)
-
-
 def test_no_text_runs_as_script(visitor: Visitor, served: tuple[App, str]) -> None:
     page = visitor.page
     evil = (
@@ -279,8 +243,7 @@ def test_no_text_runs_as_script(visitor: Visitor, served: tuple[App, str]) -> No
     visitor.longest(6)
     visitor.ask(evil)
     visitor.answered(1)
-    name = page.evaluate("sessionStorage.getItem('vicuna-tab')")
-    session = served[0].sessions.get(name)
+    session = served[0].sessions.get(visitor.name())
     session.chat.turns[-1].text = evil  # as if the model had said it
     page.reload()
     visitor.ready()
@@ -302,10 +265,7 @@ def test_conversations_are_saved_rated_and_loaded(visitor: Visitor, place: Path)
     page.get_by_text("Save and load").click()
     page.click("#chat-save")
     saved = place / "data" / "conversations.jsonl"
-    for _ in range(50):
-        if saved.is_file():
-            break
-        time.sleep(0.1)
+    visitor.until(lambda: saved.is_file() and saved.read_text("utf-8").endswith("\n"))
     with page.expect_download() as kept:
         page.click("#chat-download")
     assert Path(kept.value.path()).read_text("utf-8") == saved.read_text("utf-8")
@@ -348,7 +308,7 @@ def test_nothing_is_wider_than_a_phone(browser: Any, served: tuple[App, str], lo
     for name in ("chat", "instruct", "adapters", "data", "train"):
         word = say(locale[:2], f"page.{name}")
         page.get_by_role("tab", name=word, exact=True).first.click()
-        time.sleep(0.4)
+        page.wait_for_selector(f"#tab-{name} > div")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         wide = page.evaluate(
             "[...document.querySelectorAll('.tabitem *')].filter(e => e.offsetParent && "
@@ -385,3 +345,34 @@ def test_a_read_only_page_offers_no_writing(browser: Any, place: Path) -> None:
         page.wait_for_selector(".v-card")
         assert page.locator("[data-act=delete], #adapters-merge").count() == 0
         person.context.close()
+
+
+def test_probabilities_of_tokens_are_pointed_at_tapped_and_reached_by_keys(
+    browser: Any, served: tuple[App, str]
+) -> None:
+    phone = Visitor(
+        browser, served[1], viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
+    )
+    page = phone.ready()
+    greedy(phone, 8)
+    page.get_by_text("Words and ends").click()
+    box = page.locator("#chat-logprobs input[type=number]")
+    box.fill("3")
+    box.blur()
+    phone.ask("hello?")
+    phone.answered(1)
+    tokens = page.locator("#chat-history .v-tok")
+    assert tokens.count() >= 2
+    tokens.nth(1).tap()
+    rows = page.locator("#chat-history .v-alts div")
+    assert rows.count() in (3, 4)
+    assert rows.first.get_attribute("class") == "own"
+    assert page.locator(".v-alts .own span").inner_text().endswith("%")
+    page.focus("#chat-history .v-toks")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("#chat-history .v-tok:first-child.at")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#chat-history .v-tok:nth-child(2).at")
+    assert phone.fits()
+    phone.context.close()
+    assert phone.wrong == []

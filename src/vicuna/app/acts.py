@@ -38,6 +38,35 @@ new MutationObserver(() => {
     else if (b !== document.activeElement) b.value = b.getAttribute('value');
   }
 }).observe(element, {subtree: true, childList: true, attributes: true});
+// The tokens of an answer (`probabilities.py`): what else could have stood in the place of one.
+const percent = (p) => (100 * p).toFixed(p < 0.1 ? 2 : 1) + '%';
+const visible = (text) =>
+  text.replace(/\\n/g, '↵').replace(/\\t/g, '⇥').replace(/^ | $/g, '␣') || '▫';
+const point = (token) => {
+  const box = token.closest('.v-toks');
+  box.querySelector('.at')?.classList.remove('at');
+  token.classList.add('at');
+  box.parentElement.querySelector('.v-alts').replaceChildren(
+    ...JSON.parse(token.dataset.top).map(([text, p], i) => {
+      const row = document.createElement('div');
+      if (!i) row.className = 'own';
+      for (const [name, words] of [['b', visible(text)], ['i', ''], ['span', percent(p)]])
+        row.appendChild(document.createElement(name)).textContent = words;
+      row.children[1].style.width = 6 * p + 'rem';
+      return row;
+    }));
+};
+for (const kind of ['mouseover', 'click']) element.addEventListener(kind, (e) => {
+  const token = e.target.closest('.v-tok');
+  if (token) point(token);
+});
+element.addEventListener('keydown', (e) => {
+  const box = e.target.closest('.v-toks'), step = {ArrowRight: 1, ArrowLeft: -1}[e.key];
+  if (!box || !step) return;
+  const all = [...box.children], at = all.findIndex((t) => t.classList.contains('at'));
+  const next = all[at < 0 ? 0 : Math.min(all.length - 1, Math.max(0, at + step))];
+  if (next) { point(next); next.scrollIntoView({block: 'nearest'}); e.preventDefault(); }
+});
 element.addEventListener('input', (e) => {
   const out = e.target.closest('label')?.querySelector('output');
   if (out) out.textContent = Number(e.target.value).toFixed(2);

@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from vicuna.app import markdown
+from vicuna.app import markdown, probabilities
+from vicuna.app.mistakes import told
 from vicuna.app.room import Branch, Picture
 from vicuna.app.sessions import Note, Session
+from vicuna.errors import UserError
 
 Say = Callable[..., str]
+Draw = Callable[[str], str]
 TAIL = 160  # characters of the agreed text before a beam's own
 _ICONS = {
     "copy": '<path d="M9 9h11v11H9z"/><path d="M5 15H4V4h11v1"/>',
@@ -74,8 +77,9 @@ def _answer(
     if can_rate:
         acts += [_button(r, i, say(f"chat.{r}"), note.rating == r) for r in ("up", "down")]
     faded = " faded" if edited else ""
+    body = probabilities.html(note.tokens, say) if note.tokens else markdown.html(text)
     return (
-        f'<div class="v-turn answer{faded}"><div class="v-said v-md">{markdown.html(text)}</div>'
+        f'<div class="v-turn answer{faded}"><div class="v-said v-md">{body}</div>'
         f'<div class="v-acts">{"".join(acts)}{stats(note.stats, say)}</div>'
         '<textarea class="v-raw" readonly tabindex="-1" aria-hidden="true">'
         f"{escape(text)}</textarea></div>"
@@ -99,13 +103,16 @@ def stats(found: dict[str, Any], say: Say) -> str:
 _OWN_END = ("stop", "stop_string")
 
 
-def growing(picture: Picture, view: str, say: Say) -> str:
-    """The answer as it stands, and its beams as `columns` or `rows`, or not (`hidden`)."""
-    text = markdown.html(picture.text)
+def growing(picture: Picture, view: str, say: Say, draw: Draw = markdown.html) -> str:
+    """The answer as it stands, and its beams as `columns` or `rows`, or not (`hidden`).
+
+    Args:
+        draw: markdown to HTML.
+    """
     several = len(picture.branches) > 1
     beams = live_beams(picture, view, say) if several and view != "hidden" else ""
-    if not several and picture.branches:
-        text = markdown.html(picture.text + picture.branches[0].text)
+    own = "" if several or not picture.branches else picture.branches[0].text
+    text = draw(picture.text + own)
     return (
         f'<div class="v-turn answer live"><div class="v-said v-md v-growing">{text}</div>{beams}'
         f'<div class="v-acts"><span class="v-stats">{say("chat.tokens", tokens=picture.tokens)}'
@@ -146,6 +153,11 @@ def problem(what: str, fix: str = "") -> str:
     """What went wrong, in words."""
     more = f"<p>{escape(fix)}</p>" if fix else ""
     return f'<div class="v-note error" role="alert"><p>{escape(what)}</p>{more}</div>'
+
+
+def mistake(error: UserError, say: Say) -> str:
+    """A mistake that can be mended, and how."""
+    return problem(*told(error, say))
 
 
 def gauge(used: int, limit: int, dropped: int, say: Say) -> str:

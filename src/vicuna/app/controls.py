@@ -43,11 +43,12 @@ DEFAULTS: dict[str, Any] = {
     "logit_bias": "",
     "stop": "",
     "stop_tokens": "",
+    "logprobs": 0,
 }
 _LISTS = ("banned_words", "logit_bias", "stop", "stop_tokens")
 _WHOLE = (
     "max_new_tokens", "min_new_tokens", "top_k", "seed", "num_beams", "num_return_sequences",
-    "no_repeat_ngram_size",
+    "no_repeat_ngram_size", "logprobs",
 )  # fmt: skip
 
 
@@ -73,6 +74,7 @@ _SLIDERS = {
     "frequency_penalty": _Slider(-2, 2, 0.1),
     "presence_penalty": _Slider(-2, 2, 0.1),
     "no_repeat_ngram_size": _Slider(0, 10, 1),
+    "logprobs": _Slider(0, 10, 1),
 }
 
 
@@ -113,6 +115,8 @@ class Controls:
             self._slider("min_new_tokens")
             for key in _LISTS:
                 self._add(key, gr.Textbox(lines=1, max_lines=4, **self._common(key)))
+            if not self._several:  # where answers stand side by side there is no room to show them
+                self._slider("logprobs")
         self.reset = gr.Button(t("set.reset"), size="sm", elem_id=f"{name}-reset")
         self.values = [self.mode, *self.inputs.values()]
         self._events()
@@ -160,8 +164,9 @@ class Controls:
         )  # fmt: skip
         filled = [self.mode, *self.inputs.values(), self.about]
         self.preset.input(
-            self._fill, self.preset, filled, show_progress="hidden", api_visibility="private"
-        )
+            self._fill, self.preset, filled, trigger_mode="always_last", show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
         self.reset.click(
             self._back, None, [self.preset, *filled], show_progress="hidden",
             api_visibility="private",

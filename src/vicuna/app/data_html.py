@@ -10,6 +10,7 @@ from typing import Any
 
 from vicuna.app import charts
 from vicuna.app.data_look import ROWS, Look
+from vicuna.app.mistakes import in_words
 from vicuna.data.encode import NO_TARGET
 from vicuna.data.lengths import Lengths
 from vicuna.data.preview import Span, spans, tokens
@@ -32,9 +33,9 @@ def note(kind: str, text: str, fix: str = "") -> str:
     return f'<div class="v-note {kind}" role="status">{"".join(parts)}</div>'
 
 
-def toast(error: Exception) -> str:
+def toast(error: Exception, say: Say) -> str:
     """What went wrong, for a notice of gradio's: it takes HTML, and must get none of others."""
-    return escape(str(error)).replace("\n", "<br>")
+    return escape(in_words(str(error), say)).replace("\n", "<br>")
 
 
 def report(found: DataReport, say: Say) -> str:

@@ -6,28 +6,33 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from vicuna.app import chat_html, markdown
+from vicuna.app.chat_html import Draw
 from vicuna.app.room import Picture, Waiting
 
 Say = Callable[..., str]
 
 
-def grid(columns: Sequence[tuple[str, Waiting | Picture | str]], say: Say) -> str:
-    """A column for each of those who answer: (name, how its answer stands; a text: its failure)."""
+Now = Waiting | Picture | str
+
+
+def grid(columns: Sequence[tuple[str, Now, Draw]], say: Say) -> str:
+    """A column for each of those who answer: (name, how its answer stands; a text: its failure;
+    what draws its markdown)."""
     cells = "".join(
-        f'<section class="v-column"><h3>{escape(name)}</h3>{_cell(now, say)}</section>'
-        for name, now in columns
+        f'<section class="v-column"><h3>{escape(name)}</h3>{_cell(now, say, draw)}</section>'
+        for name, now, draw in columns
     )
     return f'<div class="v-columns n{min(len(columns), 3)}">{cells}</div>'
 
 
-def _cell(now: Waiting | Picture | str, say: Say) -> str:
+def _cell(now: Now, say: Say, draw: Draw) -> str:
     if isinstance(now, str):
         return chat_html.problem(now)
     if isinstance(now, Waiting):
         words = say("chat.ahead", ahead=now.ahead) if now.ahead else say("chat.reading")
         return f'<p class="v-wait">{words}</p>'
     if now.finished is None:
-        return _growing(now, say)
+        return _growing(now, say, draw)
     answers = now.finished.answers
     score = len(answers) > 1
     cards = "".join(
@@ -42,15 +47,15 @@ def _answer(text: str, place: int, score: float, say: Say) -> str:
     return f'<article class="v-answer">{head}<div class="v-md">{body}</div></article>'
 
 
-def _growing(now: Picture, say: Say) -> str:
+def _growing(now: Picture, say: Say, draw: Draw) -> str:
     if len(now.branches) > 1:
-        text = f'<div class="v-md v-growing">{markdown.html(now.text)}</div>'
+        text = f'<div class="v-md v-growing">{draw(now.text)}</div>'
         return f'<article class="v-answer">{text}</article>' + chat_html.live_beams(
             now, "rows", say
         )
     rest = now.branches[0].text if now.branches else ""
     return (
-        f'<article class="v-answer"><div class="v-md v-growing">{markdown.html(now.text + rest)}'
+        f'<article class="v-answer"><div class="v-md v-growing">{draw(now.text + rest)}'
         "</div></article>"
     )
 

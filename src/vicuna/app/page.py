@@ -25,17 +25,22 @@ _SWITCH_DARK = """() => {
   const dark = document.body.classList.toggle('dark');
   localStorage.setItem('vicuna-dark', dark ? '1' : '0');
 }"""
-# The name of this tab: made up once, kept as long as the tab is. The thread follows its end, unless
-# the reader has scrolled up.
-_OPEN = """() => {
-  const dark = localStorage.getItem('vicuna-dark');
-  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+# The name of this tab: made up once, kept as long as the tab is.
+HEAD = """<script>
+function vicunaTab() {
   let name = sessionStorage.getItem('vicuna-tab');
   if (!/^[0-9a-f]{32}$/.test(name || '')) {
     const bytes = crypto.getRandomValues(new Uint8Array(16));
     name = Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
     sessionStorage.setItem('vicuna-tab', name);
   }
+  return name;
+}
+</script>"""
+# The thread follows its end, unless the reader has scrolled up.
+_OPEN = """() => {
+  const dark = localStorage.getItem('vicuna-dark');
+  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
   const thread = document.getElementById('thread');
   if (thread && !thread.dataset.follows) {
     thread.dataset.follows = '1';
@@ -46,12 +51,8 @@ _OPEN = """() => {
     new MutationObserver(() => { if (near) thread.scrollTop = thread.scrollHeight; })
       .observe(thread, {childList: true, subtree: true, characterData: true});
   }
-  return name;
+  return vicunaTab();
 }"""
-_MOON = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M20 14.5A8 8 0 0 1 9.5 4 8 8 0 1 0 20 '
-    '14.5z"/></svg>'
-)
 
 
 def build(app: App) -> gr.Blocks:
@@ -60,6 +61,7 @@ def build(app: App) -> gr.Blocks:
     with gr.Blocks(title=t("page.title"), analytics_enabled=False, fill_width=True) as page:
         app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
         app.opening.clear()
+        app.loading.clear()
         with gr.Row(elem_id="top"):
             read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
             gr.HTML(
@@ -81,6 +83,16 @@ def build(app: App) -> gr.Blocks:
                         fn, inputs, outputs, show_progress="hidden", api_visibility="private"
                     )
         opened = page.load(None, None, app.tab, js=_OPEN, show_progress="hidden")
-        for fn, inputs, outputs in app.opening:
+        for fn, inputs, outputs in [*app.loading, *app.opening]:
             opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
+    _name(page, app.tab)
     return page
+
+
+def _name(page: gr.Blocks, tab: gr.Textbox) -> None:
+    """Every event that belongs to somebody is given the tab's name where it is sent. Some are sent
+    before the page has opened: by gradio, which selects the first tab, or by a quick hand."""
+    for event in page.fns.values():
+        if tab in event.inputs:
+            place = event.inputs.index(tab)
+            event.js = f"(...sent) => {{ sent[{place}] = vicunaTab(); return sent; }}"

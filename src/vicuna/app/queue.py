@@ -18,12 +18,20 @@ class Job:
     """A request of somebody.
 
     person: who asks. work: what is done when it is its turn.
-    cancelled: set by the one who asked; `work` looks at it.
+    then: what is done at its end, whatever the end is, and before anybody sees that it ended.
+    cancelled: set by `cancel`; `work` looks at it.
     latest: the newest thing that `work` had to tell; error: what it raised.
     """
 
-    def __init__(self, person: str, work: Callable[[Job], Any]) -> None:
-        self.person, self.work = person, work
+    def __init__(
+        self,
+        person: str,
+        work: Callable[[Job], Any],
+        then: Callable[[Job], None] = lambda _: None,
+    ) -> None:
+        self.person, self.work, self.then = person, work, then
+        self.queue: FairQueue | None = None
+        self.followers = 0  # pages that look at it
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self.state: State = "waiting"
@@ -32,8 +40,11 @@ class Job:
         self.error: BaseException | None = None
 
     def cancel(self) -> None:
-        """The answer is no longer wanted; what was said until then is kept."""
+        """The answer is no longer wanted; what was said until then is kept. One that waits leaves
+        the queue at once."""
         self.cancelled.set()
+        if self.queue is not None:
+            self.queue.leave(self)
 
     def run(self) -> None:
         """Do the work. What goes wrong is kept in `error`, so that the next job is done."""
@@ -42,9 +53,12 @@ class Job:
                 self.result = self.work(self)
         except BaseException as e:
             self.error = e
-        finally:
-            self.state = "done"
-            self.ended.set()
+        try:
+            self.then(self)
+        except BaseException as e:
+            self.error = self.error or e
+        self.state = "done"
+        self.ended.set()
 
     def wait(self) -> Any:
         """The result. Raises: what the work raised."""
@@ -66,9 +80,21 @@ class FairQueue:
     def join(self, job: Job) -> Job:
         """Take a job in."""
         with self._changed:
+            job.queue = self
             self._waiting.setdefault(job.person, deque()).append(job)
             self._changed.notify()
         return job
+
+    def leave(self, job: Job) -> None:
+        """End a job that was cancelled while it waits; one that is being done ends by itself."""
+        with self._changed:
+            own = self._waiting.get(job.person, deque())
+            if job not in own:
+                return
+            own.remove(job)
+            if not own:
+                del self._waiting[job.person]
+        job.run()
 
     def next(self) -> Job | None:
         """Wait for the job whose turn it is; None when the queue was closed."""
@@ -111,9 +137,7 @@ class FairQueue:
         """Let `next` return None; what still waits is cancelled."""
         with self._changed:
             self._closed = True
-            for jobs in self._waiting.values():
-                for job in jobs:
-                    job.cancel()
-                    job.run()
-            self._waiting.clear()
+            left = [job for jobs in self._waiting.values() for job in jobs]
             self._changed.notify_all()
+        for job in left:
+            job.cancel()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vicuna.generate.settings import Settings
 
 RATE = 25  # pictures of a growing answer a second at most
+PATIENCE = 20.0  # seconds that an answer goes on for nobody: a page that is loaded again comes back
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ class Room:
         engine: Any = self.loaded.engine
         getattr(engine, "close", engine.forget)()
 
-    def ask(self, person: str, ask: Ask) -> Job:
-        """Queue a request; `job.latest` is a `Picture` as soon as there is one."""
-        return self.queue.join(Job(person, lambda job: self._answer(ask, job)))
+    def ask(self, person: str, ask: Ask, then: Callable[[Job], None] = lambda _: None) -> Job:
+        """Queue a request; `job.latest` is a `Picture` as soon as there is one. `then` is called
+        with the job at its end, in the model's thread or in the one that cancels it."""
+        return self.queue.join(Job(person, lambda job: self._answer(ask, job), then))
 
     def choose(self, person: str, mix: Mapping[str, float]) -> Job:
         """Queue that these adapters are loaded; what does not fit raises there."""
@@ -168,11 +170,13 @@ class Room:
         return fit(ask.turns, renderer, _limit(self.context, ask), ask.settings.max_new_tokens)
 
     async def follow(self, job: Job) -> AsyncIterator[Waiting | Picture]:
-        """What happens to a job, as it happens; ends with it. Leaving early cancels it.
+        """What happens to a job, as it happens; ends with it. Where nobody follows it any more, and
+        nobody comes back soon, it is cancelled.
 
         Raises: what the work raised.
         """
         shown: Any = None
+        job.followers += 1
         try:
             while not job.ended.is_set():
                 now = Waiting(self.queue.ahead(job)) if job.state == "waiting" else job.latest
@@ -185,7 +189,14 @@ class Room:
             if job.latest is not None and job.latest is not shown:
                 yield job.latest
         finally:
-            job.cancel()
+            job.followers -= 1
+            if not job.followers and not job.ended.is_set():
+                asyncio.get_running_loop().call_later(PATIENCE, _abandon, job)
+
+
+def _abandon(job: Job) -> None:
+    if not job.followers:
+        job.cancel()
 
 
 def _limit(context: int, ask: Ask) -> int:

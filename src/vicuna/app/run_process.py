@@ -101,6 +101,8 @@ def find(folder: Path) -> Process | None:
         return noted
     # Somebody may have gone on with the run in a terminal since.
     holder = _holder(folder)
+    if holder is not None and noted is not None and holder.pid == noted.pid:
+        return noted  # it is just ending: its workers still hold what it held
     return holder or noted
 
 

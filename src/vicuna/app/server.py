@@ -28,7 +28,7 @@ def serve(app: App, wait: bool = True) -> Any:
     from starlette.middleware import Middleware
 
     from vicuna.app.headers import Headers
-    from vicuna.app.page import build
+    from vicuna.app.page import HEAD, build
     from vicuna.app.theme import STYLE, theme
     from vicuna.app.words import Translation
 
@@ -55,6 +55,7 @@ def serve(app: App, wait: bool = True) -> Any:
         allowed_paths=[],
         max_file_size="2gb",
         app_kwargs={"middleware": [Middleware(Translation), Middleware(Headers)]},
+        head=HEAD,
         theme=theme(),
         css_paths=STYLE,
     )

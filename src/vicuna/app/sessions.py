@@ -10,10 +10,12 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vicuna.app.probabilities import Said
 from vicuna.app.queue import Job
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
@@ -25,10 +27,12 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 @dataclass
 class Note:
-    """What stands under an answer. stats: words and numbers; rating: of the reader."""
+    """What stands under an answer. stats: words and numbers; rating: of the reader; tokens: how
+    likely each was, where that was asked for."""
 
     stats: dict[str, Any] = field(default_factory=dict)
     rating: Rating = ""
+    tokens: Sequence[Said] = ()
 
 
 @dataclass
@@ -38,6 +42,9 @@ class Session:
     notes: one for each answer. editing: the question that the next one replaces.
     mix: strengths of the adapters that answer, by their path.
     job: what is being computed for it. greeted: whether the page was opened for it before.
+    asked: how often something was asked, or all was replaced: an answer knows its question by it.
+    looks: how often a data set was chosen: one that is still being read knows by it that another
+        was chosen meanwhile.
     """
 
     name: str
@@ -47,7 +54,10 @@ class Session:
     mix: dict[str, float] = field(default_factory=dict)
     job: Job | None = None
     greeted: bool = False
+    asked: int = 0
+    looks: int = 0
     seen: float = field(default_factory=time.monotonic)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
     def busy(self) -> bool:
@@ -61,16 +71,45 @@ class Session:
 
     def begin(self, text: str) -> list[Turn]:
         """A question, in the place of the one that is edited; the turns to answer."""
-        if self.editing is not None:
-            self.cut(self.editing)
-        return self.chat.ask(text)
+        with self.lock:
+            if self.editing is not None:
+                self.cut(self.editing)
+            self.asked += 1
+            return self.chat.ask(text)
 
-    def end(self, text: str, stats: dict[str, Any]) -> None:
-        """Its answer; where nothing was said, the question goes too."""
-        if self.chat.turns and self.chat.turns[-1].role == "user":
+    def end(
+        self, asked: int, text: str, stats: dict[str, Any], tokens: Sequence[Said] = ()
+    ) -> None:
+        """The answer to a question, if it still stands; where nothing was said, the question goes
+        too.
+
+        Args:
+            asked: what `asked` was when it began.
+        """
+        with self.lock:
+            if asked != self.asked or not self.open_question:
+                return
             self.chat.answer(text)
-        if text.strip():
-            self.notes.append(Note(stats))
+            if text.strip():
+                self.notes.append(Note(stats, "", tokens))
+
+    @property
+    def open_question(self) -> bool:
+        """Whether the last question has no answer yet."""
+        return len(self.chat.turns) > 2 * len(self.notes)
+
+    def answered(self) -> Chat:
+        """The conversation without a question that has no answer yet."""
+        return Chat(self.chat.system, self.chat.turns[: 2 * len(self.notes)])
+
+    def _replace(self, chat: Chat) -> None:
+        """Another conversation; what is being computed for this one is stopped and goes nowhere."""
+        self.stop()
+        with self.lock:
+            self.asked += 1
+            self.job = None
+            self.chat, self.editing = chat, None
+            self.notes = [Note() for _ in range(len(chat.turns) // 2)]
 
     def cut(self, question: int) -> str:
         """Take back a question (counted from 0) and all behind it; its text.
@@ -93,9 +132,7 @@ class Session:
 
     def clear(self) -> None:
         """Forget the conversation; the system prompt stays."""
-        self.chat.reset()
-        self.notes.clear()
-        self.editing = None
+        self._replace(Chat(self.chat.system))
 
     def load(self, line: str) -> None:
         """Take a conversation from a line of JSONL as `vicuna train` reads it.
@@ -114,9 +151,7 @@ class Session:
         if len(turns) % 2:
             turns.pop()
         turns = [Turn(t.role, f"{t.text}\n{t.input}" if t.input else t.text) for t in turns]
-        self.chat = Chat(system, turns)
-        self.notes = [Note() for _ in range(len(turns) // 2)]
-        self.editing = None
+        self._replace(Chat(system, turns))
 
 
 class Sessions:
@@ -137,8 +172,6 @@ class Sessions:
 
         Raises: UserError where this is no name that a tab makes up.
         """
-        if not name:  # the page is only just opening
-            return Session("")
         if not _NAME.fullmatch(name):
             raise UserError("this page has no session yet", fix="Load it again.")
         with self._lock:

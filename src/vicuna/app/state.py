@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from vicuna.app.room import Room
 
 
+Event = tuple[Callable[..., Any], Any, Any]
+
+
 @dataclass
 class App:
     """The state behind the page; one for the whole server.
@@ -25,13 +28,15 @@ class App:
     settings: of the command. Whether anything may be written: `settings.read_only`.
     tab: the hidden component that holds the name of the browser's tab (`Sessions.get`); an input of
         every event that belongs to somebody.
-    opening: (function, inputs, outputs) of what is done when a browser opens the page, once `tab`
-        is known; tabs add to it.
+    opening: (function, inputs, outputs) of what is done when a browser opens the page, and each
+        time it opens the tab; tabs add to it.
+    loading: the same of what is done only when it opens the page.
     """
 
     settings: WebSettings
     tab: Any = None
-    opening: list[tuple[Callable[..., Any], Any, Any]] = field(default_factory=list)
+    opening: list[Event] = field(default_factory=list)
+    loading: list[Event] = field(default_factory=list)
 
     @cached_property
     def room(self) -> Room:

@@ -70,7 +70,11 @@ class AdaptersTab:
 
     def _events(self) -> None:
         tab = self.app.tab
-        self.cards.click(self.act, tab, self._shown, **_QUIET)
+        # No click is lost that comes before the answer to the last one, and they are answered in
+        # their order.
+        self.cards.click(
+            self.act, tab, self._shown, trigger_mode="multiple", concurrency_limit=1, **_QUIET
+        )
         self.refresh.click(self.show, tab, self._shown, **_QUIET)
         self.app.opening.append((self.show, tab, self._shown))
         self.yes.click(self.delete, [tab, self.asked], self._shown, **_QUIET)
@@ -105,7 +109,7 @@ class AdaptersTab:
         try:
             card = self.app.shelf.get(found.get("of", ""))
         except UserError as e:
-            return self._now(tab, request, chat_html.problem(e.what))
+            return self._now(tab, request, chat_html.mistake(e, words))
         act = found.get("act")
         if act == "delete" and not self.app.settings.read_only:
             sure = words("adapters.delete_sure", name=card.name, path=card.path)
@@ -128,7 +132,7 @@ class AdaptersTab:
         try:
             self.app.room.choose(session.name, mix).wait()
         except UserError as e:
-            return self._now(tab, request, chat_html.problem(e.what, e.fix))
+            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")
         return self._good(tab, request, "adapters.loaded", names=who)
 
@@ -150,7 +154,7 @@ class AdaptersTab:
             parts = {path: (read_adapter(path), w) for path, w in session.mix.items()}
             save_mix(parts, self.app.adapter_folders[0] / name)
         except UserError as e:
-            return self._now(tab, request, chat_html.problem(e.what, e.fix))
+            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         return self._good(tab, request, "adapters.merged", name=name)
 
     def put(self, tab: str, where: str, request: gr.Request) -> Updates:
@@ -161,7 +165,7 @@ class AdaptersTab:
                 where = str(self.app.inside(where))
             path = self.app.shelf.add(where)
         except UserError as e:
-            return self._now(tab, request, chat_html.problem(e.what, e.fix))
+            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         return self._good(tab, request, "adapters.added", name=self.app.shelf.get(path).name)
 
     def delete(self, tab: str, path: str, request: gr.Request) -> Updates:
@@ -171,7 +175,7 @@ class AdaptersTab:
             card = self.app.shelf.get(path)
             self.app.shelf.delete(path)
         except UserError as e:
-            return self._now(tab, request, chat_html.problem(e.what, e.fix))
+            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         self.app.sessions.get(tab).mix.pop(path, None)
         return self._good(tab, request, "adapters.deleted", name=card.name)
 

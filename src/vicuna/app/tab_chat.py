@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import traceback
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from vicuna.app import chat_html
+from vicuna.app import chat_html, markdown
 from vicuna.app.acts import acting, number, told
+from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
+from vicuna.app.probabilities import Said, said
+from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
 from vicuna.app.sessions import Session, rate
 from vicuna.app.state import App
@@ -25,14 +27,6 @@ from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_DOWNLOAD = """(text) => {
-  if (!text) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
-  link.download = 'conversation.jsonl';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}"""
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -51,11 +45,11 @@ class ChatTab:
                 self._conversation()
             with gr.Column(scale=1, min_width=290, elem_id="chat-side", elem_classes="v-side"):
                 self._side()
-        self._inputs = [
+        self.inputs = [
             app.tab, self.adapters, self.strength, self.system, self.template, self.memory,
             self.view, *self.controls.values,
         ]  # fmt: skip
-        self._shown = [
+        self.shown = [
             self.box, self.history, self.live, self.send, self.stop, self.gauge, self.note,
         ]  # fmt: skip
         self._events()
@@ -114,49 +108,35 @@ class ChatTab:
                 info=t("chat.memory_info"), elem_id="chat-memory",
             )  # fmt: skip
         with gr.Accordion(t("chat.keep"), open=False, elem_id="chat-keep"):
-            self.save = gr.Button(
-                t("chat.save"), size="sm", visible=not self.app.settings.read_only,
-                elem_id="chat-save",
-            )  # fmt: skip
-            self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
-            self.export = gr.Textbox(visible="hidden", show_label=False)
-            self.load = gr.UploadButton(
-                t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
-            )
+            self.files = ChatFiles(self)
 
     # What happens.
 
     def _events(self) -> None:
         gr.on(
-            [self.box.submit, self.send.click], self.answer, [self.box, *self._inputs],
-            self._shown, show_progress="hidden", api_name="chat",
+            [self.box.submit, self.send.click], self.answer, [self.box, *self.inputs],
+            self.shown, show_progress="hidden", api_name="chat",
         )  # fmt: skip
-        self.history.click(self.act, self._inputs, self._shown, **_QUIET)
+        # Multiple: a click that comes before the answer to the last one is not lost.
+        self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
-        self.clear.click(self.forget, self._inputs, self._shown, **_QUIET)
+        self.clear.click(self.forget, self.inputs, self.shown, **_QUIET)
         counted = [self.memory.release, self.system.blur, self.template.input]
-        gr.on(counted, self.count, self._inputs, self.gauge, **_QUIET)
+        latest: dict[str, Any] = {"trigger_mode": "always_last", **_QUIET}
+        gr.on(counted, self.count, self.inputs, self.gauge, **latest)
         self.controls.mode.change(
             lambda mode: gr.update(visible="beam" in mode), self.controls.mode, self.view, **_QUIET
         )
-        self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **_QUIET)
-        self.save.click(self.keep, self._inputs, None, **_QUIET)
-        self.download.click(self.hand_out, self._inputs, self.export, **_QUIET).then(
-            None, self.export, None, js=_DOWNLOAD
-        )
+        self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **latest)
+        self.files.events()
         self.app.opening.append(
-            (
-                self.opened,
-                self._inputs,
-                [self.history, self.gauge, self.adapters, self.strength],
-            )
+            (self.opened, self.inputs, [self.gauge, self.adapters, self.strength])
         )
-        self.load.upload(
-            self.take, [self.load, *self._inputs], [*self._shown, self.system], **_QUIET
-        )
+        self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
 
-    def _asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
-        """(session, what is asked but for its turns, view), from the values of `_inputs`.
+    def asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
+        """(session, what is asked but for its turns, view), from the values of `inputs`; a system
+        prompt of None leaves it as it was.
 
         Args:
             strict: settings that are wrong raise; else the defaults stand in for them.
@@ -165,7 +145,8 @@ class ChatTab:
         """
         tab, adapters, strength, system, template, memory, view, *rest = values
         session = self.app.sessions.get(tab)
-        session.chat.system = (system or "").strip()
+        if system is not None:
+            session.chat.system = system.strip()
         known = self.app.shelf.paths()
         mix = {a: session.mix.get(a, 1.0) * float(strength) for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
@@ -189,46 +170,70 @@ class ChatTab:
             yield update
 
     async def _answer(
-        self, question: str, values: tuple[Any, ...], request: gr.Request
+        self, question: str, values: tuple[Any, ...], request: gr.Request, cut: int | None = None
     ) -> AsyncIterator[Updates]:
+        """Answer a question; `cut` is the one that it replaces, with all behind it."""
         words = partial(say, request)
         try:
-            session, ask, view = self._asked(values, strict=True)
+            session, ask, view = self.asked(values, strict=True)
             if session.busy:
                 raise UserError(words("chat.busy"))
+            if cut is not None:
+                question = session.cut(cut)
         except UserError as e:
-            yield {self.note: chat_html.problem(e.what, e.fix)}
+            yield {self.note: chat_html.mistake(e, words)}
             return
-        turns = session.begin(question)
-        ask = Ask(turns, ask.settings, ask.mix, ask.template, ask.limit)
-        session.job = job = self.app.room.ask(session.name, ask)
-        last, kept = Picture(), False
+        ask = replace(ask, turns=session.begin(question))
+        asked, who = session.asked, self._who(ask, words)
+        # Kept where it ends, whether or not somebody still looks.
+        session.job = self.app.room.ask(
+            session.name, ask, lambda job: session.end(asked, *_kept(job, who), self._tokens(job))
+        )
+        yield {self.box: "", self.note: ""}
+        async for update in self._follow(session, ask, view, words):
+            yield update
+
+    async def _follow(
+        self, session: Session, ask: Ask, view: str, words: Any
+    ) -> AsyncIterator[Updates]:
+        """Show how what is being computed for a session goes, to its end."""
+        job = session.job
+        assert job is not None
+        draw = markdown.Growing()
+        question = session.chat.turns[-1].text if session.open_question else ""
+        yield {
+            self.live: chat_html.waiting(0, words), self.history: self._history(session, words),
+            **self._running(True),
+        }  # fmt: skip
         try:
-            yield {
-                self.box: "", self.note: "", self.live: chat_html.waiting(0, words),
-                self.history: self._history(session, words), **self._running(True),
-            }  # fmt: skip
             async for now in self.app.room.follow(job):
+                if session.job is not job:
+                    break
                 if isinstance(now, Waiting):
                     yield {self.live: chat_html.waiting(now.ahead, words)}
-                    continue
-                last = now
-                if now.finished is None:
-                    yield {self.live: chat_html.growing(now, view, words)}
-            silent = not last.text.strip() and not job.cancelled.is_set()
+                elif now.finished is None:
+                    yield {self.live: chat_html.growing(now, view, words, draw)}
+            silent = not _kept(job, "")[0].strip()
             problem = chat_html.problem(words("chat.silent")) if silent else ""
+            if job.cancelled.is_set():
+                problem = ""
         except Exception as e:
-            problem = self._problem(e, words)
-        finally:
-            if not kept:
-                session.end(last.text, _stats(last, self._who(ask, words)))
-                kept = True
-        lost = gr.skip() if last.text.strip() else question
+            silent, problem = not _kept(job, "")[0].strip(), self._problem(e, words)
+        if session.job is not job:  # the conversation was replaced by another meanwhile
+            # Gradio sends the last thing twice: it must not be a picture of the old answer.
+            idle = {self.live: "", **self._running(False)}
+            yield {self.note: gr.skip()} if session.busy else idle
+            return
         yield {
-            self.box: lost, self.live: "", self.note: problem, **self._running(False),
-            self.history: self._history(session, words),
+            self.box: question if silent else gr.skip(), self.live: "", self.note: problem,
+            self.history: self._history(session, words), **self._running(False),
             self.gauge: self._gauge(session, ask, words),
         }  # fmt: skip
+
+    def _tokens(self, job: Job) -> list[Said]:
+        """How likely each token of an answer was, where that was asked for."""
+        found = job.latest.finished if isinstance(job.latest, Picture) else None
+        return said(found.answers[0], self.app.room.loaded.renderer.encoder) if found else []
 
     def _who(self, ask: Ask, words: Any) -> str:
         """The adapters that answered, in words."""
@@ -236,7 +241,7 @@ class ChatTab:
 
     def _problem(self, error: Exception, words: Any) -> str:
         if isinstance(error, UserError):
-            return chat_html.problem(error.what, error.fix)
+            return chat_html.mistake(error, words)
         traceback.print_exception(error, file=sys.stderr)
         return chat_html.problem(words("chat.failed", words=f"{type(error).__name__}: {error}"))
 
@@ -252,9 +257,13 @@ class ChatTab:
         turns = session.chat.all_turns()
         if not session.chat.turns:
             return chat_html.gauge(0, limit, 0, words)
-        # The answers so far are in the next prompt: an empty question stands for it.
-        asked = Ask([*turns, Turn("user", "")], ask.settings, ask.mix, ask.template, ask.limit)
-        fitted = self.app.room.fitted(asked)
+        if not session.open_question:
+            # The answers so far are in the next prompt: an empty question stands for it.
+            turns.append(Turn("user", ""))
+        try:
+            fitted = self.app.room.fitted(replace(ask, turns=turns))
+        except UserError:  # which is told to the one who asks
+            return chat_html.gauge(0, limit, 0, words)
         return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
 
     async def act(
@@ -263,17 +272,17 @@ class ChatTab:
         """What a button beside a turn is for."""
         found, words = told(event), partial(say, request)
         try:
-            session, ask, _ = self._asked(values)
+            session, ask, _ = self.asked(values)
             if session.busy:
                 raise UserError(words("chat.busy"))
             act, i = found.get("act"), number(found)
             if act == "again":
-                async for update in self._answer(session.cut(i), values, request):
+                async for update in self._answer("", values, request, cut=i):
                     yield update
                 return
             yield {**self._do(act, i, session, words), self.gauge: self._gauge(session, ask, words)}
         except UserError as e:
-            yield {self.note: chat_html.problem(e.what, e.fix)}
+            yield {self.note: chat_html.mistake(e, words)}
 
     def _do(self, act: str | None, i: int, session: Session, words: Any) -> Updates:
         """Change the conversation. Raises: UserError where that is not possible."""
@@ -301,17 +310,20 @@ class ChatTab:
     def forget(self, request: gr.Request, *values: Any) -> Updates:
         """Begin a new conversation."""
         words = partial(say, request)
-        session, ask, _ = self._asked(values)
-        session.stop()
+        session, ask, _ = self.asked(values)
         session.clear()
+        return {**self.replaced(session, ask, words), self.box: ""}
+
+    def replaced(self, session: Session, ask: Ask, words: Any) -> Updates:
+        """The page where another conversation took the place of what there was."""
         return {
-            self.history: self._history(session, words), self.note: "", self.box: "",
-            self.gauge: self._gauge(session, ask, words),
+            self.history: self._history(session, words), self.note: "", self.live: "",
+            self.gauge: self._gauge(session, ask, words), **self._running(False),
         }  # fmt: skip
 
     def count(self, request: gr.Request, *values: Any) -> str:
         """The gauge, where something changed that it depends on."""
-        session, ask, _ = self._asked(values)
+        session, ask, _ = self.asked(values)
         return self._gauge(session, ask, partial(say, request))
 
     def mix(self, tab: str, adapters: list[str]) -> Any:
@@ -321,11 +333,9 @@ class ChatTab:
         return gr.update(visible=bool(adapters))
 
     def opened(self, request: gr.Request, *values: Any) -> list[Any]:
-        """A browser comes, or comes again: what it had, and the adapters there are."""
-        if not values[0]:  # the tab was drawn before it had its name: it is asked again with it
-            return [gr.skip()] * 4
-        words = partial(say, request)
-        session, ask, _ = self._asked(values)
+        """The tab is opened: the adapters there are, and those that were chosen elsewhere."""
+        tab, adapters, strength, _, *rest = values
+        session, ask, _ = self.asked((tab, adapters, strength, None, *rest))
         choices = self.app.shelf.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
@@ -334,58 +344,30 @@ class ChatTab:
         session.greeted = True
         chosen = list(session.mix)
         return [
-            self._history(session, words), self._gauge(session, ask, words),
+            self._gauge(session, ask, partial(say, request)),
             gr.update(choices=choices, value=chosen), gr.update(visible=bool(chosen)),
         ]  # fmt: skip
 
-    # Files.
-
-    def keep(self, request: gr.Request, *values: Any) -> None:
-        """Save the conversation on the server, in the data folder."""
+    async def come_back(self, request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
+        """A browser comes, or comes again: its conversation, and the answer that still grows."""
         words = partial(say, request)
-        session, _, _ = self._asked(values)
-        if not session.chat.turns:
-            gr.Warning(words("chat.nothing"))
-            return
-        try:
-            self.app.may_write()
-            folder = self.app.data_folders[0]
-            folder.mkdir(parents=True, exist_ok=True)
-            session.chat.save(folder / "conversations.jsonl")
-        except UserError as e:
-            gr.Warning(str(e))
-            return
-        gr.Info(words("chat.saved", path="conversations.jsonl"))
-
-    def hand_out(self, request: gr.Request, *values: Any) -> str:
-        """The conversation as a line of JSONL, which the browser keeps as a file."""
-        session, _, _ = self._asked(values)
-        if not session.chat.turns:
-            gr.Warning(say(request, "chat.nothing"))
-            return ""
-        return json.dumps({"messages": session.chat.messages()}, ensure_ascii=False) + "\n"
-
-    def take(self, request: gr.Request, file: str, *values: Any) -> Updates:
-        """Go on with a conversation from a file: its first line."""
-        words = partial(say, request)
-        session, ask, _ = self._asked(values)
-        try:
-            text = Path(file).read_text(encoding="utf-8-sig").strip()
-            session.load(text.splitlines()[0] if text else "")
-        except (UserError, UnicodeDecodeError) as e:
-            return {self.note: chat_html.problem(str(e))}
-        gr.Info(words("chat.loaded", number=len(session.notes)))
-        return {
-            self.history: self._history(session, words), self.note: "",
-            self.gauge: self._gauge(session, ask, words), self.system: session.chat.system,
-        }  # fmt: skip
+        tab, adapters, strength, _, *rest = values
+        session, ask, view = self.asked((tab, adapters, strength, None, *rest))
+        yield {self.history: self._history(session, words), self.system: session.chat.system}
+        if session.busy:
+            async for update in self._follow(session, ask, view, words):
+                yield update
 
 
-def _stats(picture: Picture, who: str) -> dict[str, Any]:
+def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:
+    """(what an answer said until its end, numbers of it)."""
+    picture = job.latest
+    if not isinstance(picture, Picture):
+        return "", {}
     found = picture.finished
     if found is None:
-        return {}
-    return {
+        return picture.text, {}
+    return picture.text, {
         "tokens": len(found.token_ids),
         "speed": found.tokens_per_second,
         "first": found.first_token_seconds,

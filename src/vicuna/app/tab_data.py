@@ -16,6 +16,7 @@ import gradio as gr
 from vicuna.app import data_html as html
 from vicuna.app import files
 from vicuna.app.data_look import Look, Looks, Wish
+from vicuna.app.mistakes import in_words
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -142,7 +143,8 @@ class DataTab:
 
     def _events(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        chosen = [self.source, self.model, self.template, self.wish]
+        tab = self.app.tab
+        chosen = [tab, self.source, self.model, self.template, self.wish, self.borders]
         found = [
             *(self.wish, self.status, self.report, self.details, self.train),
             *(self.cutoff, self.chart, self.lost, self.example, self.count, self.tokens),
@@ -152,9 +154,10 @@ class DataTab:
             self.keep, self.drop, [self.source, self.drop, self.status], **quiet
         )
         kept.success(self.look, chosen, found, **quiet)
+        # What is chosen while another data set is read does not wait for it: `look` ends the other.
         gr.on(
             [self.source.input, self.model.input, self.template.input], self.look, chosen, found,
-            trigger_mode="always_last", **quiet,
+            trigger_mode="multiple", **quiet,
         )  # fmt: skip
         gr.on(
             [self.cutoff.input, self.cutoff.release],
@@ -166,7 +169,7 @@ class DataTab:
         )
         self.cutoff.release(
             self.recount,
-            [self.wish, self.cutoff, self.action],
+            [tab, self.wish, self.cutoff, self.action],
             [self.wish, self.report, self.page, self.place, self.problems],
             trigger_mode="always_last",
             **quiet,
@@ -199,7 +202,7 @@ class DataTab:
         try:
             path = files.keep(self.app, Path(dropped))
         except UserError as e:
-            raise gr.Error(html.toast(e), print_exception=False) from e
+            raise gr.Error(html.toast(e, partial(say, request)), print_exception=False) from e
         choices = files.listed(self.app)
         if self.app.settings.read_only:
             choices = [*choices, (path.name, str(path))]
@@ -211,14 +214,19 @@ class DataTab:
 
     def look(
         self,
+        tab: str,
         source: str | None,
         model: str,
         template: str,
         before: Wish | None,
+        borders: bool,
         request: gr.Request,
     ) -> Iterator[Updates]:
         """Something was chosen: read it, and show everything there is. A cutoff that was chosen
-        before is kept."""
+        before is kept. Ends without a word where something else was chosen meanwhile."""
+        session = self.app.sessions.get(tab)
+        session.looks += 1
+        mine = session.looks
         if not (source or "").strip():
             yield {
                 self.wish: None,
@@ -239,14 +247,20 @@ class DataTab:
                 before.cutoff if before else CUTOFF,
             )
             for step in self.looks.watch(wish):
+                if session.looks != mine:
+                    yield {self.wish: gr.skip()}  # gradio sends the last thing twice
+                    return
                 if isinstance(step, Look):
-                    yield self._found(step, request)
+                    yield self._found(step, borders, request)
                 else:
                     words = say(request, "data.reading_file", what=step)
                     yield self._said(html.note("busy", words))
         except UserError as e:
+            if session.looks != mine:
+                yield {self.wish: gr.skip()}
+                return
             yield {
-                **self._said(html.note("error", str(e))),
+                **self._said(html.note("error", in_words(str(e), partial(say, request)))),
                 self.wish: None,
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),
@@ -256,7 +270,7 @@ class DataTab:
     def _said(self, note: str) -> Updates:
         return {self.status: gr.update(value=note, visible=True)}
 
-    def _found(self, look: Look, request: gr.Request) -> Updates:
+    def _found(self, look: Look, borders: bool, request: gr.Request) -> Updates:
         words = partial(say, request)
         some = len(look.whole) > 0
         limit = html.limit_of(look.lengths)
@@ -272,7 +286,7 @@ class DataTab:
             **self._chart(look, look.wish.cutoff, request),
             self.example: gr.update(value=1, maximum=max(1, len(look.whole))),
             self.count: words("data.example_of", count=len(look.whole)),
-            self.tokens: self._tokens(look, 1, False, request),
+            self.tokens: self._tokens(look, 1, borders, request),
             self.action: ALL,
             **self._leaf(look, ALL, 0, request),
         }
@@ -296,12 +310,16 @@ class DataTab:
         return self._chart(self.looks.get(wish), int(cutoff), request)
 
     def recount(
-        self, wish: Wish | None, cutoff: float, action: str, request: gr.Request
+        self, tab: str, wish: Wish | None, cutoff: float, action: str, request: gr.Request
     ) -> Updates:
         """The slider was let go: the report, as it is with this cutoff."""
         if wish is None or int(cutoff) == wish.cutoff:
             return {self.page: gr.skip()}
+        session = self.app.sessions.get(tab)
+        looks = session.looks
         look = self.looks.get(Wish(wish.files, wish.model, wish.template, int(cutoff)))
+        if session.looks != looks:  # another data set was chosen meanwhile
+            return {self.page: gr.skip()}
         return {
             self.wish: look.wish,
             self.report: html.report(look.report, partial(say, request)),

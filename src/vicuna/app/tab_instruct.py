@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from vicuna.app import chat_html, instruct_html
+from vicuna.app import chat_html, instruct_html, markdown
 from vicuna.app.controls import Controls
+from vicuna.app.mistakes import in_words
 from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
 from vicuna.app.state import App
@@ -36,6 +37,7 @@ class _Column:
     name: str
     job: Job
     now: Waiting | Picture | str  # a text is what went wrong
+    draw: markdown.Growing = field(default_factory=markdown.Growing)
 
 
 class InstructTab:
@@ -64,8 +66,9 @@ class InstructTab:
             lines=1, max_lines=12, label=t("instruct.input"), info=t("instruct.input_info"),
             elem_id="instruct-input",
         )  # fmt: skip
+        first = [self.app.first] if self.app.first else []
         self.who = gr.CheckboxGroup(
-            [(t("chat.base"), BASE), *self.app.shelf.choices()], value=[BASE],
+            [(t("chat.base"), BASE), *self.app.shelf.choices()], value=[BASE, *first],
             label=t("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
         )  # fmt: skip
         with gr.Row(elem_classes="v-ask"):
@@ -85,18 +88,17 @@ class InstructTab:
             api_name="instruct",
         )  # fmt: skip
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
-        self.app.opening.append((self.choices, None, self.who))
+        self.app.opening.append((self.choices, self.who, self.who))
 
-    def choices(self, request: gr.Request) -> Any:
-        """The base, and the adapters there are now."""
+    def choices(self, who: list[str], request: gr.Request) -> Any:
+        """The base, and the adapters there are now; who was chosen and is still there stays so."""
         found = [(say(request, "chat.base"), BASE), *self.app.shelf.choices()]
         known = [path for _, path in found]
-        chosen = [BASE, self.app.first] if self.app.first in known else [BASE]
-        return gr.update(choices=found, value=list(dict.fromkeys(chosen)))
+        return gr.update(choices=found, value=[a for a in who if a in known])
 
     def end(self, tab: str) -> None:
         """Stop this visitor's answers; what was said stays."""
-        for job in self._jobs.pop(self.app.sessions.get(tab).name, []):
+        for job in self._jobs.get(self.app.sessions.get(tab).name, []):
             job.cancel()
 
     async def answer(
@@ -113,13 +115,13 @@ class InstructTab:
                 raise UserError(words("chat.busy"))
             columns = self._begin(name, instruction, material or "", who, values, words)
         except UserError as e:
-            yield {self.answers: chat_html.problem(e.what, e.fix)}
+            yield {self.answers: chat_html.mistake(e, words)}
             return
         buttons = {self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
         yield {self.answers: _grid(columns, words), **buttons}
         try:
             for column in columns:
-                async for _ in self._watch(column):
+                async for _ in self._watch(column, words):
                     yield {self.answers: _grid(columns, words)}
         finally:
             for column in columns:
@@ -147,14 +149,14 @@ class InstructTab:
         self._jobs[name] = [column.job for column in columns]
         return columns
 
-    async def _watch(self, column: _Column) -> AsyncIterator[None]:
+    async def _watch(self, column: _Column, words: Any) -> AsyncIterator[None]:
         """Follow a column to its end; what goes wrong is told in it, and the others go on."""
         try:
             async for now in self.app.room.follow(column.job):
                 column.now = now
                 yield
         except UserError as e:
-            column.now = str(e)
+            column.now = in_words(str(e), words)
         except Exception as e:
             column.now = f"{type(e).__name__}: {e}"
         if isinstance(column.now, Waiting):  # it was cancelled before its turn
@@ -163,4 +165,4 @@ class InstructTab:
 
 
 def _grid(columns: list[_Column], words: Any) -> str:
-    return instruct_html.grid([(c.name, c.now) for c in columns], words)
+    return instruct_html.grid([(c.name, c.now, c.draw) for c in columns], words)

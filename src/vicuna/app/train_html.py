@@ -11,6 +11,7 @@ from typing import Any
 from vicuna.app import charts, run_process
 from vicuna.app.charts import Curve
 from vicuna.app.data_html import Say, note, table
+from vicuna.app.mistakes import in_words
 from vicuna.app.runs import RECIPE, Run
 from vicuna.train.plot import smooth
 
@@ -69,13 +70,13 @@ def _words(run: Run, say: Say) -> str:
     """What is to be said of the state, and what the run warned of."""
     found = ""
     if run.state == "failed":
-        found += note("error", *run.words.split("\n", 1))
+        found += note("error", *in_words(run.words, say).split("\n", 1))
     elif run.state in _EXPLAINED:
         kind = {"killed": "error", "starting": "busy", "pausing": "busy"}.get(run.state, "good")
         found += note(kind, say(f"train.{run.state}_words"))
     elif run.state == "running":
         found += f'<p class="v-fine">{escape(say("train.goes_on"))}</p>'
-    newest = [str(w.get("message", "")) for w in run.log.warnings[-WARNINGS:]]
+    newest = [in_words(str(w.get("message", "")), say) for w in run.log.warnings[-WARNINGS:]]
     if run.state == "failed" or (newest and newest[-1].startswith("KeyboardInterrupt")):
         newest = newest[:-1]
     return found + "".join(note("warn", words) for words in dict.fromkeys(newest))
@@ -233,7 +234,7 @@ def _row(run: Run, say: Say) -> str:
 def mistakes(error: Exception, say: Say, title: str = "train.mistakes") -> str:
     """What must be mended, all of it."""
     found = getattr(error, "mistakes", None) or [str(error)]
-    items = "".join(f"<li>{escape(str(m))}</li>" for m in found)
+    items = "".join(f"<li>{escape(in_words(str(m), say))}</li>" for m in found)
     return (
         f'<div class="v-note error" role="alert"><p><b>{escape(say(title))}</b></p>'
         f"<ul>{items}</ul></div>"
@@ -255,7 +256,7 @@ def plan(found: dict[str, Any], batch: int, say: Say) -> str:
     lines = [
         say("plan.settings", **{k: chosen[k] for k in _CHOSEN}),
         say("plan.longest", batch=batch, longest=chosen["cutoff_len"]),
-        found["reason"],
+        in_words(found["reason"], say),
     ]
     rest = "" if fits else _alternatives(found["alternatives"], say)
     body = "".join(f"<li>{escape(line)}</li>" for line in lines)
@@ -292,7 +293,7 @@ def _alternatives(others: Sequence[dict[str, Any]], say: Say) -> str:
         return note("warn", say("plan.nothing_fits"))
     items = "".join(
         f"<li><code>{escape(alternative(o))}</code> <b>{o['peak_bytes'] / GIB:.1f} GiB</b>"
-        f"<br><span>{escape(say('plan.costs'))}: {escape(o['cost'])}</span></li>"
+        f"<br><span>{escape(say('plan.costs'))}: {escape(in_words(o['cost'], say))}</span></li>"
         for o in others
     )
     return f"<p>{escape(say('plan.would_fit'))}</p><ol>{items}</ol>"

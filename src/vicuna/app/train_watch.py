@@ -33,7 +33,7 @@ class Watch:
     def __init__(self, app: App, runs: Runs) -> None:
         self.app, self.runs = app, runs
         self.seen = gr.State(None)
-        self.wish = gr.State("")
+        self.wish = gr.State(None)  # [what was asked for, the run it was asked for]
         self._layout()
         self.asked = [self.run, self.compare, self.seen]
         self.shown = [
@@ -96,17 +96,18 @@ class Watch:
         for chosen in (self.run, self.compare):
             chosen.input(self.refresh, self.asked, self.shown, trigger_mode="always_last", **quiet)
         for button, act in ((self.pause, self.runs.pause), (self.resume, self.runs.resume)):
-            button.click(partial(self.act, act), self.run, self.seen, **quiet).then(
+            button.click(self._acting(act), self.run, self.seen, **quiet).then(
                 self.refresh, self.asked, self.shown, **quiet
             )
         self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **quiet)
         asking = [self.wish, self.sure, self.question, self.yes]
         for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
             button.click(self._asking(wish), self.run, asking, **quiet)
-        self.no.click(lambda: ("", gr.update(visible=False)), None, [self.wish, self.sure], **quiet)
-        self.yes.click(
-            self.sure_of_it, [self.wish, self.run], [self.wish, self.sure, self.seen], **quiet
-        ).then(self.refresh, self.asked, self.shown, **quiet)
+        for forgets in (self.no.click, self.run.input):
+            forgets(lambda: (None, gr.update(visible=False)), None, [self.wish, self.sure], **quiet)
+        self.yes.click(self.sure_of_it, self.wish, [self.wish, self.sure, self.seen], **quiet).then(
+            self.refresh, self.asked, self.shown, **quiet
+        )
 
     def again_in(self, tabs: gr.Tabs, new: NewTraining) -> None:
         """The settings of a run go into the form of a new one."""
@@ -150,19 +151,22 @@ class Watch:
         }
         # What can be clicked is left alone while only numbers change.
         if seen is None or seen[0] != listed:
-            updates |= self._clickable(runs, run, others, request)
+            updates |= self._clickable(runs, run, request)
+            # Somebody may choose another one right now: a choice that stands is not sent again.
+            if run is None or run.name != name:
+                updates[self.run]["value"] = run.name if run else None
+            if any(n not in by_name for n in compared or []):
+                updates[self.compare]["value"] = [o.name for o in others]
         if run is None:
             empty = note("empty", say(request, "train.no_runs"))
             return {**updates, self.head: empty, self.sure: gr.update(visible=False)}
         return {**updates, **self._run(run, others, request)}
 
-    def _clickable(
-        self, runs: Sequence[Run], run: Run | None, others: Sequence[Run], request: gr.Request
-    ) -> Updates:
+    def _clickable(self, runs: Sequence[Run], run: Run | None, request: gr.Request) -> Updates:
         choices = [(_shown(r, request), r.name) for r in runs]
         updates: Updates = {
-            self.run: gr.update(choices=choices, value=run.name if run else None),
-            self.compare: gr.update(choices=choices, value=[o.name for o in others]),
+            self.run: gr.update(choices=choices),
+            self.compare: gr.update(choices=choices),
             self.buttons: gr.update(visible=run is not None and not self.app.settings.read_only),
             self.body: gr.update(visible=run is not None),
         }
@@ -188,15 +192,19 @@ class Watch:
             self.terminal: train_html.commands(run),
         }
 
-    def act(self, act: Any, name: str | None) -> Any:
+    def _acting(self, act: Callable[[str], Any]) -> Callable[..., None]:
         """Pause or go on; the page is drawn anew then."""
-        try:
-            act(name or "")
-        except UserError as e:
-            raise gr.Error(toast(e), print_exception=False) from e
-        return None
 
-    def talk_with(self, tab: str, name: str | None) -> Any:
+        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
+        def run(name: str | None, request: gr.Request) -> None:
+            try:
+                act(name or "")
+            except UserError as e:
+                raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
+
+        return run
+
+    def talk_with(self, tab: str, name: str | None, request: gr.Request) -> Any:
         """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
         try:
             path = self.app.shelf.get(
@@ -207,7 +215,7 @@ class Watch:
             # Loaded now, so that an adapter of another base is refused here and not at a question.
             self.app.room.choose(session.name, mix).wait()
         except UserError as e:
-            raise gr.Error(toast(e), print_exception=False) from e
+            raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
         session.mix.clear()
         session.mix.update(mix)
         return gr.update(selected="chat")
@@ -218,9 +226,9 @@ class Watch:
         # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
         def ask(name: str | None, request: gr.Request) -> Updates:
             if not name:
-                return {self.wish: ""}
+                return {self.wish: None}
             return {
-                self.wish: wish,
+                self.wish: [wish, name],
                 self.sure: gr.update(visible=True),
                 self.question: note("warn", say(request, f"train.sure_{wish}", name=name)),
                 self.yes: say(request, f"train.yes_{wish}"),
@@ -228,17 +236,18 @@ class Watch:
 
         return ask
 
-    def sure_of_it(self, wish: str, name: str | None, request: gr.Request) -> Any:
-        """It was really meant."""
+    def sure_of_it(self, asked: list[str] | None, request: gr.Request) -> Any:
+        """It was really meant, of the run that was named in the question."""
+        wish, name = asked or ("", "")
         try:
             if wish == "delete":
-                self.runs.delete(name or "")
+                self.runs.delete(name)
                 gr.Info(escape(say(request, "train.deleted", name=name)))
             elif wish == "stop":
-                self.runs.stop(name or "")
+                self.runs.stop(name)
         except UserError as e:
-            raise gr.Error(toast(e), print_exception=False) from e
-        return "", gr.update(visible=False), None
+            raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
+        return None, gr.update(visible=False), None
 
 
 def _shown(run: Run, request: gr.Request) -> str:
