@@ -124,7 +124,7 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
         return noise.repeat(-(-count // len(noise)))[:count].reshape(size)
 
     plan = [
-        Planned(n, torch.bfloat16, s, lambda s=s: values(s))  # type: ignore[misc]
+        Planned(n, torch.bfloat16, s, lambda _, s=s: values(s), unit=0)  # type: ignore[misc]
         for n, s in names.items()
     ]
     write_sharded(folder, plan, SHARD)
