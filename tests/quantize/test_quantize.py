@@ -144,6 +144,18 @@ def test_weights_that_are_quantised_are_not_quantised_again(shelf: Path, tmp_pat
         run("bnb", ["--model", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")])
 
 
+def test_on_one_core_the_library_gets_the_two_workers_it_insists_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vicuna.quantize import process
+
+    monkeypatch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
+    for cores, workers in ((1, "2"), (8, "8")):
+        given = set(range(cores))
+        monkeypatch.setattr(process.os, "sched_getaffinity", lambda _, g=given: g, raising=False)
+        assert process._environment()["GPTQMODEL_CPU_WORKERS"] == workers
+
+
 def test_an_environment_without_the_library_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no Python environment here"):
         environment.python_of(str(tmp_path))
