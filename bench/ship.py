@@ -3,6 +3,7 @@
     python bench/ship.py memory  # peak memory against the largest file, random weights of 1B
     python bench/ship.py memory --shape 7b  # the same in the shape of 7B (27 GiB of disk)
     python bench/ship.py types   # the embedded base in every type: size, perplexity, speed
+    python bench/ship.py imatrix --calibration zh.jsonl  # few bits, with and without importance
     python bench/ship.py plan    # what a 7B model needs to answer, type by type
     python bench/ship.py report  # tables and plot into docs/quantization.md
 
@@ -48,10 +49,11 @@ SHARD = 1 << 30
 def main() -> None:
     """Run a part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["memory", "types", "plan", "report", "child"])
+    parser.add_argument("part", choices=["memory", "types", "imatrix", "plan", "report", "child"])
     parser.add_argument("--shape", choices=list(SHAPES), default="1b")
     parser.add_argument("--threads", type=int, default=machine.physical_threads())
     parser.add_argument("--data", default="", help="held-out data; else the packaged samples")
+    parser.add_argument("--calibration", default="sample", help="what importance is measured on")
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--no-speed", action="store_true", help="on a machine that is not quiet")
     parser.add_argument("words", nargs="*")
@@ -62,7 +64,8 @@ def main() -> None:
     if args.part == "report":
         write_docs()
         return
-    found = {"memory": memory, "types": types, "plan": plan}[args.part](args)
+    parts = {"memory": memory, "types": types, "imatrix": imatrix, "plan": plan}
+    found = parts[args.part](args)
     RESULTS.mkdir(exist_ok=True)
     name = f"ship-{args.part}" + (f"-{args.shape}" if args.part == "memory" else "")
     result = {"machine": machine.describe(args.threads), **found}
@@ -230,16 +233,11 @@ def child(words: list[str]) -> None:
 
 def types(args: argparse.Namespace) -> dict[str, Any]:
     """Size, perplexity on held-out text, and speed of each type."""
-    from vicuna.config import VerifySettings
-    from vicuna.data.encode import Encoder
     from vicuna.export.gguf import write_base
     from vicuna.model.base import EMBEDDED, locate
-    from vicuna.model.vocabulary import load_vocabulary
-    from vicuna.verify.texts import texts_for
 
     folder = locate(EMBEDDED)
-    settings = VerifySettings(verify_data=args.data, verify_tokens=2048)
-    texts = texts_for(settings, Encoder(load_vocabulary(folder)))
+    texts = held_out(folder, args.data)
     rows = {}
     with tempfile.TemporaryDirectory(prefix="vicuna-ship-") as name:
         for kind in args.types:
@@ -253,6 +251,39 @@ def types(args: argparse.Namespace) -> dict[str, Any]:
             print(kind, row, file=sys.stderr)
             path.unlink()
     return {"model": EMBEDDED, "types": rows}
+
+
+def held_out(folder: Path, data: str) -> Any:
+    """Texts to compare types on, as token ids."""
+    from vicuna.config import VerifySettings
+    from vicuna.data.encode import Encoder
+    from vicuna.model.vocabulary import load_vocabulary
+    from vicuna.verify.texts import texts_for
+
+    settings = VerifySettings(verify_data=data, verify_tokens=2048)
+    return texts_for(settings, Encoder(load_vocabulary(folder)))
+
+
+def imatrix(args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of types of few bits, with an importance matrix and without."""
+    from vicuna.export import command
+    from vicuna.model.base import EMBEDDED, locate
+
+    texts = held_out(locate(EMBEDDED), args.data)
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="vicuna-ship-") as name:
+        matrix = Path(name) / "first.imatrix.gguf"
+        for kind in args.types:
+            for key, words in (("without", []), ("with", ["--imatrix"])):
+                path = Path(name) / ("first.gguf" if words else "plain.gguf")
+                if words:  # measured once, and kept by the command beside its first file
+                    words.append(str(matrix) if matrix.exists() else args.calibration)
+                started = ["--type", kind, "--model", EMBEDDED, "--output", str(path), "--force"]
+                command.run([*started, "--no-verify", *words])
+                found = {k: perplexity(path, ids, args.threads) for k, ids in texts.items()}
+                rows.setdefault(kind, {})[key] = found
+                print(kind, key, found, file=sys.stderr)
+    return {"model": EMBEDDED, "calibration": Path(args.calibration).name, "types": rows}
 
 
 def perplexity(path: Path, texts: Any, threads: int) -> float:
@@ -344,6 +375,8 @@ def write_docs() -> None:
         picture = "![Perplexity against size](images/quantization.png)"
         report.write("types", f"{types_table(found)}\n\n{picture}", page)
         plot(found, DOCS / "images" / "quantization.png")
+    if (found := _read("ship-imatrix")) is not None:
+        report.write("imatrix", imatrix_table(found), page)
     if (found := _read("ship-plan")) is not None:
         report.write("plan", plan_table(found), page)
     sizes = [r for s in SHAPES if (r := _read(f"ship-memory-{s}")) is not None]
@@ -373,6 +406,22 @@ def types_table(found: dict[str, Any]) -> str:
             cells.append(f"{row['perplexity'][k]:.2f}{more}")
         lines.append([*cells, *(f"{row[k]:.0f}" for k in timed)])
     return f"{report.machine_words(found['machine'])}\n\n{report.table(head, lines)}"
+
+
+def imatrix_table(found: dict[str, Any]) -> str:
+    rows = found["types"]
+    kinds = list(next(iter(rows.values()))["without"])
+    names = {"zh": "Chinese", "en": "English", "data": "data"}
+    lines = []
+    for kind, row in rows.items():
+        cells = [kind.upper()]
+        for k in kinds:
+            without, given = row["without"][k], row["with"][k]
+            cells += [f"{without:.2f}", f"{given:.2f} ({given / without - 1:+.1%})"]
+        lines.append(cells)
+    head = ["type", *(c for k in kinds for c in (f"{names[k]}, without", "with"))]
+    about = f"Importance from {found['calibration']}. {report.machine_words(found['machine'])}"
+    return f"{about}\n\n{report.table(head, lines)}"
 
 
 def plan_table(found: dict[str, Any]) -> str:
