@@ -85,6 +85,21 @@ def test_calibration_is_what_the_model_was_trained_on(
     assert text.endswith("### Instruction:\n你好吗\n\n### Response:\n我很好。</s>")
 
 
+def test_what_awq_takes_without_a_gpu_is_said_beforehand(
+    shelf: Path,
+    tmp_path: Path,
+    library: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    for method, gpu, told in (("awq", False, True), ("awq", True, False), ("gptq", False, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        run(method, words(shelf, tmp_path / f"{method}-{gpu}", "--no-verify"))
+        assert ("minutes of one core" in capsys.readouterr().err) is told
+
+
 def test_gibberish_is_removed(shelf: Path, tmp_path: Path, library: None) -> None:
     target = tmp_path / "out"
     with pytest.raises(UserError, match="too far from what was read") as e:
