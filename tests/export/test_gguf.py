@@ -12,6 +12,7 @@ import torch
 
 from gguf_kit import save_base, scores_after, tiny_base, tiny_gguf
 from kit import save_tokenizer, tiny_model
+from vicuna.convert.pieces import Pieces
 from vicuna.data.encode import Encoder
 from vicuna.errors import UserError
 from vicuna.export.gguf import write_base
@@ -181,13 +182,11 @@ def test_values_beyond_f16_are_refused_not_made_infinite(tmp_path: Path) -> None
 def test_an_interrupted_write_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gguf import GGUFWriter
-
     tiny_base(tmp_path / "base", "llama")
     target = tmp_path / "out" / "x.gguf"
     write_base(tmp_path / "base", target, "f32")
     before = target.read_bytes()
-    real, written = GGUFWriter.write_tensor_data, []
+    real, written = Pieces._write, []
 
     def failing(self: Any, *args: Any) -> None:
         written.append(1)
@@ -195,7 +194,7 @@ def test_an_interrupted_write_leaves_what_was_there(
             raise OSError(28, "No space left on device")
         real(self, *args)
 
-    monkeypatch.setattr(GGUFWriter, "write_tensor_data", failing)
+    monkeypatch.setattr(Pieces, "_write", failing)
     with pytest.raises(UserError, match="No space left"):
         write_base(tmp_path / "base", target, "f16")
     assert target.read_bytes() == before

@@ -63,6 +63,20 @@ def test_without_llamacpp_the_bytes_are_the_same(kind: str, monkeypatch: Any) ->
     assert (ggml.encode(matrix(), kind, "x") == with_it).all()
 
 
+@needs_llamacpp
+def test_q8_0_is_ggmls_own_to_the_bit() -> None:
+    """Computed here, as ggml's function is slow: halves, zeros, the ends of the range."""
+    values = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    values[1], values[2, :32] = 0.0, torch.arange(32.0) - 15.5
+    values[2, 0] = 127.0  # a scale of one: what is left are halves
+    values[3], values[4] = values[3] * 1e6, values[4] * 1e-7
+    values[5, 7] = -50.0
+    made = np.empty(ggml.stored_shape((512, 512), "q8_0"), np.uint8)
+    number = int(ggml._ggml_type("q8_0"))
+    ggml._ggml()(number, values.numpy().ctypes.data, made.ctypes.data, 0, 512, 512, None)
+    assert (ggml.encode(values, "q8_0", "x") == made).all()
+
+
 def test_without_llamacpp_k_quants_and_importance_are_refused(monkeypatch: Any) -> None:
     monkeypatch.setattr(ggml, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"type q4_k needs llama\.cpp"):

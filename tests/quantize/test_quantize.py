@@ -85,6 +85,21 @@ def test_calibration_is_what_the_model_was_trained_on(
     assert text.endswith("### Instruction:\n你好吗\n\n### Response:\n我很好。</s>")
 
 
+def test_what_awq_takes_without_a_gpu_is_said_beforehand(
+    shelf: Path,
+    tmp_path: Path,
+    library: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import torch
+
+    for method, gpu, told in (("awq", False, True), ("awq", True, False), ("gptq", False, False)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        run(method, words(shelf, tmp_path / f"{method}-{gpu}", "--no-verify"))
+        assert ("minutes of one core" in capsys.readouterr().err) is told
+
+
 def test_gibberish_is_removed(shelf: Path, tmp_path: Path, library: None) -> None:
     target = tmp_path / "out"
     with pytest.raises(UserError, match="too far from what was read") as e:
@@ -142,6 +157,18 @@ def test_weights_that_are_quantised_are_not_quantised_again(shelf: Path, tmp_pat
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantised already"):
         run("bnb", ["--model", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_on_one_core_the_library_gets_the_two_workers_it_insists_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vicuna.quantize import process
+
+    monkeypatch.delenv("GPTQMODEL_CPU_WORKERS", raising=False)
+    for cores, workers in ((1, "2"), (8, "8")):
+        given = set(range(cores))
+        monkeypatch.setattr(process.os, "sched_getaffinity", lambda _, g=given: g, raising=False)
+        assert process._environment()["GPTQMODEL_CPU_WORKERS"] == workers
 
 
 def test_an_environment_without_the_library_is_refused(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ What no adapter touches is copied; what one touches is computed in float32 and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from vicuna.convert.output import (
     result_folder,
     write_json,
 )
-from vicuna.convert.shards import Planned, copies, rounded, write_sharded
+from vicuna.convert.shards import Planned, Read, copies, rounded, write_sharded
 from vicuna.data.encode import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.memory.devices import parse_memory
@@ -33,7 +34,7 @@ from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.model.merging import Addition
 from vicuna.model.vocabulary import load_vocabulary
-from vicuna.model.weights import Weights, nbytes, open_weights
+from vicuna.model.weights import Weights, nbytes, open_weights, shapes
 from vicuna.verify.report import Report, size_of
 from vicuna.verify.scorers import FolderScorer
 
@@ -152,11 +153,12 @@ class _Merge:
     def __init__(self, source: _Source, addition: Addition, dtype: torch.dtype | None) -> None:
         self._weights, self._addition, self._dtype = source.weights, addition, dtype
         self.changed = self.touched = 0
+        self._lock = Lock()
 
     def plan(self, untie: bool) -> list[Planned]:
         """All tensors of the result."""
         plan = [
-            Planned(p.name, p.dtype, p.shape, self._reader(p.name, p.name, p.dtype))
+            replace(p, read=self._reader(p.name, p.name, p.dtype))
             if p.name in self._addition.names
             else p
             for p in copies(self._weights, self._dtype)
@@ -165,15 +167,17 @@ class _Merge:
             like = next(p for p in plan if p.name == _EMBEDDING)
             plan = [p for p in plan if p.name != _HEAD]
             read = self._reader(_HEAD, _EMBEDDING, like.dtype)
-            plan.append(Planned(_HEAD, like.dtype, like.shape, read))
+            plan.append(replace(like, name=_HEAD, read=read))
         return plan
 
-    def _reader(self, name: str, source: str, dtype: torch.dtype) -> Callable[[], Tensor]:
-        def read() -> Tensor:
-            weight = self._weights.read(source)
-            merged = rounded(name, self._addition.to(name, weight), dtype)
-            self.touched += merged.numel()
-            self.changed += int((merged != weight.to(dtype)).sum())
+    def _reader(self, name: str, source: str, dtype: torch.dtype) -> Read:
+        def read(rows: slice) -> Tensor:
+            weight = self._weights.read(source, rows)
+            merged = rounded(name, self._addition.of_rows(rows).to(name, weight), dtype)
+            changed = int(torch.count_nonzero(merged != weight.to(dtype)))
+            with self._lock:
+                self.touched += merged.numel()
+                self.changed += changed
             return merged
 
         return read
@@ -192,7 +196,8 @@ def merge(settings: MergeSettings, source: _Source, target: Path, largest: int) 
     addition = Addition(parts)
     tied = bool(source.config.get("tie_word_embeddings"))
     untie = _HEAD in addition.names and (tied or _HEAD not in source.weights.names())
-    addition.check({*source.weights.names(), *([_HEAD] if untie else [])}, tied=False)
+    held = shapes(source.weights)
+    addition.check({_HEAD: held[_EMBEDDING], **held} if untie else held, tied=False)
     dtype = _TYPES.get(settings.dtype)
     work = _Merge(source, addition, dtype)
     plan = work.plan(untie)

@@ -23,7 +23,7 @@ from vicuna.convert.pth import PthWriter
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import rope_settings
 from vicuna.model.pickles import load_pickled
-from vicuna.model.weights import Weights
+from vicuna.model.weights import ALL, Weights
 
 PARAMS = "params.json"
 HF_CONFIG = "hf_config.json"  # config.json of the model that was written in this layout
@@ -214,6 +214,8 @@ class MetaWeights:
     Raises: UserError where a file is missing, damaged, would run code, or does not fit the others.
     """
 
+    by_rows = False  # where each row lies depends on the cut and on the heads
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.params = read_json(folder / PARAMS)
@@ -307,8 +309,10 @@ class MetaWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._shards[0][self._places[name].meta].dtype
 
-    def read(self, name: str) -> Tensor:
-        place = self._places[name]
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        return self._whole(self._places[name])[rows]
+
+    def _whole(self, place: _Place) -> Tensor:
         parts = [s[place.meta] for s in self._shards]
         if place.dim is None:
             if any(not torch.equal(parts[0], p) for p in parts[1:]):

@@ -1,36 +1,44 @@
-"""Safetensors files written one tensor at a time, cut into files of a largest size, with an index.
+"""Safetensors files written piece by piece, cut into files of a largest size, with an index.
 
 The library writes what is in memory as a whole; here a file is as large as the disk allows, and
-memory holds one tensor. The layout is specified in safetensors' README.
+memory holds a few pieces of it. The layout is specified in safetensors' README.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from vicuna.convert.pieces import Pieces, all_finite, rows_of
 from vicuna.errors import UserError
-from vicuna.model.weights import SAFETENSORS_TYPES, Weights
+from vicuna.model.weights import SAFETENSORS_TYPES, Weights, shape_of
 
 INDEX = "model.safetensors.index.json"
+# Gives some rows of a tensor, or all.
+Read = Callable[[slice], Tensor]
 _ALIGN = 8  # readers map the data: a header of this multiple keeps every type aligned
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write, and what gives it."""
+    """A tensor to write, and what gives it.
+
+    unit: rows that `read` must be asked for together; 0: all.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Read
+    unit: int = 1
 
     @property
     def size(self) -> int:
@@ -41,15 +49,16 @@ class Planned:
 def copies(weights: Weights, dtype: torch.dtype | None = None) -> list[Planned]:
     """A plan that copies all tensors; numbers with a fraction as `dtype`, where given."""
 
-    def reader(name: str, kind: torch.dtype) -> Callable[[], Tensor]:
-        return lambda: rounded(name, weights.read(name), kind)
+    def reader(name: str, kind: torch.dtype) -> Read:
+        return lambda rows: rounded(name, weights.read(name, rows), kind)
 
     plan = []
     for name in weights.names():
         kind = weights.dtype(name)
         if dtype is not None and kind.is_floating_point:
             kind = dtype
-        plan.append(Planned(name, kind, weights.shape(name), reader(name, kind)))
+        read, unit = reader(name, kind), int(weights.by_rows)
+        plan.append(Planned(name, kind, weights.shape(name), read, unit))
     return plan
 
 
@@ -61,7 +70,7 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     found = tensor.to(dtype)
-    if not torch.isfinite(found).all():
+    if not all_finite(found):
         kind = str(dtype).removeprefix("torch.")
         raise UserError(
             f"{name} has values that {kind} cannot hold",
@@ -102,13 +111,14 @@ def _cut(plan: Sequence[Planned], largest: int) -> list[list[Planned]]:
 
 
 def write_file(path: Path, plan: Iterable[Planned]) -> None:
-    """Write one safetensors file, a tensor at a time."""
+    """Write one safetensors file."""
     # As the library does: wide types first, so that each begins at a multiple of its width.
     ordered = sorted(plan, key=lambda p: -p.dtype.itemsize)
     with path.open("wb") as f:
         f.write(_header(ordered))
-        for planned in ordered:
-            write_bytes(f, planned)
+        with Pieces(f) as out:
+            for planned in ordered:
+                write_bytes(out, planned)
 
 
 def _header(plan: Sequence[Planned]) -> bytes:
@@ -126,14 +136,18 @@ def _header(plan: Sequence[Planned]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_bytes(f: BinaryIO, planned: Planned) -> None:
-    """Write a tensor's bytes into an open file."""
-    tensor = planned.read()
-    if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+def write_bytes(out: Pieces, planned: Planned) -> None:
+    """Write a tensor's bytes behind what was written before."""
+    for rows in rows_of(planned.shape, planned.unit):
+        shape = shape_of(planned.shape, rows)
+        out.put(math.prod(shape) * planned.dtype.itemsize, partial(_part, planned, rows, shape))
+
+
+def _part(planned: Planned, rows: slice, shape: tuple[int, ...]) -> Tensor:
+    tensor = planned.read(rows)
+    if tensor.dtype != planned.dtype or tuple(tensor.shape) != shape:
         raise ValueError(
-            f"{planned.name}: planned {planned.dtype} {planned.shape}, "
+            f"{planned.name}: planned {planned.dtype} {shape}, "
             f"got {tensor.dtype} {tuple(tensor.shape)}"
         )
-    if tensor.numel():
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        f.write(flat.numpy().data)
+    return tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from vicuna.convert.output import copy_side_files, write_json
+from vicuna.convert.llama3_tokenizer import is_llama3, write_tokenizer
+from vicuna.convert.output import copy_side_files, read_json, write_json
 from vicuna.errors import UserError
 from vicuna.model.base import locate_vocabulary
 
@@ -17,6 +18,7 @@ def bring_tokenizer(source: Path, target: Path, given: str) -> None:
     """Put a tokenizer into a folder that has none: the one that was named, or `tokenizer.model`.
 
     Args:
+        target: has the model's config.json.
         source: of the weights; Llama 1 has its tokenizer.model one folder up.
         given: a model or folder with a tokenizer in Hugging Face's layout, or "".
 
@@ -40,12 +42,10 @@ def bring_tokenizer(source: Path, target: Path, given: str) -> None:
             where=str(source),
             fix="Put tokenizer.model there, or add --tokenizer MODEL, one of the same family.",
         )
-    if _is_tiktoken(found):
-        raise UserError(
-            "this tokenizer.model is of Llama 3's kind, which is not converted here",
-            where=str(found),
-            fix="Add --tokenizer MODEL, any model of Llama 3's family in Hugging Face's layout.",
-        )
+    if is_llama3(found):
+        write_tokenizer(found, target, read_json(target / "config.json"))
+        (target / _MODEL).unlink(missing_ok=True)  # transformers would take it for SentencePiece's
+        return
     shutil.copyfile(found, target / _MODEL)
     write_json(
         target / "tokenizer_config.json",
@@ -59,10 +59,3 @@ def bring_tokenizer(source: Path, target: Path, given: str) -> None:
             "legacy": True,
         },
     )
-
-
-def _is_tiktoken(path: Path) -> bool:
-    """Llama 3's file has lines of base64 and a rank; SentencePiece's is binary."""
-    with path.open("rb") as f:
-        token, _, rank = f.readline(200).partition(b" ")
-    return bool(token) and token.isascii() and rank.strip().isdigit()

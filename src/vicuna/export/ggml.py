@@ -1,18 +1,15 @@
 """Weights as GGUF's types: 16 bits by PyTorch, quantised by llama.cpp's own code.
 
-The shared object of `xllamacpp` exports ggml's quantisers. They are called tensor by tensor, in
-several threads, so no file in between is needed and each column's importance can be given.
+The shared object of `xllamacpp` exports ggml's quantisers. They are called for some
+rows after others, so no file in between is needed and each column's importance can be given.
 Without that wheel the `gguf` package makes the same bytes of the types that it knows.
 """
 
 from __future__ import annotations
 
 import ctypes as c
-import math
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -21,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vicuna.convert.pieces import PIECE, all_finite
 from vicuna.errors import UserError
 from vicuna.generate.engines.libllama import INSTALL, OWN_BUILD, library
 
 FULL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_Q8_BLOCKS = 1 << 13  # computed at a time: several steps over what a core's cache holds
+_HALF = torch.tensor(0.5).nextafter(torch.tensor(0.0))  # so that what is just below a half stays so
 # Types that the `gguf` package quantises, too.
 SIMPLE = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-_BLOCK = 1 << 20  # values converted at a time: what a core's cache holds
 
 
 def available(kind: str) -> bool:
@@ -74,22 +73,18 @@ def _ggml_type(kind: str) -> Any:
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
-    height = max(1, _BLOCK // rows.shape[-1])
+    height = max(1, PIECE // rows.shape[-1])
     for start in range(0, rows.shape[0], height):
         yield slice(start, min(start + height, rows.shape[0]))
 
 
 def _convert(rows: Tensor, out: Tensor, kind: str, name: str) -> None:
     for block in _blocks(rows):
-        out[block] = rows[block]
-        if not _is_finite(out[block]):
+        values = rows[block]
+        # From one type of 16 bits to the other through 32: PyTorch's direct way is half as fast.
+        out[block] = values.float() if values.dtype.itemsize == 2 else values
+        if not all_finite(out[block]):
             _refuse(rows[block], kind, name)
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether all are finite numbers, by the two extremes: NaN is both where it occurs. Testing
-    each value takes longer than converting it."""
-    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
 def _refuse(values: Tensor, kind: str, name: str) -> None:
@@ -106,21 +101,17 @@ def _quantize(
     rows: Tensor, out: np.ndarray, kind: str, name: str, importance: np.ndarray | None
 ) -> None:
     quantizer = _quantizer(kind, importance)
-    waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for block in _blocks(rows):
-            values = rows[block].float()
-            if not _is_finite(values):
-                _refuse(rows[block], kind, name)
-            waiting.append(pool.submit(quantizer, values.contiguous().numpy(), out[block]))
-            if len(waiting) > 2 * torch.get_num_threads():  # bounds the memory
-                waiting.popleft().result()
-        for job in waiting:
-            job.result()
+    for block in _blocks(rows):
+        values = rows[block].float()
+        if not all_finite(values):
+            _refuse(rows[block], kind, name)
+        quantizer(values.contiguous().numpy(), out[block])
 
 
 def _quantizer(kind: str, importance: np.ndarray | None) -> Any:
     """What quantises float32 (rows, columns) into bytes."""
+    if kind == "q8_0":
+        return _q8_0
     if not _has_llamacpp():
         if kind not in SIMPLE or importance is not None:
             what = f"type {kind}" if kind not in SIMPLE else "an importance matrix"
@@ -135,6 +126,18 @@ def _quantizer(kind: str, importance: np.ndarray | None) -> Any:
         assert done == out.nbytes
 
     return run
+
+
+def _q8_0(values: np.ndarray, out: np.ndarray) -> None:
+    """The bytes of ggml's own function, which takes three times as long: in each block of 32 a
+    scale in f16, then values rounded to whole numbers, halves away from zero."""
+    blocks = torch.from_numpy(values).reshape(-1, 32)
+    made = torch.from_numpy(out).view(-1, 34)
+    for x, bytes_ in zip(blocks.split(_Q8_BLOCKS), made.split(_Q8_BLOCKS)):
+        scale = x.abs().amax(1, keepdim=True) / 127
+        steps = x * torch.where(scale == 0, 0.0, 1 / scale)
+        bytes_[:, :2] = scale.half().view(torch.uint8)
+        bytes_[:, 2:] = (steps + torch.copysign(_HALF, steps)).to(torch.int8).view(torch.uint8)
 
 
 def _with_gguf(values: np.ndarray, kind: str) -> np.ndarray:

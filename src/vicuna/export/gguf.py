@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vicuna.cache import whole_file
 from vicuna.convert.output import check_space
+from vicuna.convert.pieces import Pieces, rows_of
+from vicuna.convert.shards import Read
 from vicuna.errors import UserError
 from vicuna.export import ggml
 from vicuna.export.gguf_names import Names, Shape, add_settings, rope_factors
@@ -28,7 +31,7 @@ from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind,
 from vicuna.export.gguf_vocab import Spoken, add_vocabulary
 from vicuna.generate.engines.libllama import INSTALL
 from vicuna.model.merging import Addition
-from vicuna.model.weights import Weights, open_weights
+from vicuna.model.weights import Weights, open_weights, shape_of, shapes
 
 if TYPE_CHECKING:
     from vicuna.export.importance import Importance
@@ -44,12 +47,16 @@ def _silent(_done: int, _of: int) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A tensor to write: its name and type, and what reads it (rows, columns) in any float type."""
+    """A tensor to write: its name and type, and what reads some of its rows in any float type.
+
+    unit: rows that are read together; 0: all.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Read
+    unit: int
     importance: np.ndarray | None = None
 
 
@@ -69,7 +76,7 @@ def write_base(
 ) -> None:
     """Write a base, tokenizer and chat template included.
 
-    One tensor is in memory at a time, merged and quantised on its way; no file in between. An
+    A few pieces are in memory at a time, merged and quantised on their way; no file in between. An
     existing target is replaced; an interrupted write leaves nothing.
 
     Args:
@@ -94,7 +101,9 @@ def write_base(
     plan = _plan_base(folder, Names(shape), kind, adapter, importance)
     factors = rope_factors(config, shape)
     if factors is not None:
-        plan.insert(0, _Planned("rope_freqs.weight", "f32", tuple(factors.shape), lambda: factors))
+        plan.insert(
+            0, _Planned("rope_freqs.weight", "f32", tuple(factors.shape), factors.__getitem__, 0)
+        )
     check_space(target, sum(math.prod(ggml.stored_shape(p.shape, p.kind)) for p in plan))
     with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("model")
@@ -120,7 +129,7 @@ def _plan_base(
     weights = open_weights(folder)
     addition = Addition(adapter) if adapter else None
     if addition:
-        addition.check(set(weights.names()), shape.tied)
+        addition.check(shapes(weights), shape.tied)
     columns: Mapping[str, np.ndarray] = importance.means if importance else {}
     plan = []
     for source in weights.names():
@@ -129,16 +138,17 @@ def _plan_base(
             continue
         read = partial(_read, weights, source, addition, names, name)
         kind_here = kind_of(name, size, kind, model)
-        plan.append(_Planned(name, kind_here, size, read, _columns(columns, name, size)))
+        unit = names.unit(name, size[0]) if weights.by_rows else 0
+        plan.append(_Planned(name, kind_here, size, read, unit, _columns(columns, name, size)))
     return plan
 
 
 def _read(
-    weights: Weights, source: str, addition: Addition | None, names: Names, name: str
+    weights: Weights, source: str, addition: Addition | None, names: Names, name: str, rows: slice
 ) -> Tensor:
-    """A tensor as it is written: with what the adapter adds, its rows in llama.cpp's order."""
-    tensor = weights.read(source)
-    return names.reorder(name, addition.to(source, tensor) if addition else tensor)
+    """Rows as they are written: with what the adapter adds, in llama.cpp's order."""
+    tensor = weights.read(source, rows)
+    return names.reorder(name, addition.of_rows(rows).to(source, tensor) if addition else tensor)
 
 
 def _columns(
@@ -207,10 +217,10 @@ def _plan_adapter(adapter: AdapterFiles, names: Names, kind: str) -> list[_Plann
             )
 
         # The rows of A@x are the rank's; only B's are the layer's, in the layer's order.
-        def read(tensor: Tensor = tensor, name: str = name, side: str = side) -> Tensor:
-            return tensor if side == "A" else names.reorder(name, tensor)
-
-        plan.append(_Planned(f"{name}.lora_{side.lower()}", kind, tuple(tensor.shape), read))
+        ordered = side == "B" and names.unit(name, tensor.shape[0])
+        tensor = names.reorder(name, tensor) if ordered else tensor
+        written = f"{name}.lora_{side.lower()}"
+        plan.append(_Planned(written, kind, tuple(tensor.shape), tensor.__getitem__, 1))
     return plan
 
 
@@ -224,7 +234,7 @@ def _writer(path: Path, arch: str) -> Any:
 
 
 def _write(writer: Any, plan: list[_Planned], progress: Progress) -> None:
-    """Write metadata, then each tensor: read, converted, written, forgotten."""
+    """Write metadata, then the tensors: read, converted, written, forgotten."""
     from gguf import GGMLQuantizationType
 
     for p in plan:
@@ -236,7 +246,16 @@ def _write(writer: Any, plan: list[_Planned], progress: Progress) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for done, p in enumerate(plan):
-        progress(done, len(plan))
-        writer.write_tensor_data(ggml.encode(p.read(), p.kind, p.name, p.importance))
+    with Pieces(writer.fout[0]) as out:
+        for done, p in enumerate(plan):
+            progress(done, len(plan))
+            out.align(writer.data_alignment)
+            for rows in rows_of(p.shape, p.unit):
+                size = math.prod(ggml.stored_shape(shape_of(p.shape, rows), p.kind))
+                out.put(size, partial(_encoded, p, rows))
+        out.align(writer.data_alignment)
     progress(len(plan), len(plan))
+
+
+def _encoded(p: _Planned, rows: slice) -> Tensor:
+    return torch.from_numpy(ggml.encode(p.read(rows), p.kind, p.name, p.importance))

@@ -91,22 +91,39 @@ class Names:
 
         Args:
             name: GGUF's name of it.
+            rows: all, or those of some heads.
+        """
+        if not self._rotated(name):
+            return rows
+        split = rows.reshape(-1, 2, self.shape.head_dim // 2, *rows.shape[1:])
+        return split.transpose(1, 2).reshape(rows.shape)
+
+    def unit(self, name: str, rows: int) -> int:
+        """Rows of a tensor that `reorder` must be given together.
+
+        Args:
+            name: GGUF's name of it.
+            rows: how many it has.
 
         Raises: UserError where it has another number of rows than the base's heads take.
         """
-        found = _ROTATED.search(name)
-        if self.shape.arch not in _INTERLEAVED or not found:
-            return rows
-        heads = self.shape.heads if found[1] == "q" else self.shape.kv_heads
-        if rows.shape[0] != heads * self.shape.head_dim:
+        found = self._rotated(name)
+        if not found:
+            return 1
+        heads, size = (
+            self.shape.heads if found[1] == "q" else self.shape.kv_heads,
+            self.shape.head_dim,
+        )
+        if rows != heads * size:
             raise UserError(
-                f"{name} has {rows.shape[0]} rows; {heads} heads of {self.shape.head_dim} need "
-                f"{heads * self.shape.head_dim}",
+                f"{name} has {rows} rows; {heads} heads of {size} need {heads * size}",
                 fix="Weights and config.json do not belong together, or the adapter is another "
                 "base's.",
             )
-        split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-        return split.transpose(1, 2).reshape(rows.shape)
+        return size
+
+    def _rotated(self, name: str) -> re.Match[str] | None:
+        return _ROTATED.search(name) if self.shape.arch in _INTERLEAVED else None
 
 
 def add_settings(writer: Any, config: dict[str, Any], shape: Shape) -> None:

@@ -6,13 +6,15 @@ merged = addition.to("model.layers.0.self_attn.q_proj.weight", weight)
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.model.adapter import AdapterFiles
+from vicuna.model.weights import ALL
 
 _HEAD = "lm_head.weight"
 
@@ -37,6 +39,7 @@ class Addition:
     def __init__(self, adapters: AdapterFiles | Iterable[tuple[AdapterFiles, float]]) -> None:
         several = [(adapters, 1.0)] if isinstance(adapters, AdapterFiles) else list(adapters)
         self._first = several[0][0]
+        self._rows = ALL
         self._parts: dict[str, list[_Part]] = {}
         for adapter, weight in several:
             for module, (a, b) in adapter.pairs().items():
@@ -48,11 +51,11 @@ class Addition:
         """The weights it changes, under the base's names."""
         return set(self._parts)
 
-    def check(self, weights: set[str], tied: bool) -> None:
-        """Refuse a base that lacks a weight which an adapter changes.
+    def check(self, weights: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+        """Refuse a base that lacks a weight which an adapter changes, or has it in another shape.
 
         Args:
-            weights: the base's, by name.
+            weights: the shapes of the base's, by name.
             tied: whether its output matrix is its embedding.
 
         Raises: UserError naming the weight.
@@ -63,24 +66,29 @@ class Addition:
                 where=f"adapter {self._first.path}",
                 fix="vicuna merge gives the result an output matrix of its own; export that.",
             )
-        lacking = sorted(self.names - weights)
+        lacking = sorted(self.names - set(weights))
         if lacking:
             raise self._misfit(lacking[0], f"{lacking[0]} has no counterpart")
+        for name, parts in self._parts.items():
+            for part in parts:
+                shape = (part.b.shape[0], part.a.shape[1])
+                if weights[name] != shape:
+                    why = f"{name} is {weights[name]} there, {shape} in the adapter"
+                    raise self._misfit(name, why)
+
+    def of_rows(self, rows: slice) -> Addition:
+        """The same for some rows of a weight, where it is read in parts."""
+        some = copy(self)
+        some._rows = rows
+        return some
 
     def to(self, name: str, weight: Tensor) -> Tensor:
         """A weight (out, in) of the base with what the adapters add, in float32; unchanged, and in
-        its own type, where they add nothing.
-
-        Raises: UserError where the shapes do not fit.
-        """
+        its own type, where they add nothing. `check` has seen that the shapes fit."""
         merged = weight
         for part in self._parts.get(name, ()):
-            shape = (part.b.shape[0], part.a.shape[1])
-            if tuple(weight.shape) != shape:
-                raise self._misfit(
-                    name, f"{name} is {tuple(weight.shape)} there, {shape} in the adapter"
-                )
-            merged = merged.float().addmm(part.b.float(), part.a.float(), alpha=part.scale)
+            b = part.b[self._rows].float()
+            merged = merged.float().addmm(b, part.a.float(), alpha=part.scale)
         return merged
 
     def _misfit(self, name: str, why: str) -> UserError:

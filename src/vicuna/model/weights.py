@@ -25,10 +25,16 @@ TORCH_TYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 SAFETENSORS_TYPES = {dtype: name for name, dtype in TORCH_TYPES.items()}
+ALL = slice(None)  # rows
 
 
 class Weights(Protocol):
-    """Tensors by name, in the order they are stored in."""
+    """Tensors by name, in the order they are stored in.
+
+    by_rows: whether some rows of a tensor are read without the others.
+    """
+
+    by_rows: bool
 
     def names(self) -> list[str]: ...
 
@@ -36,8 +42,8 @@ class Weights(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str) -> Tensor:
-        """The tensor, in memory of its own."""
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        """The tensor, or some of its rows, in memory of its own."""
         ...
 
 
@@ -46,6 +52,8 @@ class SafetensorsWeights:
 
     Raises: UserError where a header contradicts its file, or two files hold one name.
     """
+
+    by_rows = True
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._entries: dict[str, tuple[Path, Entry]] = {}
@@ -70,20 +78,24 @@ class SafetensorsWeights:
     def dtype(self, name: str) -> torch.dtype:
         return TORCH_TYPES[self._entries[name][1].kind]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
         path, entry = self._entries[name]
-        data = bytearray(entry.size)
+        shape, start = shape_of(entry.shape, rows), entry.start
+        if rows != ALL:
+            start += entry.size // entry.shape[0] * rows.start
+        tensor = torch.empty(shape, dtype=self.dtype(name))
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
         with path.open("rb") as f:
-            f.seek(entry.start)
-            if f.readinto(data) != entry.size:
+            f.seek(start)
+            if f.readinto(data) != len(data):
                 raise UserError(f"the file became shorter: {name} is cut off", where=str(path))
-        if not data:
-            return torch.empty(entry.shape, dtype=self.dtype(name))
-        return torch.frombuffer(data, dtype=self.dtype(name)).reshape(entry.shape)
+        return tensor
 
 
 class PickledWeights:
     """The tensors of `.bin` or `.pth` files, mapped, so that only what is read takes memory."""
+
+    by_rows = True
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._tensors: dict[str, Tensor] = {}
@@ -99,8 +111,10 @@ class PickledWeights:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, rows: slice = ALL) -> Tensor:
+        tensor = self._tensors[name]
+        part = tensor if rows == ALL else tensor[rows]
+        return part.clone(memory_format=torch.contiguous_format)
 
 
 def weight_files(folder: Path) -> tuple[list[Path], bool]:
@@ -152,6 +166,16 @@ def check_weights(folder: Path) -> None:
     else:
         for path in files:
             read_safetensors(path)
+
+
+def shape_of(shape: tuple[int, ...], rows: slice) -> tuple[int, ...]:
+    """The shape of some rows of a tensor, or of all."""
+    return shape if rows == ALL else (rows.stop - rows.start, *shape[1:])
+
+
+def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by its name."""
+    return {name: weights.shape(name) for name in weights.names()}
 
 
 def nbytes(weights: Weights, name: str) -> int:

@@ -32,14 +32,14 @@ def merged_folder(source: Source) -> Iterator[Path]:
     from vicuna.convert.output import check_space, copy_side_files
     from vicuna.convert.shards import copies, write_sharded
     from vicuna.model.merging import Addition
-    from vicuna.model.weights import open_weights
+    from vicuna.model.weights import open_weights, shapes
 
     if source.adapter is None:
         yield source.folder
         return
     weights = open_weights(source.folder)
     addition = Addition(source.adapter)
-    addition.check(set(weights.names()), bool(source.config.get("tie_word_embeddings")))
+    addition.check(shapes(weights), bool(source.config.get("tie_word_embeddings")))
     plan = [
         replace(p, read=partial(_sum, weights, addition, p.name, p.dtype)) for p in copies(weights)
     ]
@@ -51,5 +51,7 @@ def merged_folder(source: Source) -> Iterator[Path]:
         yield folder
 
 
-def _sum(weights: Weights, addition: Addition, name: str, dtype: torch.dtype) -> Tensor:
-    return addition.to(name, weights.read(name)).to(dtype)
+def _sum(
+    weights: Weights, addition: Addition, name: str, dtype: torch.dtype, rows: slice
+) -> Tensor:
+    return addition.of_rows(rows).to(name, weights.read(name, rows)).to(dtype)

@@ -126,9 +126,10 @@ def _advice(said: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what would bring its packages along; few threads on few cores."""
+    """This process's, without what would bring its packages along; few threads on few cores, but
+    the two that the library insists on."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    kept.setdefault("GPTQMODEL_CPU_WORKERS", str(cores or 1))
+    kept.setdefault("GPTQMODEL_CPU_WORKERS", str(max(cores or 1, 2)))
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")
     return kept
