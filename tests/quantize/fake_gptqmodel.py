@@ -41,9 +41,7 @@ def quantize(job: dict) -> None:
         say(done=done)
 
 
-def scores(job: dict) -> None:
-    import numpy as np
-    import torch
+def load(job: dict):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = Path(job["model"])
@@ -53,6 +51,25 @@ def scores(job: dict) -> None:
 
     model = LlamaForCausalLM(LlamaConfig(**config)).float().eval()
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    return model
+
+
+def answer(job: dict) -> None:
+    import numpy as np
+    import torch
+
+    model, ids = load(job), list(job["prompt"])
+    while len(ids) - len(job["prompt"]) < job["longest"] and ids[-1] not in job["ends"]:
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    sys.stdout.buffer.write(np.array(ids[len(job["prompt"]) :], np.int64).tobytes())
+
+
+def scores(job: dict) -> None:
+    import numpy as np
+    import torch
+
+    model = load(job)
     for ids in job["texts"]:
         with torch.no_grad():
             found = model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
@@ -65,4 +82,4 @@ if __name__ == "__main__":
         print("a line of the library's own", file=sys.stderr)
         say(error="ValueError: no kernel for this")
         sys.exit(1)
-    {"quantize": quantize, "scores": scores}[sys.argv[1]](given)
+    {"quantize": quantize, "scores": scores, "answer": answer}[sys.argv[1]](given)

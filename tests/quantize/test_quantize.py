@@ -58,6 +58,8 @@ def test_the_result_stands_alone(shelf: Path, tmp_path: Path, library: None) -> 
     assert report["passed"]
     assert report["verified"]
     assert (report["kind"], report["method"], report["bits"]) == ("4bit", "gptq", 4)
+    assert list(report["answers"]) == ["What is the capital of France?"]
+    assert isinstance(report["answers"]["What is the capital of France?"], str)
     assert any("groups of 64" in note for note in report["notes"])
     assert not (target / "quant_log.csv").exists()
     assert "### Response" in (target / "chat_template.jinja").read_text()

@@ -27,7 +27,8 @@ Attend = Callable[[Tensor, Heads, Layout], Tensor]
 def as_on(device: Device) -> Iterator[None]:
     """For as long as the context is open, `meta` stands for `device`. Not for several threads."""
     by_device: list[tuple[dict[str, Any], Any]] = [
-        (blocks.PIECE, 2048), (loss.SLICE, loss.CHUNK), (loss.ROOM, False), (step.STEP, 1),
+        (blocks.PIECE, 2048), (loss.CHUNK, 512), (loss.SLICE, 512), (loss.ROOM, False),
+        (step.STEP, 1),
     ]  # fmt: skip
     before = [table["meta"] for table, _ in by_device]
     attend, plain = decoder.attend, F.scaled_dot_product_attention

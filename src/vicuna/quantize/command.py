@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vicuna import config
 from vicuna.cache import whole_folder
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "bnb": (4, 8)}
 _GROUPS = (128, 64, 32)
+_QUESTION = "What is the capital of France?"
 _OF_CALIBRATION = {"calibration", "num_samples", "cutoff_len", "seed"}
 # Settings that have no effect with a method.
 _IDLE = {
@@ -50,6 +51,8 @@ def run(method: str, words: Sequence[str]) -> int:
         _finish_folder(source, aside)
         report.measure(_size(source), aside)
         report.verify(settings, source.scorer, after, lambda: source.renderer.encoder)
+        if settings.verify and method != "bnb":
+            report.answers[_QUESTION] = _answer(source, after())
         report.write(aside)
     report.finish()
     return 0
@@ -129,6 +132,16 @@ def _write(
         }  # fmt: skip
         quantize(python, job, counter("layers"))
     return lambda: QuantizedScorer(python, aside, method)
+
+
+def _answer(source: Source, scorer: Any) -> str:
+    """What the result says to `_QUESTION`: nobody else here can open it and ask."""
+    from vicuna.data.types import Turn
+
+    renderer = source.renderer
+    prompt = renderer.prompt([Turn("user", _QUESTION)])
+    ids = scorer.answer(prompt, sorted(renderer.stop_ids), longest=48)
+    return renderer.encoder.decode(ids).strip()
 
 
 def _tell_how_long(source: Source, tokens: int) -> None:

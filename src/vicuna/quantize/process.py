@@ -50,6 +50,14 @@ class QuantizedScorer:
                 yield np.frombuffer(data, np.float32).reshape(rows, columns)
             running.finish()
 
+    def answer(self, prompt: Sequence[int], ends: Sequence[int], longest: int) -> list[int]:
+        """The ids of the likeliest answer, at most `longest`, without the one that ends it."""
+        job = {**self._job, "prompt": list(prompt), "ends": list(ends), "longest": longest}
+        with _Worker(self._python, "answer", job, lambda _done, _of: None) as running:
+            ids = np.frombuffer(running.rest(), np.int64).tolist()
+            running.finish()
+        return ids[:-1] if ids and ids[-1] in ends else ids
+
 
 class _Worker:
     """One run of the worker. Leaving early ends it."""
@@ -90,6 +98,11 @@ class _Worker:
             self.finish()
             raise UserError("gptqmodel's process ended before it was done")
         return data
+
+    def rest(self) -> bytes:
+        """All that it gives until it ends."""
+        assert self._process.stdout is not None
+        return self._process.stdout.read()
 
     def finish(self) -> None:
         """Wait for its end. Raises: UserError where it failed."""

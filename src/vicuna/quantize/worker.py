@@ -1,7 +1,8 @@
-"""What runs in gptqmodel's own environment: quantise a folder, or give the scores of one.
+"""What runs in gptqmodel's own environment: quantise a folder, give its scores, let it answer.
 
     python worker.py quantize JOB.json
     python worker.py scores JOB.json > scores
+    python worker.py answer JOB.json > ids
 
 It imports nothing of vicuna's, which is not installed there. What it has to say goes to standard
 error, a JSON object a line behind a mark; everything else there is the library's own.
@@ -29,8 +30,10 @@ def main() -> int:
     try:
         if task == "quantize":
             _quantize(job)
-        else:
+        elif task == "scores":
             _scores(job, out)
+        else:
+            _answer(job, out)
         out.close()
     except MemoryError:
         _say(error="memory ran out")
@@ -99,19 +102,41 @@ def _scores(job: dict[str, Any], out: Any) -> None:
     """Rows and columns as two int64, then the scores in float32, of each text in turn."""
     import numpy as np
     import torch
+
+    model = _open(job)
+    for ids in job["texts"]:
+        with torch.inference_mode():
+            given = torch.tensor([ids], device=model.device)
+            scores = model(input_ids=given, use_cache=False).logits[0].float().cpu().numpy()
+        out.write(np.array(scores.shape, np.int64).tobytes())
+        out.write(np.ascontiguousarray(scores, np.float32).tobytes())
+        out.flush()
+
+
+def _answer(job: dict[str, Any], out: Any) -> None:
+    """The ids of the likeliest answer as int64, the token that ended it among them."""
+    import numpy as np
+    import torch
+
+    model = _open(job)
+    given = torch.tensor([job["prompt"]], device=model.device)
+    with torch.inference_mode():
+        found = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), do_sample=False,
+            max_new_tokens=job["longest"], eos_token_id=job["ends"], pad_token_id=job["ends"][0],
+        )  # fmt: skip
+    out.write(found[0, given.shape[1] :].cpu().numpy().astype(np.int64).tobytes())
+
+
+def _open(job: dict[str, Any]) -> Any:
+    """The quantised model, ready to compute."""
+    import torch
     from gptqmodel import BACKEND, GPTQModel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = BACKEND.AWQ_TORCH if job["method"] == "awq" else BACKEND.GPTQ_TORCH
     backend = BACKEND.AUTO if device == "cuda" else plain
-    model = GPTQModel.load(job["model"], device=device, backend=backend).model.eval()
-    for ids in job["texts"]:
-        with torch.inference_mode():
-            given = torch.tensor([ids], device=device)
-            scores = model(input_ids=given, use_cache=False).logits[0].float().cpu().numpy()
-        out.write(np.array(scores.shape, np.int64).tobytes())
-        out.write(np.ascontiguousarray(scores, np.float32).tobytes())
-        out.flush()
+    return GPTQModel.load(job["model"], device=device, backend=backend).model.eval()
 
 
 if __name__ == "__main__":

@@ -100,5 +100,5 @@ def _rough(config: Any, rows: int) -> int | None:
     weights = config.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner)
     weights += 2 * config.vocab_size * hidden
     kept = rows * config.num_hidden_layers * (12 * hidden + 6 * inner)
-    scores = 3 * CHUNK * config.vocab_size
+    scores = 3 * CHUNK["cpu"] * config.vocab_size
     return 4 * int(weights + 2 * kept + scores)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 # Rows whose logits exist at a time.
-CHUNK = 512
+CHUNK = {"cpu": 256, "cuda": 512, "mps": 512, "meta": 512}
 # Rows of those whose softmax is computed at a time: in float32 they must fit a CPU's cache.
-SLICE = {"cpu": 24, "cuda": CHUNK, "mps": CHUNK, "meta": CHUNK}
+SLICE = {"cpu": 24, "cuda": 512, "mps": 512, "meta": 512}
 
 # Where chunks of all packs share one piece of memory. As large a piece is taken from the system
 # anew each time, and clearing its pages takes a CPU half as long as the product.
@@ -57,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count = min(chunk, hidden.shape[0])
         buffer = hidden.new_empty(count, head.shape[0]) if room is None else room[:count]
         after = _Head(bias, softcap, logit_scale)
-        size = min(SLICE.get(hidden.device.type, CHUNK), buffer.shape[0])
+        size = min(SLICE.get(hidden.device.type, chunk), buffer.shape[0])
         slices = buffer
         if buffer.dtype != torch.float32:
             slices = torch.empty_like(buffer[:size], dtype=torch.float32)
@@ -134,7 +134,7 @@ def cross_entropy_sum(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 0,
     room: Tensor | None = None,
 ) -> Tensor:
     """Sum over rows of weight * cross-entropy, without the full logits.
@@ -144,12 +144,13 @@ def cross_entropy_sum(
         head: (V, D), the frozen vocabulary projection; `bias` (V,) where it has one.
         targets: int64 (N,). weights: float32 (N,).
         softcap: Gemma 2's cap of the logits. logit_scale: Granite's and Cohere's factor.
-        chunk: rows whose logits exist at a time. room: where they may lie, at least (chunk, V) or
-            (N, V), of the type of `hidden`; it is written over.
+        chunk: rows whose logits exist at a time; 0: by the device. room: where they may lie, at
+            least (chunk, V) or (N, V), of the type of `hidden`; it is written over.
 
     Returns: a float32 scalar; divide by the step's supervised tokens for the mean.
     """
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    chunk = chunk or CHUNK.get(hidden.device.type, 512)
     result: Tensor = _ChunkedCrossEntropy.apply(
         hidden, head, bias, targets, weights, softcap, logit_scale, chunk, needs_gradient, room
     )

@@ -123,7 +123,7 @@ class Learner:
 
     def _room(self, rows: int) -> Tensor | None:
         """Memory for the logits of so many rows, where packs share it; else None."""
-        rows = min(rows, loss.CHUNK)
+        rows = min(rows, loss.CHUNK.get(self.device.type, rows))
         if loss.ROOM.get(self.device.type) and (self.logits is None or len(self.logits) < rows):
             self.logits = None  # before the next, which may have its place
             self.logits = self.head.weight.new_empty(rows, self.head.weight.shape[0])

@@ -68,6 +68,7 @@ class Report:
         kind: a key of `GATES`.
         about: what was read and how, for report.json (names, settings).
         notes: what the user should know, in words.
+        answers: what the result said, by question, where it was asked any.
     """
 
     command: str
@@ -75,6 +76,7 @@ class Report:
     kind: str
     about: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    answers: dict[str, str] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
     peak_memory: int = 0
@@ -143,6 +145,7 @@ class Report:
             "misses": self.misses,
             "gate": asdict(self.gate) if self.gate else None,
             "comparison": self.comparison.to_json() if self.comparison else None,
+            "answers": self.answers,
             "notes": self.notes,
         }
 

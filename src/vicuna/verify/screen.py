@@ -40,6 +40,8 @@ def show(report: Report, removed: bool = False) -> None:
             f"{d.agreement:.1%}",
         )
     console.print(table)
+    for question, answer in report.answers.items():
+        console.print(f"{escape(question)} [dim]→[/] {escape(answer)}")
     if report.misses:
         state = "removed" if removed else "kept"
         console.print(f"[red]does not pass[/] ({state}): {escape('; '.join(report.misses))}")
