@@ -27,10 +27,13 @@ ROUNDS, CALLS = 5, 5
 WAYS = (cpu_attention.FlashSegments, cpu_attention.BlockSegments)
 
 
-def gradient(way: type[torch.autograd.Function], qkv: Tensor, given: Tensor) -> Tensor:
-    """Forward and backward of a segment: the gradient of qkv (T, O), given that of the result."""
+def gradient(
+    way: type[torch.autograd.Function], qkv: Tensor, given: Tensor, layout: Layout
+) -> Tensor:
+    """Forward and backward of a segment: the gradient of qkv (T, O), given that of the result. The
+    layout is made before, as all layers of a model share it."""
     x = qkv.clone().requires_grad_()
-    result: Tensor = way.apply(x, HEADS, Layout([Segment(0, len(qkv))]))  # type: ignore
+    result: Tensor = way.apply(x, HEADS, layout)  # type: ignore
     result.backward(given)
     assert x.grad is not None
     return x.grad
@@ -49,12 +52,13 @@ def measure(length: int) -> list[str]:
     qkv = torch.randn(length, HEADS.width).bfloat16()
     given = torch.randn(length, HEADS.query * HEADS.size).bfloat16()
     # Flash attention takes float64, too: the reference.
-    exact = gradient(WAYS[0], qkv.double(), given.double())
-    errors = [(gradient(w, qkv, given) - exact).norm() / exact.norm() for w in WAYS]
+    layout = Layout([Segment(0, length)])
+    exact = gradient(WAYS[0], qkv.double(), given.double(), Layout(layout.segments))
+    errors = [(gradient(w, qkv, given, layout) - exact).norm() / exact.norm() for w in WAYS]
     best = [float("inf")] * len(WAYS)
     for _ in range(ROUNDS):
         for i, way in enumerate(WAYS):
-            best[i] = min(best[i], seconds(lambda way=way: gradient(way, qkv, given)))  # type: ignore
+            best[i] = min(best[i], seconds(lambda way=way: gradient(way, qkv, given, layout)))  # type: ignore
     times = [f"{1e3 * s:.2f}" for s in best]
     return [f"{length:,}", *times, f"{best[0] / best[1]:.2f} x", *(f"{e:.4f}" for e in errors)]
 
