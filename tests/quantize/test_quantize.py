@@ -69,6 +69,19 @@ def test_the_result_stands_alone(shelf: Path, tmp_path: Path, library: None) -> 
     assert (target / "tokenizer.json").is_file()
 
 
+def test_a_result_that_cannot_be_asked_is_kept(
+    shelf: Path, tmp_path: Path, library: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise UserError("gptqmodel failed: no such kernel")
+
+    monkeypatch.setattr(process.QuantizedScorer, "answer", fail)
+    assert run("gptq", words(shelf, tmp_path / "out")) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["passed"]
+    assert any("no such kernel" in note for note in report["notes"])
+
+
 def test_calibration_is_what_the_model_was_trained_on(
     shelf: Path, tmp_path: Path, library: None
 ) -> None:

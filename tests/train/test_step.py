@@ -15,7 +15,7 @@ from parity_kit import (
     taken,
 )
 from vicuna.data.encode import Example
-from vicuna.data.pack import build_packs, targets_of
+from vicuna.data.pack import build_packs, filled, targets_of
 from vicuna.model import dropout
 
 CUTS = [(10_000, 0, True), (150, 0, True), (90, 3, True), (10_000, 8, False), (10_000, 1, True)]
@@ -30,6 +30,17 @@ def test_packing_is_exact_however_it_is_cut(family: str) -> None:
         packed_loss, found = packed(learner, examples, *cut)
         assert packed_loss == pytest.approx(loss, rel=1e-5)
         assert furthest(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama, grouped, tied", "gemma2, capped scores"])
+def test_what_packs_are_filled_up_with_teaches_nothing(family: str) -> None:
+    learner, examples = make(family), make_examples()
+    loss, wanted = packed(learner, examples, 150)
+    packs = [filled(p, 64) for p in build_packs(examples, END, 150)]
+    assert all(len(p.ids) % 64 == len(p.target_rows) % 64 == 0 for p in packs)
+    found = learner.backward(packs, sum(p.supervised for p in packs))
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert furthest(taken(learner.model), wanted) < 1e-5
 
 
 def test_prefix_dropout_does_not_depend_on_the_packing() -> None:

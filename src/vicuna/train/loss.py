@@ -17,8 +17,8 @@ CHUNK = {"cpu": 256, "cuda": 512, "mps": 512, "meta": 512}
 # Rows of those whose softmax is computed at a time: in float32 they must fit a CPU's cache.
 SLICE = {"cpu": 24, "cuda": 512, "mps": 512, "meta": 512}
 
-# Where chunks of all packs share one piece of memory. As large a piece is taken from the system
-# anew each time, and clearing its pages takes a CPU half as long as the product.
+# Where chunks of all packs share one piece of memory. A piece as large is otherwise taken from the
+# system for each pack, which clears its pages.
 ROOM = {"cpu": True, "cuda": False, "mps": False, "meta": False}
 
 

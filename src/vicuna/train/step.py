@@ -20,8 +20,7 @@ from vicuna.model.kernels import PLAIN, Kernels
 from vicuna.train import loss
 
 # Packs are filled up to whole steps of rows where oneDNN computes the products, which it does for
-# short types on a CPU: it makes a program for each shape, which takes about as long as a small
-# product, and keeps it, 0.6 MB each.
+# short types on a CPU: it makes a program for each shape, and keeps it.
 STEP = {"cpu": 64, "meta": 1}
 
 
