@@ -28,7 +28,7 @@ SHAPES = {
     "every head its own": Heads(4, 4, 8, 0.4, None),
     "grouped": Heads(4, 2, 8, 0.3, None),
     "grouped, window": Heads(4, 2, 16, 0.25, 11),
-    "grouped, window shorter than what blocks are filled up with": Heads(4, 2, 16, 0.25, 2),
+    "grouped, window shorter than the filling": Heads(4, 2, 16, 0.25, 2),
 }
 
 

@@ -204,8 +204,7 @@ def _make_plan(segments: Sequence[Segment], heads: Heads, like: Tensor) -> _Plan
             seen = rows[columns] * every + seen_heads[:, None]
             place = slice(done, done + heads.query * high)
             done = place.stop
-            size = (start - first, count, high, columns.stop - first)
-            mask = _mask(size, heads.window, like, masks)
+            mask = _mask(start - first, high, columns.stop - first, heads.window, like, masks)
             blocks.append(_Block(place, high, _index(seen, like), columns, mask))
             laid.append((rows[start : start + high] * heads.query + own_heads[:, None]).ravel())
             filling.append(np.broadcast_to(np.arange(high) >= count, (heads.query, high)).ravel())
@@ -228,22 +227,17 @@ def _index(values: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _mask(
-    size: tuple[int, int, int, int], window: int | None, like: Tensor, made: dict[Any, Tensor]
+    above: int, high: int, width: int, window: int | None, like: Tensor, made: dict[Any, Tensor]
 ) -> Tensor:
     """Who sees what of the last columns: 0 or -inf (high, columns), where row i stands at column
-    `above + i` of `width`. All columns, where a window hides some of the first.
-
-    Args:
-        size: (above, count, high, width). Of `high` rows the last are filling, behind `count`: they
-            see what the last of the others sees, so that no row sees nothing.
+    `above + i` of `width`. All columns, where a window hides some of the first. Every row sees one,
+    those that are filling too: `above` is less than the window, and columns are filled up as rows.
     """
-    above, count, high, width = size
     if window is None or above + high <= window:
         window, above, width = None, 0, width - above
-    key = (above, count, high, width)
+    key = (above, high, width)
     if key not in made:
         rows = torch.arange(above, above + high, device=like.device)[:, None]
-        rows = rows.clamp(max=above + count - 1)
         columns = torch.arange(width, device=like.device)
         hidden = columns > rows
         if window is not None:
