@@ -43,6 +43,15 @@ def test_a_run_folder_holds_what_other_tools_rely_on(reference: Path) -> None:
     assert config["environment"]["versions"]["torch"]
 
 
+def test_missing_data_is_told_before_a_base_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vicuna.train.setup.locate", lambda _: pytest.fail("the base was fetched"))
+    missing = str(tmp_path / "missing.jsonl")
+    with pytest.raises(UserError, match="no such file"):
+        train("--model", "some/base", "--dataset", missing, "--output_dir", str(tmp_path / "run"))
+
+
 def test_the_loss_falls_and_the_best_weights_are_kept(reference: Path) -> None:
     losses = [e["loss"] for e in events(reference, "eval")]
     assert losses[-1] < losses[0]
