@@ -94,10 +94,10 @@ class Template:
     def examples(
         self, conversation: Conversation, train_turns: TrainTurns = "all"
     ) -> list[list[Segment]]:
-        """Segments of the training example(s) of one conversation.
+        """Segments of the training example(s) of one conversation; none if no answer is supervised.
 
-        One example, all of its supervised answers in it, where the template is stable; else one
-        for each supervised answer.
+        One example, all of its supervised answers in it, if the template is stable; else one for
+        each supervised answer.
         """
         turns = conversation.turns
         if conversation.kind == "text":
@@ -105,16 +105,15 @@ class Template:
                 [Segment("bos"), Segment("text", turns[-1].text, True), Segment("end", "", True)]
             ]
         turns = self._with_system(turns)
-        answers = sum(t.role == "assistant" for t in turns)
+        answers = [t for t in turns if t.role == "assistant"]
+        first = 0 if train_turns == "all" else len(answers) - 1
+        taught = [k for k in range(first, len(answers)) if answers[k].supervised]
+        if not taught:
+            return []
         if self.stable:
-            taught = frozenset(range(answers) if train_turns == "all" else [answers - 1])
-            return [self._example(turns, taught)]
-        first = 0 if train_turns == "all" else answers - 1
+            return [self._example(turns, frozenset(taught))]
         head = 1 if turns[0].role == "system" else 0
-        return [
-            self._example(turns[: head + 2 * (k + 1)], frozenset([k]))
-            for k in range(first, answers)
-        ]
+        return [self._example(turns[: head + 2 * (k + 1)], frozenset([k])) for k in taught]
 
     def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
         shape = shape_of(turns)

@@ -22,11 +22,17 @@ class Raw(NamedTuple):
 
 @dataclass(slots=True)
 class Turn:
-    """One utterance. `input` is the separate material of an instruction (Alpaca's `input`)."""
+    """One utterance.
+
+    input: the separate material of an instruction (Alpaca's `input`). thought: the reasoning that
+    precedes an answer, without its marks. supervised: whether an answer is in the loss.
+    """
 
     role: Role
     text: str
     input: str = ""
+    thought: str = ""
+    supervised: bool = True
 
 
 @dataclass(slots=True)
