@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vicuna.data import checks
-from vicuna.data.checks import find_duplicates, question_hash, sketch, warnings
+from vicuna.data.checks import find_duplicates, question_hash, sketches, warnings
 from vicuna.data.types import Conversation, Turn
 
 
@@ -106,31 +106,39 @@ def texts(n: int, length: int, seed: int = 0) -> list[str]:
 
 
 def duplicates(conversations: list[Conversation]) -> tuple[np.ndarray, np.ndarray]:
-    sketches = [sketch(c) for c in conversations]
-    return find_duplicates(
-        np.array([s[0] for s in sketches], np.uint64), np.array([s[1] for s in sketches])
-    )
+    return find_duplicates(*sketches(conversations))
+
+
+def test_a_sketch_does_not_depend_on_its_neighbours() -> None:
+    long = "很长的文字 abc，" * 4000
+    some = [talk("甲", "乙"), talk(long, "🙂" * 900), talk("", "。"), talk("什么", long[:3000])]
+    exact, near = sketches(some)
+    for i, conversation in enumerate(some):
+        alone = sketches([conversation])
+        assert alone[0][0] == exact[i]
+        np.testing.assert_array_equal(alone[1][0], near[i])
+    assert sketches([])[1].shape == (0, checks.SIGNATURE)
 
 
 def test_hashes_have_their_shapes_and_do_not_depend_on_the_process() -> None:
-    exact, near = sketch(talk("鸭子会飞吗？", "会。"))
-    assert 0 <= exact < 1 << 64
-    assert (near.dtype, near.shape) == (np.uint32, (checks.SIGNATURE,))
+    exact, near = sketches([talk("鸭子会飞吗？", "会。")])
+    assert (exact.dtype, exact.shape) == (np.uint64, (1,))
+    assert (near.dtype, near.shape) == (np.uint32, (1, checks.SIGNATURE))
     code = (
         "from vicuna.data.checks import *; from vicuna.data.types import *;"
         "c = Conversation([Turn('user', '鸭子会飞吗？'), Turn('assistant', '会。')]);"
-        "print(sketch(c)[0], sketch(c)[1].tolist(), question_hash(c))"
+        "print(sketches([c])[0][0], sketches([c])[1][0].tolist(), question_hash(c))"
     )
     again = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, check=True
     )
     question = question_hash(talk("鸭子会飞吗？", "会。"))
-    assert again.stdout.split("\n")[0] == f"{exact} {near.tolist()} {question}"
+    assert again.stdout.split("\n")[0] == f"{exact[0]} {near[0].tolist()} {question}"
 
 
 def test_exact_hash_sees_roles_and_question_hash_only_the_question() -> None:
-    assert sketch(talk("甲", "乙"))[0] != sketch(talk("乙", "甲"))[0]
-    assert sketch(talk("甲", "乙", "丙"))[0] != sketch(talk("甲", "乙"))[0]
+    some = [talk("甲", "乙"), talk("乙", "甲"), talk("甲", "乙", "丙"), talk("甲乙", "")]
+    assert len(set(sketches(some)[0].tolist())) == len(some)
     assert question_hash(talk("甲  乙", "一")) == question_hash(talk("甲 乙\n", "二"))
     assert question_hash(talk("甲", "一", "丙")) != question_hash(talk("甲", "一"))
     assert question_hash(Conversation([Turn("assistant", "甲")], kind="text")) >= 0

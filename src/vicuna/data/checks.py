@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -125,16 +126,28 @@ def _inside(turns: list[Turn], texts: list[str]) -> list[tuple[str, str]]:
 # Hashes
 
 
-def sketch(conversation: Conversation) -> tuple[int, np.ndarray]:
+def sketches(conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
     """What duplicates are found by, the same in every process and on every machine.
 
-    Returns: a 64-bit hash of the whole conversation; the MinHash signature, uint32 (SIGNATURE,),
-        of the 4-character shingles of its text without case, white space and punctuation.
+    Many at once, because the calls into numpy would cost more than the work of one.
+
+    Returns: uint64 (n,), a hash of each whole conversation; uint32 (n, SIGNATURE), the MinHash
+        signatures of the 4-character shingles of the texts without case, white space and
+        punctuation.
     """
-    turns = conversation.turns
-    parts = [f"{t.role}\x1f{t.text}\x1f{t.input}" for t in turns]
-    exact = _hash64("\x1e".join(parts))
-    return exact, _signature("".join([t.text + t.input for t in turns]), exact)
+    exact = np.array([_exact(c) for c in conversations], np.uint64)
+    return exact, _signatures([_all_text(c) for c in conversations], exact)
+
+
+def _exact(conversation: Conversation) -> int:
+    parts = [f"{t.role}\x1f{t.text}\x1f{t.input}" for t in conversation.turns]
+    return _hash64("\x1e".join(parts))
+
+
+def _all_text(conversation: Conversation) -> str:
+    text = "".join([t.text + t.input for t in conversation.turns])
+    # So that a book costs no more than a page.
+    return text if len(text) <= 4 * LONGEST else text[: 2 * LONGEST] + text[-2 * LONGEST :]
 
 
 def question_hash(conversation: Conversation) -> int:
@@ -169,28 +182,47 @@ _POINTS = _POINTS.astype(np.uint32)
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(0xD6E8FEB86659FD93))
 
 
-def _signature(text: str, exact: int) -> np.ndarray:
-    if len(text) > 4 * LONGEST:  # so that a book costs no more than a page
-        text = text[: 2 * LONGEST] + text[-2 * LONGEST :]
-    units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
-    units = _letters()[units]
-    units = units[units != 0]
-    if len(units) > LONGEST:
-        units = np.concatenate([units[: LONGEST // 2], units[-LONGEST // 2 :]])
-    n = len(units) - SHINGLE + 1
-    if n < 1:  # too short to compare: like nothing but itself
-        shingles = np.array([exact], np.uint64)
-    else:
-        # Four 16-bit units are the 64 bits of a number; windows overlap, a unit apart.
-        shingles = np.ndarray((n,), "<u8", units, strides=(2,))
+def _signatures(texts: list[str], exact: np.ndarray) -> np.ndarray:
+    """MinHash signatures, uint32 (n, SIGNATURE); exact: uint64 (n,), hashes of the whole texts."""
+    encoded = [text.encode("utf-16-le", "surrogatepass") for text in texts]
+    stops = np.cumsum([0, *map(len, encoded)]) // 2
+    units = _letters()[np.frombuffer(b"".join(encoded), "<u2")]
+    kept = np.flatnonzero(units)
+    units = units[kept]
+    stops = np.searchsorted(kept, stops)
+    # Four 16-bit units are the 64 bits of a number; windows overlap, a unit apart. Those that
+    # reach into the next text are not looked at.
+    windows = max(0, len(units) - SHINGLE + 1)
+    circle = _turned(np.ndarray((windows,), "<u8", units, strides=(2,)))
+    own = _turned(exact)
+    signatures = np.empty((len(texts), SIGNATURE), np.uint32)
+    for i in range(len(texts)):
+        start, stop = int(stops[i]), int(stops[i + 1])
+        n = stop - start - SHINGLE + 1
+        if n < 1:  # too short to compare: like nothing but itself
+            hashes = own[i : i + 1]
+        elif stop - start > LONGEST:
+            half = LONGEST // 2
+            hashes = _turned(_ends(units[start:stop], half))
+        else:
+            hashes = circle[start : start + n]
+        hashes = np.sort(hashes)
+        signatures[i] = hashes.take(hashes.searchsorted(_POINTS), mode="wrap")
+    return signatures
+
+
+def _ends(units: np.ndarray, half: int) -> np.ndarray:
+    """The shingles, as numbers, of the first and last `half` units laid end to end."""
+    joined = np.concatenate([units[:half], units[-half:]])
+    return np.ndarray((len(joined) - SHINGLE + 1,), "<u8", joined, strides=(2,))
+
+
+def _turned(shingles: np.ndarray) -> np.ndarray:
+    """Hashes of numbers: places on the circle, uint32."""
     hashes = shingles * _MIX[0]
     hashes ^= hashes >> _MIX[1]
     hashes *= _MIX[2]
-    circle = (hashes >> _MIX[1]).astype(np.uint32)
-    circle.sort()
-    at = circle.searchsorted(_POINTS)
-    signature: np.ndarray = circle.take(at, mode="wrap")
-    return signature
+    return (hashes >> _MIX[1]).astype(np.uint32)
 
 
 # Duplicates

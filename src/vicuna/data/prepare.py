@@ -7,6 +7,7 @@ content of the file and everything that decides the result.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -172,6 +174,18 @@ def _batch(path: str, chunk: list[Raw]) -> Batch:
     return _state.batch(path, chunk)
 
 
+@contextmanager
+def _garbage_later() -> Iterator[None]:
+    """No search for cycles of garbage inside: a chunk makes many objects, and no cycles."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Work:
     """Turns chunks of raw records into batches; one in each worker process."""
 
@@ -181,6 +195,10 @@ class Work:
 
     def batch(self, path: str, chunk: Sequence[Raw]) -> Batch:
         """Parse, check, render and encode a chunk."""
+        with _garbage_later():
+            return self._batch(path, chunk)
+
+    def _batch(self, path: str, chunk: Sequence[Raw]) -> Batch:
         report = FileReport(path)
         conversations: list[Conversation] = []
         for raw in chunk:
@@ -192,14 +210,14 @@ class Work:
         examples, owners = self._encode(conversations, report)
         lines = [c.line for c in conversations]
         questions = [checks.question_hash(c) for c in conversations]
-        sketches = [checks.sketch(c) for c in conversations]
+        exact, near = checks.sketches(conversations)
         return Batch(
             np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32),
             np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
             index_rows(examples, owners, lines, questions),
             np.array(lines, np.int32),
-            np.array([s[0] for s in sketches], np.uint64),
-            np.array([s[1] for s in sketches], np.uint32).reshape(-1, checks.SIGNATURE),
+            exact,
+            near,
             report,
         )
 
