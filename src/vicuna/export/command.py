@@ -91,6 +91,7 @@ def _base(settings: ExportSettings, source: Source, target: Path) -> Report:
             aside,
             settings.type,
             source.title,
+            base=source.name,
             adapter=source.adapter,
             spoken=spoken,
             importance=importance,
@@ -156,7 +157,9 @@ def _adapter(settings: ExportSettings, source: Source, target: Path) -> Report:
     report = Report("export gguf --adapter_only", target, "16bit", about, source.notes)
     template = jinja(source.renderer) if source.own_way else ""
     with whole_file(target) as aside:
-        write_adapter(source.adapter, source.config, aside, settings.type, source.title, template)
+        write_adapter(
+            source.adapter, source.config, aside, settings.type, source.title, template, source.name
+        )
         report.measure(size_of(source.adapter.path), aside)
         report.verify(
             settings,

@@ -26,7 +26,7 @@ from vicuna.convert.pieces import Pieces, rows_of
 from vicuna.convert.shards import Read
 from vicuna.errors import UserError
 from vicuna.export import ggml
-from vicuna.export.gguf_names import Names, Shape, add_settings, rope_factors
+from vicuna.export.gguf_names import Names, Shape, add_base_model, add_settings, rope_factors
 from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind, kind_of
 from vicuna.export.gguf_vocab import Spoken, add_vocabulary
 from vicuna.generate.engines.libllama import INSTALL
@@ -69,6 +69,7 @@ def write_base(
     kind: str = "f16",
     name: str = "",
     *,
+    base: str = "",
     adapter: AdapterFiles | None = None,
     spoken: Spoken | None = None,
     importance: Importance | None = None,
@@ -84,6 +85,7 @@ def write_base(
         target: the file to write.
         kind: type of the matrices, a key of `FILE_TYPES`. Vectors stay float32.
         name: `general.name`; the folder's where not given.
+        base: what an adapter is merged into, a hub id or a path; the folder's name if empty.
         adapter: merged into the weights on the way, in float32.
         spoken: chat template and end tokens in place of the tokenizer's.
         importance: how much each column of each matrix counts, for quantised types.
@@ -108,6 +110,8 @@ def write_base(
     with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("model")
         writer.add_name(name or folder.name)
+        if adapter is not None:
+            add_base_model(writer, base or folder.name)
         add_settings(writer, config, shape)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(2)
@@ -174,6 +178,7 @@ def write_adapter(
     kind: str = "f32",
     name: str = "",
     template: str = "",
+    base: str = "",
 ) -> None:
     """Write a LoRA adapter as a GGUF LoRA, which llama.cpp adds to its base while it computes.
 
@@ -183,6 +188,7 @@ def write_adapter(
         kind: f32, f16 or bf16.
         name: `general.name`; the adapter's folder's where not given.
         template: the chat template it was trained with, in Jinja.
+        base: the base it belongs to, a hub id or a path; what the adapter itself names if empty.
 
     Raises: UserError where the base's architecture is not supported, or the disk is full.
     """
@@ -195,6 +201,9 @@ def write_adapter(
     with whole_file(target) as aside, closing(_writer(aside, shape.arch)) as writer:
         writer.add_type("adapter")
         writer.add_name(name or adapter.path.name)
+        add_base_model(
+            writer, base or adapter.meta.get("base", {}).get("name") or adapter.base_name
+        )
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         writer.add_file_type(FILE_TYPES[kind])

@@ -12,7 +12,7 @@ from vicuna.cache import cache_dir
 from vicuna.export.gguf import write_adapter, write_base
 from vicuna.model.adapter import AdapterFiles, identify
 
-_FORMAT = "1"  # counts up when what `export` writes changes
+_FORMAT = "2"  # counts up when what `export` writes changes
 
 
 def base_file(folder: Path, kind: str) -> Path:

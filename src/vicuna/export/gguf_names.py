@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 # apart.
 _INTERLEAVED = frozenset({"llama"})
 _ROTATED = re.compile(r"\.attn_([qk])\.(weight|bias)$")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Buffers that old checkpoints saved among their weights.
 _COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
@@ -124,6 +126,25 @@ class Names:
 
     def _rotated(self, name: str) -> re.Match[str] | None:
         return _ROTATED.search(name) if self.shape.arch in _INTERLEAVED else None
+
+
+def add_base_model(writer: Any, base: str) -> None:
+    """Write which base an adapter belongs to, or was merged into: `general.base_model.*`.
+
+    Args:
+        writer: a `gguf.GGUFWriter`.
+        base: a hub id (owner/name) or a path; of a path only its last part is told.
+    """
+    if not base:
+        return
+    writer.add_base_model_count(1)
+    owner, _, name = base.partition("/")
+    if _HUB_ID.fullmatch(base) and not Path(base).exists():
+        writer.add_base_model_organization(0, owner)
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    else:
+        name = re.split(r"[/\\]", base.rstrip("/\\"))[-1]
+    writer.add_base_model_name(0, name)
 
 
 def add_settings(writer: Any, config: dict[str, Any], shape: Shape) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.encode import Vocabulary, looks_like_control
+from vicuna.data.encode import Vocabulary
 from vicuna.errors import UserError
 from vicuna.model import pretokenizers
 from vicuna.model.gguf_tokenizer import (
@@ -78,22 +78,38 @@ def add_vocabulary(
     else:
         writer.add_token_merges(tokens.merges)
     spoken = spoken or Spoken()
-    _add_specials(writer, vocabulary, tokens, spoken.end_id)
+    _add_specials(writer, vocabulary, tokens, _declared(folder, rows), spoken.end_id)
     template = spoken.chat_template or vocabulary.chat_template
     if template:
         writer.add_chat_template(template)
 
 
-def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens, end_id: int | None) -> None:
+def _declared(folder: Path, rows: int) -> dict[str, int]:
+    """The special ids (bos, unk, pad ...) that the base's own files declare, config.json too."""
+    from gguf import SpecialVocab
+
+    return dict(SpecialVocab(folder, n_vocab=rows).special_token_ids)
+
+
+def _add_specials(
+    writer: Any,
+    vocabulary: Vocabulary,
+    tokens: Tokens,
+    declared: dict[str, int],
+    end_id: int | None,
+) -> None:
     bos = vocabulary.bos_id
-    if bos is None and vocabulary.bos_token in vocabulary.special_tokens:
-        bos = vocabulary.special_tokens[vocabulary.bos_token]
+    if bos is None:
+        bos = vocabulary.special_tokens.get(vocabulary.bos_token, declared.get("bos"))
     if bos is not None:
         writer.add_bos_token_id(bos)
     writer.add_eos_token_id(vocabulary.eos_id)
-    if UNKNOWN in tokens.types:
-        writer.add_unk_token_id(tokens.types.index(UNKNOWN))
-    writer.add_pad_token_id(vocabulary.pad_id)
+    unknown = tokens.types.index(UNKNOWN) if UNKNOWN in tokens.types else declared.get("unk")
+    if unknown is not None:
+        writer.add_unk_token_id(unknown)
+    # Without a token of its own for padding a tokenizer is given its end token; not so a file.
+    if vocabulary.pad_id != vocabulary.eos_id or "pad" in declared:
+        writer.add_pad_token_id(vocabulary.pad_id)
     ends = ([] if end_id is None else [end_id]) + list(vocabulary.end_ids)
     others = [i for i in ends if i != vocabulary.eos_id]
     if others:
@@ -146,7 +162,18 @@ def _type(text: str, used: bool, added: dict[str, Any] | None, kind: str, unknow
         return BYTE
     if added is None:
         return NORMAL
-    return CONTROL if added["special"] or looks_like_control(text) else USER_DEFINED
+    return CONTROL if added["special"] or _spelt_as_control(text) else USER_DEFINED
+
+
+def _spelt_as_control(text: str) -> bool:
+    """Whether llama.cpp's own converter takes an added token for a control token by its spelling.
+
+    Some bases do not mark theirs as special. `<think>` and `<tool_call>` are not among them: they
+    belong to the answer, and a runtime would not print them.
+    """
+    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    named = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    return text in named or any(text.startswith(a) and text.endswith(z) for a, z in ends)
 
 
 def _written(text: str, added: dict[str, Any] | None, kind: str) -> str:
