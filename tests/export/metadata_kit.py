@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ RECORDED = HERE / "llamacpp_metadata.json"
 if __name__ == "__main__":
     sys.path[:0] = [str(HERE.parent), str(HERE.parent / "generate")]
 
-from generate_kit import byte_level  # noqa: E402
+from generate_kit import CORPUS, byte_level  # noqa: E402
 from tokenizers import AddedToken, Tokenizer  # noqa: E402
 
 from gguf_kit import save_base  # noqa: E402
@@ -35,6 +36,7 @@ SPELT = ("<|fim_prefix|>", "<｜tool｜>", "<unused7>", "<mask>")
 
 # Family of layers, family of the tokenizer, special tokens by role, settings of config.json.
 BASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "llama-2": ("llama", "sentencepiece", {}, {}),
     "llama-3": ("llama", "llama-bpe", {"pad_token": None}, {"bos_token_id": 0}),
     "smollm": ("llama-gqa-tied", "smollm", {}, {}),
     "mistral-nemo": (
@@ -51,9 +53,36 @@ BASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def lines(name: str) -> list[str]:
+    """Real Chinese text: the lines of a sample."""
+    text = resources.files("vicuna.samples").joinpath(name).read_text(encoding="utf-8")
+    return text.splitlines()
+
+
+def train_sentencepiece(folder: Path) -> None:
+    """A base with a tokenizer.model as Llama 1 and 2 have it, trained here."""
+    import sentencepiece as spm
+
+    (folder / "text.txt").write_text("\n".join([*CORPUS, *lines("instruct_zh.jsonl")[:60]]))
+    spm.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=2200, byte_fallback=True, character_coverage=0.98, split_digits=True,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>", "add_bos_token": True, "legacy": False}  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tiny_model("llama", vocab_size=2200, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+
+
 def make_base(name: str, folder: Path) -> None:
     """Write one of `BASES` in Hugging Face's layout."""
     layers, family, names, config = BASES[name]
+    if family == "sentencepiece":
+        folder.mkdir()
+        train_sentencepiece(folder)
+        return
     tokenizer = _tokenizer(family)
     rows = tokenizer.get_vocab_size() + 5
     save_base(folder, tiny_model(layers, vocab_size=rows, **config), tokenizer, **names)

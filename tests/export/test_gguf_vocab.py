@@ -7,12 +7,12 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 from generate_kit import CORPUS, byte_level, sentencepiece
+from metadata_kit import lines, train_sentencepiece
 from tokenizers import Tokenizer
 
 from gguf_kit import save_base, vary
@@ -151,29 +151,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
 
 
 # -- SentencePiece itself ----
-
-
-def lines(name: str) -> list[str]:
-    """Real Chinese text: the lines of a sample."""
-    text = resources.files("vicuna.samples").joinpath(name).read_text(encoding="utf-8")
-    return text.splitlines()
-
-
-def train_sentencepiece(folder: Path) -> None:
-    """A base with a tokenizer.model as Llama 1 and 2 have it, trained here."""
-    import sentencepiece as spm
-
-    (folder / "text.txt").write_text("\n".join([*CORPUS, *lines("instruct_zh.jsonl")[:60]]))
-    spm.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
-        vocab_size=2200, byte_fallback=True, character_coverage=0.98, split_digits=True,
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-        normalization_rule_name="identity", unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-    )  # fmt: skip
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-              "unk_token": "<unk>", "add_bos_token": True, "legacy": False}  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tiny_model("llama", vocab_size=2200, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
 
 
 @needs_llamacpp

@@ -6,7 +6,7 @@ llama.cpp encodes text by itself; what is written here must make it give the sam
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Tokens:
     """The tokens of a vocabulary by id, and how text becomes them.
 
     kind: `gpt2` (byte-level BPE, with `merges` and the family `pre`) or `llama` (SentencePiece,
-    with `scores`).
+    with `scores`). declared: special ids by role, as the base's files declare them.
     """
 
     kind: str
@@ -53,6 +53,7 @@ class Tokens:
     merges: list[str]
     pre: str
     space_first: bool = False
+    declared: dict[str, int] = field(default_factory=dict)
 
 
 def add_vocabulary(
@@ -78,7 +79,7 @@ def add_vocabulary(
     else:
         writer.add_token_merges(tokens.merges)
     spoken = spoken or Spoken()
-    _add_specials(writer, vocabulary, tokens, _declared(folder, rows), spoken.end_id)
+    _add_specials(writer, vocabulary, tokens, spoken.end_id)
     template = spoken.chat_template or vocabulary.chat_template
     if template:
         writer.add_chat_template(template)
@@ -91,25 +92,17 @@ def _declared(folder: Path, rows: int) -> dict[str, int]:
     return dict(SpecialVocab(folder, n_vocab=rows).special_token_ids)
 
 
-def _add_specials(
-    writer: Any,
-    vocabulary: Vocabulary,
-    tokens: Tokens,
-    declared: dict[str, int],
-    end_id: int | None,
-) -> None:
+def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens, end_id: int | None) -> None:
     bos = vocabulary.bos_id
     if bos is None:
-        bos = vocabulary.special_tokens.get(vocabulary.bos_token, declared.get("bos"))
+        bos = vocabulary.special_tokens.get(vocabulary.bos_token, tokens.declared.get("bos"))
     if bos is not None:
         writer.add_bos_token_id(bos)
     writer.add_eos_token_id(vocabulary.eos_id)
-    unknown = tokens.types.index(UNKNOWN) if UNKNOWN in tokens.types else declared.get("unk")
-    if unknown is not None:
-        writer.add_unk_token_id(unknown)
-    # Without a token of its own for padding a tokenizer is given its end token; not so a file.
-    if vocabulary.pad_id != vocabulary.eos_id or "pad" in declared:
-        writer.add_pad_token_id(vocabulary.pad_id)
+    if "unk" in tokens.declared:
+        writer.add_unk_token_id(tokens.declared["unk"])
+    if "pad" in tokens.declared:
+        writer.add_pad_token_id(tokens.declared["pad"])
     ends = ([] if end_id is None else [end_id]) + list(vocabulary.end_ids)
     others = [i for i in ends if i != vocabulary.eos_id]
     if others:
@@ -140,9 +133,15 @@ def read_tokens(vocabulary: Vocabulary, folder: Path, rows: int) -> Tokens:
             where=str(folder),
             fix="Tokenizer and weights do not belong together.",
         )
-    unknown = model.get("unk_token")
     tokens = _byte_level(spec, folder) if not model.get("byte_fallback") else _sentencepiece(spec)
-    scores = _scores(model, folder) if tokens.kind == "llama" else {}
+    tokens.declared = _declared(folder, rows)
+    unknown = model.get("unk_token")
+    scores: dict[str, float] = {}
+    if tokens.kind == "llama" and (pieces := _pieces(folder)):
+        scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(pieces.vocab_size())}
+        unknown = pieces.id_to_piece(pieces.unk_id())
+    elif tokens.kind == "llama":
+        scores = _scores_of_merges(model)
     for i in range(rows):
         text = texts.get(i, f"[PAD{i}]")
         kind = _type(text, i in texts, added.get(i), tokens.kind, unknown)
@@ -221,15 +220,18 @@ def _puts_space_first(spec: dict[str, Any]) -> bool:
     return search(spec.get("normalizer")) or search(spec.get("pre_tokenizer"))
 
 
-def _scores(model: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Scores by piece, which say what merges first: of tokenizer.model, else the merges' order."""
+def _pieces(folder: Path) -> Any:
+    """The tokenizer.model of a base, None if it has none."""
     path = folder / "tokenizer.model"
-    if path.is_file():
-        from sentencepiece import SentencePieceProcessor
+    if not path.is_file():
+        return None
+    from sentencepiece import SentencePieceProcessor
 
-        pieces = SentencePieceProcessor(model_file=str(path))
-        ids = range(pieces.vocab_size())
-        return {pieces.id_to_piece(i): float(pieces.get_score(i)) for i in ids}
+    return SentencePieceProcessor(model_file=str(path))
+
+
+def _scores_of_merges(model: dict[str, Any]) -> dict[str, float]:
+    """Scores by piece, which say what merges first, from the order of a tokenizer.json's merges."""
     scores: dict[str, float] = {}
     for rank, merge in enumerate(model["merges"]):
         pair = merge.split(" ") if isinstance(merge, str) else merge
