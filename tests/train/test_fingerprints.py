@@ -134,9 +134,12 @@ def as_before(run: Path, data: Path, base: Path, target: Path, **changed: Any) -
     controls = adapter["template"]["controls"]
     random.Random(0).shuffle(controls)
     adapter["template"]["controls"] = sorted(controls, key=len, reverse=True)
-    assert adapter["template"]["controls"] != json.loads(
-        (run / "adapter" / "vicuna.json").read_text(encoding="utf-8")
-    )["template"]["controls"]
+    assert (
+        adapter["template"]["controls"]
+        != json.loads((run / "adapter" / "vicuna.json").read_text(encoding="utf-8"))["template"][
+            "controls"
+        ]
+    )
     text = json.dumps(adapter, ensure_ascii=False, indent=2)
     (checkpoint / "adapter" / "vicuna.json").write_text(text + "\n", encoding="utf-8")
     state = json.loads((checkpoint / "state.json").read_text())

@@ -53,9 +53,7 @@ def same_data(
     )
 
 
-def _of_split(
-    split: Split, settings: Any, vocabulary: Vocabulary, template: dict[str, Any]
-) -> str:
+def _of_split(split: Split, settings: Any, vocabulary: Vocabulary, template: dict[str, Any]) -> str:
     def of(dataset: Dataset, entries: Sequence[DatasetEntry]) -> str:
         return _of_dataset(dataset, entries, settings, vocabulary, template)
 

@@ -272,7 +272,9 @@ def _refuse_changes(
     """
     # A setting that is newer than the checkpoint had its default then.
     before = {k: old.settings.get(k, TrainSettings.model_fields[k].default) for k in wanted}
-    differs = {k: (before[k], v) for k, v in wanted.items() if _unordered(before[k]) != _unordered(v)}
+    differs = {
+        k: (before[k], v) for k, v in wanted.items() if _unordered(before[k]) != _unordered(v)
+    }
     if not same_data:
         differs["data"] = ("the checkpoint's records", "others")
     refused = [k for k in differs if k not in settings.allow_changes]
