@@ -109,7 +109,7 @@ def os_error(error: BaseException) -> OSError | None:
         return None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
-    if "PytorchStreamWriter failed writing" in str(error):
+    if re.search(r"PytorchStreamWriter failed|inline_container.* unexpected pos", str(error)):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
 

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from vicuna.errors import EXIT_INTERRUPTED
@@ -106,10 +106,9 @@ def children_spared() -> Iterator[None]:
 
 
 def _handle(handler: Any) -> None:
-    try:
+    # Outside the main thread whoever runs it has its own way to stop.
+    with suppress(ValueError):
         signal.signal(signal.SIGINT, handler)
-    except ValueError:  # not in the main thread: whoever runs it there has its own way to stop
-        pass
 
 
 def _unraisable(what: Any) -> None:

@@ -33,8 +33,11 @@ WAYS = [
     {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8", "TZ": "UTC"},
     {"PYTHONHASHSEED": "1", "LC_ALL": "C", "TZ": "Asia/Shanghai"},
     {
-        **{"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "America/St_Johns"},
-        **{"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        "PYTHONHASHSEED": "2",
+        "LC_ALL": "C",
+        "TZ": "America/St_Johns",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
     },
 ]
 # Places in the cache whose names are versions, and that a network is needed for.
@@ -159,9 +162,14 @@ def digest_of_before(data: Path, base: Path, template: dict[str, Any]) -> str:
     v = load_vocabulary(base)
     tokenizer = sha(
         {
-            **{"tokenizer_json": v.tokenizer_json, "bos_id": v.bos_id, "eos_id": v.eos_id},
-            **{"pad_id": v.pad_id, "bos_token": v.bos_token, "eos_token": v.eos_token},
-            **{"end_ids": v.end_ids, "special_tokens": v.special_tokens},
+            "tokenizer_json": v.tokenizer_json,
+            "bos_id": v.bos_id,
+            "eos_id": v.eos_id,
+            "pad_id": v.pad_id,
+            "bos_token": v.bos_token,
+            "eos_token": v.eos_token,
+            "end_ids": v.end_ids,
+            "special_tokens": v.special_tokens,
         }
     )
     key = sha([2, file_hash(data), tokenizer, template, "all", 0, 0, ""])[:32]

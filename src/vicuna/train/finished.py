@@ -1,4 +1,4 @@
-"""Whether a run that is to be resumed is finished: told from its folder, before anything is loaded."""
+"""Whether a run that is to be resumed is finished: told from its folder, nothing is loaded."""
 
 from __future__ import annotations
 

@@ -224,9 +224,9 @@ class Training:
         stop = False
         if s.split.validation and (state.step % self.eval_every == 0 or last):
             stop = self._evaluate()
-        if s.sample_prompts and (state.step % self.sample_every == 0 or last):
-            if not self.signals:
-                self._sample()
+        due = state.step % self.sample_every == 0 or last
+        if s.sample_prompts and due and not self.signals:
+            self._sample()
         # A whole checkpoint at the end, too: it is what adapter/ is made from.
         best_now = bool(s.split.validation) and state.best_step == state.step
         if state.step % s.settings.save_steps == 0 or last or best_now or stop:
