@@ -266,6 +266,8 @@ def main() -> NoReturn:
         # Outside standalone mode typer hands the exit code of a command back.
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == EXIT_INTERRUPTED and interrupts.caught():
+            code = _interrupted(debug)  # typer has made an exit code of it
     except typer.Exit as e:
         code = e.exit_code
     except UserError as e:

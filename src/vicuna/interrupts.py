@@ -39,6 +39,12 @@ def caught() -> bool:
     return _caught
 
 
+def answered() -> None:
+    """The command has said by itself what is kept."""
+    global _caught
+    _caught = False
+
+
 def catch_early() -> None:
     """Before anything is begun, not even imported: there is nothing to clean up."""
 

@@ -41,6 +41,7 @@ def run(words: Sequence[str]) -> int:
         session.run.close()
     folder = session.run.path
     if not outcome.finished:
+        interrupts.answered()
         screen.say(f"stopped after update {outcome.step}; everything up to here is saved")
         screen.say(f"go on with:  vicuna train --resume {folder}")
         return EXIT_INTERRUPTED

@@ -56,7 +56,7 @@ class Training:
         self.parameters = session.learner.parameters
         self.reporters = Reporters(session.settings, session.run)
         self.signals = 0  # how often Ctrl-C, or SIGTERM, came
-        self._saving = self._finishing = False
+        self._updating = self._saving = self._finishing = False
         self._cut_off: set[str] = set()  # sample prompts whose last answer is not whole
         self.first_eval: float | None = None
         self.first_step = session.state.step
@@ -115,6 +115,7 @@ class Training:
         """One update over exactly `batch_size` examples."""
         s, state = self.s, self.state
         began = time.perf_counter()
+        self._updating = True
         examples = self._examples(state.step)
         read, cut_before = time.perf_counter() - began, self._training.seconds
         s.learner.dropout.step = state.step
@@ -134,6 +135,7 @@ class Training:
             state.examples += len(examples)
             state.tokens += tokens
             state.seconds += seconds
+            self._updating = False
             self._note_finite(finite, loss)
         line: dict[str, Any] = {
             "step": state.step,
@@ -338,13 +340,12 @@ class Training:
 
     def _kept(self) -> str:
         """What the first Ctrl-C says."""
-        step = self.state.step
         if self._finishing:
             return "all updates are saved; the adapter is being written (once more: at once)"
-        return (
-            f"stopping after update {min(step + 1, self.state.total)}: everything up to there is "
-            "kept (once more: at once, the update at hand is lost) ..."
-        )
+        kept = f"stopping after update {self.state.step + self._updating}: everything is kept"
+        if self._updating:
+            return f"{kept} (once more: at once, and this update is lost) ..."
+        return f"{kept} (once more: at once) ..."
 
     def _given_up(self) -> Outcome:
         """After the second Ctrl-C: the update at hand is lost, the whole ones are saved.
@@ -353,8 +354,11 @@ class Training:
         """
         s, state = self.s, self.state
         s.optimizer.zero_grad(set_to_none=True)
-        lost = "the evaluation" if state.evaluation_due else f"update {state.step + 1}"
-        s.screen.say(f"{lost} was given up half done and is lost; saving what was before ...")
+        lost = "nothing"
+        if self._updating or state.evaluation_due:
+            half = f"update {state.step + 1}" if self._updating else "the evaluation"
+            lost = f"{half} was given up half done and"
+        s.screen.say(f"{lost} is lost; saving what was done before ...")
         return self._interrupted()
 
     def _lost(self) -> str:
