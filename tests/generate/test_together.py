@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from generate_kit import byte_level, sentencepiece, tiny_llama, vocabulary
-from kit import tiny_model
 
+from kit import tiny_model
 from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, find
 from vicuna.data.types import Turn
@@ -15,7 +15,13 @@ from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.settings import Settings
 from vicuna.generate.together import answer_together, groups
 
-QUESTIONS = ["你好", "The quick brown fox", "月", "你好，我是助手。今天天气很好，我们去公园吧。", "你好"]
+QUESTIONS = [
+    "你好",
+    "The quick brown fox",
+    "月",
+    "你好，我是助手。今天天气很好，我们去公园吧。",
+    "你好",
+]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, sentencepiece])
@@ -25,9 +31,7 @@ def test_answers_are_those_of_each_alone(tokenizer, template: str) -> None:  # t
     renderer = Renderer(find(template, words), Encoder(words))
     engine = open_engine(tiny_llama(400, seed=3, max_position_embeddings=512).float(), 512)
     prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS]
-    alone = [
-        complete(engine, p, Settings(max_new_tokens=24), renderer).answers[0] for p in prompts
-    ]
+    alone = [complete(engine, p, Settings(max_new_tokens=24), renderer).answers[0] for p in prompts]
     together = answer_together(engine, prompts, 24, renderer)
     assert [a.text for a in together] == [a.text for a in alone]
     assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
@@ -73,7 +77,9 @@ def test_scores_that_are_no_numbers_are_told() -> None:
     model = tiny_llama(400)
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        answer_together(open_engine(model, 512), [renderer.prompt([Turn("user", "a")])], 4, renderer)
+        answer_together(
+            open_engine(model, 512), [renderer.prompt([Turn("user", "a")])], 4, renderer
+        )
 
 
 def test_long_prompts_are_answered_alone() -> None:

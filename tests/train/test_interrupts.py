@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_kit import events, same, train, weights
+from run_kit import events, train
 
 from vicuna import cache, interrupts
 from vicuna.train import checkpoint as checkpoints
@@ -206,7 +204,8 @@ def test_every_command_that_writes_leaves_nothing_half_made(
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("interrupted: ")
     assert "Traceback" not in "".join(error)
-    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.old"))
+    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.old"))
     if name != "train":
         assert not list(out.iterdir())
 

@@ -270,7 +270,7 @@ class Training:
 
     def _sample(self) -> None:
         """Answer the sample prompts with the weights as they are now, within the budget."""
-        from vicuna.train.samples import Budget, answer
+        from vicuna.train.samples import Budget, answer, out_of_time
 
         s, state = self.s, self.state
         budget = Budget(s.settings.sample_share, state.seconds, state.sample_seconds)
@@ -288,11 +288,7 @@ class Training:
             state.sample_seconds += budget.used
         self._cut_off = {p for p in prompts if p not in whole}
         if self._cut_off and budget.gone:
-            words = (
-                f"step {state.step}: {len(whole)} of {len(prompts)} sample answers are whole, then "
-                f"their time was used up ({s.settings.sample_share:.0%} of the time trained; "
-                "--sample_share changes it)"
-            )
+            words = out_of_time(state.step, len(whole), len(prompts), s.settings.sample_share)
             s.run.log("warning", step=state.step, message=words)
             s.screen.say(words)
 

@@ -283,11 +283,9 @@ def _refuse_changes(
             [
                 f"{k} was {differs[k][0]} in the checkpoint and is now {differs[k][1]}"
                 for k in refused
-            ]
-            + [
-                "give the old values, allow them by name (--allow_changes "
-                f"{','.join(refused)}), or begin a new run from the weights (--init_adapter)"
-            ]
+            ],
+            fix="Give the old values, allow them by name (--allow_changes "
+            f"{','.join(refused)}), or begin a new run from the weights (--init_adapter).",
         )
     return set(differs)
 

@@ -40,6 +40,14 @@ class Budget:
         return self.used > self._room
 
 
+def out_of_time(step: int, whole: int, asked: int, share: float) -> str:
+    """What is said when answers were cut off."""
+    return (
+        f"step {step}: {whole} of {asked} sample answers are whole, then their time was used up "
+        f"({share:.0%} of the time trained; --sample_share changes it)"
+    )
+
+
 @dataclass
 class Answered:
     """whole: whether it ended, at its end or its greatest length, before it was cut off."""
