@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os.path
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,12 @@ _PLACES = {
     "Finished": "vicuna.generate.events",
     "Settings": "vicuna.generate.settings",
 }
+
+if sys.argv and os.path.splitext(os.path.basename(sys.argv[0]))[0] in ("-m", "vicuna"):
+    # This process is the command: Ctrl-C is answered while libraries are still imported, too.
+    from vicuna.interrupts import catch_early
+
+    catch_early()
 
 
 def __getattr__(name: str) -> Any:

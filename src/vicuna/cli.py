@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from vicuna import interrupts
 from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, UserError
 
 app = typer.Typer(
@@ -260,21 +261,25 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
     sys.argv = [word for word in sys.argv if word != "--debug"]
     _quiet()
+    interrupts.catch()
     try:
         # Outside standalone mode typer hands the exit code of a command back.
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == EXIT_INTERRUPTED and interrupts.caught():
+            code = _interrupted(debug)  # typer has made an exit code of it
     except typer.Exit as e:
         code = e.exit_code
     except UserError as e:
         code = _failed(str(e), debug)
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        code = _interrupted(debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as e:
+        if interrupts.caught():
+            sys.exit(_interrupted(debug))
         # typer's own usage errors (an unknown command) carry a message and a code of their own.
         if type(e).__name__ == "NoArgsIsHelpError":
             print(e, file=sys.stderr)
@@ -288,6 +293,16 @@ def main() -> NoReturn:
             _failed(f"this should not have happened: {words}\nRun it again with --debug", debug)
             code = 1
     sys.exit(code)
+
+
+def _interrupted(debug: bool) -> int:
+    interrupts.leave_at_once()
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(interrupts.line(), file=sys.stderr)
+    return EXIT_INTERRUPTED
 
 
 def _failed(message: str, debug: bool) -> int:

@@ -29,7 +29,7 @@ class UserError(Exception):
 class SettingsError(UserError):
     """Several mistakes in one set of settings, reported together."""
 
-    def __init__(self, mistakes: list[str]) -> None:
+    def __init__(self, mistakes: list[str], fix: str = "") -> None:
         self.mistakes = mistakes
         many = f"{len(mistakes)} mistakes in the settings:\n" if len(mistakes) > 1 else ""
-        super().__init__(many + "\n".join(f"- {m}" if many else m for m in mistakes))
+        super().__init__(many + "\n".join(f"- {m}" if many else m for m in mistakes), fix=fix)

@@ -33,7 +33,8 @@ from vicuna.generate.settings import Settings, biases_of
 from vicuna.memory import choose, plan
 from vicuna.model import adapter, base, mix
 from vicuna.train import loop as training
-from vicuna.train import setup, shrink
+from vicuna.train import origin, samples, setup, shrink
+from vicuna.train.checkpoint import State
 
 CHINESE = partial(say, "zh")
 Say = Callable[..., None]
@@ -212,6 +213,9 @@ def of_trainings(say: Heard) -> None:
     for precision in ("int8", "bf16"):
         state.settings["precision"] = precision
         say.texts.append(shrink.advice(session, 64))
+    say.texts.append(samples.out_of_time(4, 1, 3, 0.1))
+    noted = State(settings={"batch_size": 64})
+    say(origin._refuse_changes, train(batch_size=8), {"batch_size": 8}, noted, False)
     loop: Any = SimpleNamespace(s=session, state=state)
     say(training.Training._note_finite, loop, False, 1.0)
     state.step = 0

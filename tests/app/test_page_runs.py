@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from app_kit import write_run
 from run_kit import save_tiny_model, write_data
 
-from vicuna.app import run_process
+from vicuna.app import run_process, train_html
 from vicuna.app.runs import Run, Runs
+from vicuna.app.words import texts
 from vicuna.errors import SettingsError, UserError
 
 
@@ -155,6 +156,7 @@ WARNED = {"event": "warning", "step": 3, "time": 9.0}
             "disk: full\nFree some space.",
         ),
         ([], "1/9\n\ninterrupted\n", "stopped", ""),
+        ([], "1/9\ninterrupted: update 3 is lost\n", "stopped", ""),
         ([], "error: old\n$ vicuna train\nerror: new\n", "failed", "new"),
         # Started in a terminal: there is the log alone.
         ([{**WARNED, "message": "UserError: out of memory"}], None, "failed", "out of memory"),
@@ -168,6 +170,36 @@ def test_the_state_of_a_run_whose_process_is_gone(
     write_run(tmp_path / "runs" / "r", *events, output=output)
     run = Runs(tmp_path / "runs").get("r")
     assert (run.state, run.words) == (state, words)
+
+
+def test_a_paused_run_that_is_refused_stays_paused_and_says_what_differs(place: Path) -> None:
+    """Its data was changed since: nothing of it is touched, and it goes on once that is undone."""
+    data = place / "changing.jsonl"
+    write_data(data, 24)
+    before = data.read_bytes()
+    runs = Runs(place / "runs")
+    runs.start(recipe(place, dataset=[str(data)], max_steps=100_000), "refused")
+    wait(lambda: runs.get("refused"), lambda r: r.log.step > 1)
+    runs.pause("refused")
+    wait(lambda: runs.get("refused"), lambda r: not r.working)
+    write_data(data, 24, shift=7)
+    runs.resume("refused")
+    run = wait(lambda: runs.get("refused"), lambda r: not r.working)
+    assert run.state == "paused"
+    what, way_out = run.words.split("\n")
+    assert what == "data was the checkpoint's records in the checkpoint and is now others"
+    assert "--allow_changes data" in way_out
+    html = train_html.head(run, lambda key, **fields: texts()[key][1].format(**fields))
+    assert "仍为暂停" in html
+    assert "data 在检查点里是" in html
+    assert "失败" not in html
+    data.write_bytes(before)
+    done = run.log.step
+    runs.resume("refused")
+    wait(lambda: runs.get("refused"), lambda r: r.log.step > done)
+    runs.stop("refused")
+    wait(lambda: runs.get("refused"), lambda r: not r.working)
+    runs.delete("refused")
 
 
 HOLD = (

@@ -26,6 +26,8 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=byte_level(), bos_token="<s>", eos_token="<|im_end|>", pad_token="</s>"
     )
+    # Many of one length, as real tokenizers have them: their order must come from nowhere else.
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|x{i}|>" for i in range(9)]})
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
     eos = tokenizer.eos_token_id

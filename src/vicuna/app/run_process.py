@@ -138,7 +138,7 @@ def last_error(folder: Path, process: Process | None) -> str:
         if lines[at].startswith(ERROR):
             return "\n".join(lines[at:]).removeprefix(ERROR).strip()
     said = [line for line in lines if line]
-    return INTERRUPTED if said and said[-1] == INTERRUPTED else ""
+    return INTERRUPTED if said and said[-1].startswith(INTERRUPTED) else ""
 
 
 def tail(folder: Path, begin: int = 0) -> str:

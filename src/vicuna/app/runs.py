@@ -35,7 +35,8 @@ _NAME = re.compile(r"\w[\w.\- ]{0,79}")
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is now. words: of an error, what the user should read."""
+    """A run as it is now. words: of an error, what the user should read; of a paused run, why it
+    was not resumed."""
 
     path: Path
     state: State
@@ -241,9 +242,14 @@ def _state(path: Path, process: Process | None, alive: bool, log: RunLog) -> tup
     if ended:
         return ("paused" if log.end.get("reason") == "interrupted" else "finished"), ""
     words = run_process.last_error(path, process) or _logged_error(log, process)
+    kept = any((path / "checkpoints").glob("step-*"))
     if words and words != INTERRUPTED:
-        return "failed", words
+        begun = process is None or float(log.began.get("time", 0.0)) >= process.created
+        # Refused before it began: nothing of the run was touched, it can go on as before.
+        return ("paused" if kept and not begun else "failed"), words
     asked = process.asked if process else ""
+    if asked == "pause" and kept:
+        return "paused", ""
     return ("stopped", "") if asked or words else ("killed", "")
 
 

@@ -71,6 +71,9 @@ def _words(run: Run, say: Say) -> str:
     found = ""
     if run.state == "failed":
         found += note("error", *in_words(run.words, say).split("\n", 1))
+    elif run.words:
+        head, *more = in_words(run.words, say).split("\n", 1)
+        found += note("warn", say("train.not_resumed", words=head), *more)
     elif run.state in _EXPLAINED:
         kind = {"killed": "error", "starting": "busy", "pausing": "busy"}.get(run.state, "good")
         found += note(kind, say(f"train.{run.state}_words"))
@@ -146,7 +149,8 @@ def other_charts(run: Run, say: Say) -> str:
 def samples(run: Run, say: Say) -> str:
     """The newest answer to each question, and the earlier ones folded away."""
     if not run.log.samples:
-        return note("empty", say("train.no_samples"))
+        asked = bool(run.settings().get("sample_prompts"))
+        return note("empty", say("train.samples_to_come" if asked else "train.no_samples"))
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in run.log.samples:
         by_prompt.setdefault(str(sample.get("prompt", "")), []).append(sample)

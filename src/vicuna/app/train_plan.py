@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vicuna.app.run_process import ERROR
+from vicuna.cache import scratch_folder
 from vicuna.config import TrainSettings
 from vicuna.data import dataset
 from vicuna.data.commands import renderer_for
@@ -53,7 +53,7 @@ def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
     import yaml
 
     chosen = {**chosen, "cutoff_len": longest}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("plan") as folder:
         recipe = Path(folder) / "plan.yaml"
         recipe.write_text(yaml.safe_dump(dict(chosen), allow_unicode=True), encoding="utf-8")
         try:

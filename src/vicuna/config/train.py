@@ -104,6 +104,10 @@ class TrainSettings(DataSettings):
         0, "Watching", "answer them every so many steps; 0: at evaluations", ge=0
     )
     sample_tokens: int = setting(96, "Watching", "longest of these answers in tokens", ge=1)
+    sample_share: float = setting(
+        0.1, "Watching", "share of the time trained that these answers may take; 0: no limit",
+        ge=0, le=10,
+    )  # fmt: skip
     logging_steps: int = setting(
         1, "Watching", "write a line to log.jsonl every so many steps", ge=1
     )

@@ -7,7 +7,6 @@ safetensors, Meta's. Nothing is rounded but what a GGUF file holds in few bits.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna import config
-from vicuna.cache import whole_folder
+from vicuna.cache import scratch_folder, whole_folder
 from vicuna.config import ConvertModelSettings
 from vicuna.convert import meta
 from vicuna.convert.output import (
@@ -187,6 +186,6 @@ def _opener(folder: Path, settings: ConvertModelSettings, stack: ExitStack) -> C
 def _in_meta(folder: Path, stack: ExitStack) -> Scorer:
     """A model in Meta's layout as its own params.json describes it."""
     weights = meta.MetaWeights(folder)
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    place = Path(stack.enter_context(scratch_folder("meta")))
     write_json(place / "config.json", meta.config_of(weights.params, weights))
     return FolderScorer(place, weights)

@@ -29,7 +29,8 @@ class ChatTemplate(Template):
     ) -> None:
         self.name = name
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
-        self.controls = sorted(set(controls) | {eos_token}, key=len, reverse=True)
+        # Longest first, for patterns; a total order, because it gets into the template's digest.
+        self.controls = sorted(set(controls) | {eos_token}, key=lambda t: (-len(t), t))
         self._compiled = _compile(source)
         self.end_token, self._tail = self._find_end()
         self._lead = self._find_lead()

@@ -70,10 +70,10 @@ class Dataset:
         return Lengths(self.column("length"), self.column("first_target"))
 
     def digest(self) -> str:
-        """A hash of exactly which examples these are, in order."""
+        """A hash of exactly which examples these are, in order: of their tokens and labels."""
         digest = hashlib.sha256(f"{self.cutoff};".encode())
         for source in self.sources:
-            digest.update(source.store.folder.name.encode())
+            digest.update(source.store.digest().encode())
             digest.update(source.keep.tobytes())
         return digest.hexdigest()[:32]
 
@@ -206,6 +206,7 @@ class Split:
     digest: str
     report: DataReport
     notes: list[str]
+    held_out: Dataset | None = None  # a data set of its own that is not trained on
 
 
 def split(
@@ -252,8 +253,9 @@ def split(
     )
     words = cutoff_words(lengths, dataset.cutoff)
     return Split(
-        dataset, order, validation, len(training), digest.hexdigest()[:32], report, [words]
-    )
+        dataset, order, validation, len(training), digest.hexdigest()[:32], report, [words],
+        held_out,
+    )  # fmt: skip
 
 
 def describe(split: Split) -> dict[str, Any]:

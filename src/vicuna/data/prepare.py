@@ -32,6 +32,7 @@ from vicuna.data.store import Store, StoreWriter, index_rows
 from vicuna.data.template import Renderer, from_dict
 from vicuna.data.template_base import TrainTurns
 from vicuna.data.types import Conversation, Problem, Raw, Turn
+from vicuna.interrupts import children_spared
 
 # Counts up when anything here changes what a record becomes.
 FORMAT = 2
@@ -133,15 +134,25 @@ def _work_through(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterato
             yield state.batch(str(path), chunk)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (recipe,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (recipe,)) as pool, _ending(pool):
         # A bounded window: the reader must not run ahead and fill the memory.
         waiting: deque[Future[Batch]] = deque()
         while chunk := list(islice(records, CHUNK)):
-            waiting.append(pool.submit(_batch, str(path), chunk))
+            with children_spared():
+                waiting.append(pool.submit(_batch, str(path), chunk))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+@contextmanager
+def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Whoever leaves early does not wait for chunks that nobody began."""
+    try:
+        yield
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _limited(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:

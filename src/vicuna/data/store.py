@@ -2,11 +2,12 @@
 
 A store is a folder: `ids.bin` (int32), `labels.bin` (uint8), `index.npy` (one row an example),
 `lines.npy`, `exact.npy`, `near.npy` (one row a used record; the latter two to find duplicates),
-`report.json` (what happened to each record).
+`report.json` (what happened to each record), `digest` (of the tokens and labels).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class StoreWriter:
         self._index: list[np.ndarray] = []
         self._lines: list[np.ndarray] = []
         self._offset = self._records = 0
+        self._hashes = hashlib.sha256(), hashlib.sha256()
 
     def add(
         self, ids: np.ndarray, labels: np.ndarray, index: np.ndarray, lines: np.ndarray
@@ -47,8 +49,10 @@ class StoreWriter:
         Args:
             lines: int32, the line of each record of the batch.
         """
-        self._ids.write(ids.tobytes())
-        self._labels.write(labels.tobytes())
+        for file, digest, values in zip((self._ids, self._labels), self._hashes, (ids, labels)):
+            content = values.tobytes()
+            digest.update(content)
+            file.write(content)
         index = index.copy()
         index["offset"] += self._offset
         index["record"] += self._records
@@ -67,6 +71,7 @@ class StoreWriter:
         np.save(self.folder / "lines.npy", lines)
         np.save(self.folder / "exact.npy", exact)
         np.save(self.folder / "near.npy", near)
+        (self.folder / "digest").write_text(_digest(*self._hashes, index))
         text = json.dumps(report, ensure_ascii=False)
         (self.folder / "report.json").write_text(text, encoding="utf-8", errors="replace")
 
@@ -88,6 +93,14 @@ class Store:
         loaded: dict[str, Any] = json.loads((self.folder / "report.json").read_text("utf-8"))
         return loaded
 
+    def digest(self) -> str:
+        """A hash of all examples: of what records became, not of how that came about."""
+        noted = self.folder / "digest"
+        if noted.is_file():
+            return noted.read_text()
+        # Made before it was noted.
+        return _digest(hashlib.sha256(self._ids), hashlib.sha256(self._labels), self.index)
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -106,6 +119,13 @@ class Store:
             return Example(ids, labels)
         stop = start + length
         return Example(np.array(self._ids[start:stop]), np.array(self._labels[start:stop]))
+
+
+def _digest(ids: Any, labels: Any, index: np.ndarray) -> str:
+    """One hash of tokens, labels and where one example ends and the next begins."""
+    whole = hashlib.sha256(ids.digest() + labels.digest())
+    whole.update(np.ascontiguousarray(index["length"]).tobytes())
+    return whole.hexdigest()
 
 
 def _map(path: Path, dtype: Any) -> np.ndarray:

@@ -34,7 +34,7 @@ def adapter_file(adapter: AdapterFiles, config: dict[str, Any]) -> Path:
     """
     lora = adapter.lora
     digest = hashlib.sha256(repr((config, lora.rank, lora.alpha, lora.rslora)).encode())
-    for key, tensor in adapter.tensors.items():
+    for key, tensor in sorted(adapter.tensors.items()):
         digest.update(key.encode() + tensor.float().contiguous().numpy().tobytes())
     target = cache_dir("gguf", f"lora-{digest.hexdigest()[:16]}-{_FORMAT}.gguf")
     if not target.is_file():

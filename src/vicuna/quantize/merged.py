@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from vicuna.cache import scratch_folder
 
 if TYPE_CHECKING:
     from vicuna.export.source import Source
@@ -43,7 +44,7 @@ def merged_folder(source: Source) -> Iterator[Path]:
     plan = [
         replace(p, read=partial(_sum, weights, addition, p.name, p.dtype)) for p in copies(weights)
     ]
-    with tempfile.TemporaryDirectory(prefix="vicuna-merged-") as name:
+    with scratch_folder("merged") as name:
         folder = Path(name)
         check_space(folder, sum(p.size for p in plan))
         copy_side_files(source.folder, folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from vicuna.cache import scratch_folder
 from vicuna.errors import UserError
+from vicuna.interrupts import children_spared
 from vicuna.quantize import worker
 
 Progress = Callable[[int, int], None]
@@ -65,14 +66,15 @@ class _Worker:
     def __init__(self, python: Path, task: str, job: dict[str, Any], progress: Progress) -> None:
         self._progress, self._tail = progress, deque[str](maxlen=_TAIL)
         self._error, self._layers = "", 0
-        self._folder = tempfile.TemporaryDirectory(prefix="vicuna-job-")
+        self._folder = scratch_folder("job")
         path = Path(self._folder.name) / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
-        self._process = subprocess.Popen(
-            [str(python), worker.__file__, task, str(path)],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=_environment(), cwd=self._folder.name,
-        )  # fmt: skip
+        with children_spared():  # it is ended from here
+            self._process = subprocess.Popen(
+                [str(python), worker.__file__, task, str(path)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env=_environment(), cwd=self._folder.name,
+            )  # fmt: skip
         assert self._process.stderr is not None
         self._listener = Thread(target=self._listen, args=(self._process.stderr,), daemon=True)
         self._listener.start()

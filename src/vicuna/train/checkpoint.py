@@ -31,6 +31,7 @@ class State:
 
     step: steps done. data_offset: step k takes the data of step k - data_offset. cut: how steps are
     cut into micro-batches. settings: those that decide the result, for comparison on resume.
+    sample_seconds: spent on sample answers. evaluation_due: the one after this step was given up.
     """
 
     step: int = 0
@@ -50,6 +51,8 @@ class State:
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     last_loss: float | None = None
+    sample_seconds: float = 0.0
+    evaluation_due: bool = False
 
 
 def name_of(step: int) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
-from vicuna import config
-from vicuna.errors import EXIT_INTERRUPTED
+from vicuna import config, interrupts
+from vicuna.errors import EXIT_INTERRUPTED, UserError
+from vicuna.train.finished import finished
 from vicuna.train.screen import Screen
 
 
@@ -16,6 +18,13 @@ def run(words: Sequence[str]) -> int:
     """
     settings, given = config.parse(config.TrainSettings, words)
     screen = Screen()
+    if end := finished(settings, given):
+        screen.say(f"this run is finished: {end.steps} updates, {end.reason}")
+        screen.say(f"adapter    {end.run / 'adapter'}")
+        screen.say(f"learn on:  vicuna train --init_adapter {end.run} --dataset FILE")
+        return 0
+    again = f"vicuna train --resume {settings.resume}" if settings.resume else "the same command"
+    interrupts.keeps(f"no update was begun, and nothing is lost; start again with: {again}")
     # torch and transformers are imported from here on, after the settings are known to be good.
     from vicuna.train.loop import Outcome, Training
     from vicuna.train.setup import prepare
@@ -24,12 +33,15 @@ def run(words: Sequence[str]) -> int:
     try:
         outcome: Outcome = Training(session).run()
     except BaseException as e:
-        session.run.log("warning", step=session.state.step, message=f"{type(e).__name__}: {e}")
+        # A disk that is full has no room for these words either.
+        with contextlib.suppress(UserError):
+            session.run.log("warning", step=session.state.step, message=f"{type(e).__name__}: {e}")
         raise
     finally:
         session.run.close()
     folder = session.run.path
     if not outcome.finished:
+        interrupts.answered()
         screen.say(f"stopped after update {outcome.step}; everything up to here is saved")
         screen.say(f"go on with:  vicuna train --resume {folder}")
         return EXIT_INTERRUPTED

@@ -10,14 +10,15 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vicuna import interrupts
 from vicuna.cache import whole_folder
 from vicuna.data.encode import Example
 from vicuna.errors import UserError
@@ -31,6 +32,7 @@ from vicuna.train.shrink import EVALUATION, TRAINING, Shrinking, advice
 
 FP16_SCALE_GROWS_EVERY = 500
 FP16_SCALE_MAX = 65536.0
+EARLY = "no lower validation loss"
 
 
 @dataclass
@@ -43,7 +45,6 @@ class Outcome:
     first_eval: float | None = None
     best_eval: float | None = None
     last_loss: float | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Training:
@@ -54,7 +55,9 @@ class Training:
         self.state = session.state
         self.parameters = session.learner.parameters
         self.reporters = Reporters(session.settings, session.run)
-        self.stop_signal: int | None = None
+        self.signals = 0  # how often Ctrl-C, or SIGTERM, came
+        self._updating = self._saving = self._finishing = False
+        self._cut_off: set[str] = set()  # sample prompts whose last answer is not whole
         self.first_eval: float | None = None
         self.first_step = session.state.step
         self._training = Shrinking(session, TRAINING)
@@ -82,22 +85,37 @@ class Training:
             s.run.log("warning", step=state.step, message=words)
         if s.split.validation and not s.resumed:
             self._evaluate()
-        reason = "done"
-        with self._signals(), s.screen.bar(state.total, state.step) as show:
-            while state.step < state.total:
-                line = self._step()
-                show(state.step, _words(line))
-                if self._between():
-                    reason = "no lower validation loss"
-                    break
-                if self.stop_signal is not None:
-                    return self._interrupted()
-        return self._finish(reason)
+        with self._signals():
+            try:
+                with s.screen.bar(state.total, state.step) as show:
+                    reason = self._loop(show)
+            except KeyboardInterrupt:
+                if self.signals > 2:
+                    raise
+                return self._given_up()
+            if not reason:
+                return self._interrupted()
+            return self._finish(reason)
+
+    def _loop(self, show: Callable[[int, str], None]) -> str:
+        """Update after update; why it ended, "" where it was interrupted."""
+        state = self.state
+        if state.evaluation_due and self._between():
+            return EARLY
+        while state.step < state.total:
+            line = self._step()
+            show(state.step, _words(line))
+            if self._between():
+                return EARLY
+            if self.signals and state.step < state.total:
+                return ""
+        return "done"
 
     def _step(self) -> dict[str, Any]:
         """One update over exactly `batch_size` examples."""
         s, state = self.s, self.state
         began = time.perf_counter()
+        self._updating = True
         examples = self._examples(state.step)
         read, cut_before = time.perf_counter() - began, self._training.seconds
         s.learner.dropout.step = state.step
@@ -108,14 +126,17 @@ class Training:
         )
         supervised = sum(p.supervised for p in packs)
         rate = s.schedule.rate(state.step)
-        norm, finite = self._update(loss, rate)
-        tokens = sum(p.tokens for p in packs)
-        seconds = time.perf_counter() - began
-        state.step += 1
-        state.examples += len(examples)
-        state.tokens += tokens
-        state.seconds += seconds
-        self._note_finite(finite, loss)
+        # Weights and state change together: a second Ctrl-C finds them whole.
+        with interrupts.shielded():
+            norm, finite = self._update(loss, rate)
+            tokens = sum(p.tokens for p in packs)
+            seconds = time.perf_counter() - began
+            state.step += 1
+            state.examples += len(examples)
+            state.tokens += tokens
+            state.seconds += seconds
+            self._updating = False
+            self._note_finite(finite, loss)
         line: dict[str, Any] = {
             "step": state.step,
             "loss": round(loss, 6) if math.isfinite(loss) else None,
@@ -205,7 +226,8 @@ class Training:
         stop = False
         if s.split.validation and (state.step % self.eval_every == 0 or last):
             stop = self._evaluate()
-        if s.sample_prompts and (state.step % self.sample_every == 0 or last):
+        due = state.step % self.sample_every == 0 or last
+        if s.sample_prompts and due and not self.signals:
             self._sample()
         # A whole checkpoint at the end, too: it is what adapter/ is made from.
         best_now = bool(s.split.validation) and state.best_step == state.step
@@ -217,9 +239,11 @@ class Training:
         """Mean loss over the held-out examples; whether patience has run out."""
         s, state = self.s, self.state
         began = time.perf_counter()
+        state.evaluation_due = True
         _, (loss, count) = self._evaluation.run(
             s.split.validation, lambda packs, _: s.learner.mean_loss(packs)
         )
+        state.evaluation_due = False
         if self.first_eval is None:
             self.first_eval = loss
         # What the run began with is what to beat, not a result.
@@ -245,19 +269,39 @@ class Training:
         return bool(patience) and state.evaluations_without_gain >= patience
 
     def _sample(self) -> None:
-        """Answer the sample prompts with the weights as they are now."""
-        from vicuna.train.samples import answer
+        """Answer the sample prompts with the weights as they are now, within the budget."""
+        from vicuna.train.samples import Budget, answer, out_of_time
 
-        s = self.s
-        for prompt, text in answer(s, s.sample_prompts, s.settings.sample_tokens):
-            s.run.log("sample", step=self.state.step, prompt=prompt, answer=text)
-            s.screen.say(f"step {self.state.step}: {prompt!r} -> {text!r}")
+        s, state = self.s, self.state
+        budget = Budget(s.settings.sample_share, state.seconds, state.sample_seconds)
+        # What was cut off last time is asked first.
+        prompts = sorted(s.sample_prompts, key=lambda p: p not in self._cut_off)
+        s.screen.say(f"step {state.step}: answering {len(prompts)} sample prompts ...")
+        whole = []
+        try:
+            for answered in answer(s, prompts, lambda: budget.gone or self.signals > 0):
+                s.run.log("sample", step=state.step, **asdict(answered))
+                cut = "" if answered.whole else " (cut off)"
+                s.screen.say(f"step {state.step}: {answered.prompt!r} -> {answered.answer!r}{cut}")
+                whole += [answered.prompt] * answered.whole
+        finally:
+            state.sample_seconds += budget.used
+        self._cut_off = {p for p in prompts if p not in whole}
+        if self._cut_off and budget.gone:
+            words = out_of_time(state.step, len(whole), len(prompts), s.settings.sample_share)
+            s.run.log("warning", step=state.step, message=words)
+            s.screen.say(words)
 
     def _save(self) -> None:
         s, state = self.s, self.state
-        target = checkpoints.save(
-            s.run.checkpoints, state, s.learner.model, s.optimizer, list(self.parameters), s.meta
-        )
+        self._saving = True
+        try:
+            target = checkpoints.save(
+                s.run.checkpoints, state, s.learner.model, s.optimizer, list(self.parameters),
+                s.meta,
+            )  # fmt: skip
+        finally:
+            self._saving = False
         s.run.log("checkpoint", step=state.step, path=str(target.relative_to(s.run.path)))
         spare = [checkpoints.name_of(state.best_step)] if state.best_loss is not None else []
         checkpoints.prune(s.run.checkpoints, s.settings.save_total_limit, spare)
@@ -266,13 +310,18 @@ class Training:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after the step at hand; the second at once."""
+        """Ctrl-C and SIGTERM: the first ends the run after the update at hand, the second gives
+        that up. A checkpoint that is being written is finished first; the third gives it up."""
 
-        def note(number: int, _: Any) -> None:
-            if self.stop_signal is not None:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-            self.s.screen.say("stopping after this update (once more to stop at once) ...")
+        def note(*_: Any) -> None:
+            self.signals += 1
+            if self.signals == 1:
+                self.s.screen.say(self._kept())
+            elif self.signals == 2 and self._saving:
+                self.s.screen.say("a checkpoint is being written; once more: at once, without it")
+            else:
+                interrupts.keeps(self._lost())
+                interrupts.interrupt()
 
         try:
             old = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -285,6 +334,40 @@ class Training:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    def _kept(self) -> str:
+        """What the first Ctrl-C says."""
+        if self._finishing:
+            return "all updates are saved; the adapter is being written (once more: at once)"
+        kept = f"stopping after update {self.state.step + self._updating}: everything is kept"
+        if self._updating:
+            return f"{kept} (once more: at once, and this update is lost) ..."
+        return f"{kept} (once more: at once) ..."
+
+    def _given_up(self) -> Outcome:
+        """After the second Ctrl-C: the update at hand is lost, the whole ones are saved.
+
+        Raises: KeyboardInterrupt at the third.
+        """
+        s, state = self.s, self.state
+        s.optimizer.zero_grad(set_to_none=True)
+        lost = "nothing"
+        if self._updating or state.evaluation_due:
+            half = f"update {state.step + 1}" if self._updating else "the evaluation"
+            lost = f"{half} was given up half done and"
+        s.screen.say(f"{lost} is lost; saving what was done before ...")
+        return self._interrupted()
+
+    def _lost(self) -> str:
+        """What is lost, and kept, where nothing more is written."""
+        step, again = self.state.step, f"go on with: vicuna train --resume {self.s.run.path}"
+        saved = [int(p.name[5:]) for p in checkpoints.all_of(self.s.run.checkpoints)]
+        last = max((k for k in saved if k <= step), default=0)
+        if last == step:
+            return f"everything up to update {step} is kept; {again}"
+        updates = f"updates {last + 1} to {step} are" if step - last > 1 else f"update {step} is"
+        kept = f"those up to {last} are kept" if last else "there is no checkpoint yet"
+        return f"{updates} lost, {kept}; {again}"
+
     def _interrupted(self) -> Outcome:
         state = self.state
         if not (self.s.run.checkpoints / checkpoints.name_of(state.step)).is_dir():
@@ -294,6 +377,7 @@ class Training:
 
     def _finish(self, reason: str) -> Outcome:
         s, state = self.s, self.state
+        self._finishing = True
         best = s.settings.final_adapter == "best" and bool(s.split.validation)
         source = s.run.checkpoints / checkpoints.name_of(state.best_step if best else state.step)
         took = state.best_step if best and source.is_dir() else state.step

@@ -15,11 +15,13 @@ import torch
 from vicuna import config
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
+from vicuna.data.encode import Vocabulary
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import load
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.checkpoint import State
+from vicuna.train.old_digest import same_data
 from vicuna.train.schedule import Schedule, continued_total, warmup_steps
 from vicuna.train.screen import Screen
 
@@ -207,6 +209,7 @@ def begin(
     split: datasets.Split,
     precision: str,
     rows: int,
+    vocabulary: Vocabulary,
 ) -> tuple[State, Schedule]:
     """The state before the first step, and the schedule of learning rates.
 
@@ -214,6 +217,7 @@ def begin(
         given: what the user said by name.
         precision: the type of the base that was chosen. rows: tokens to compute at a time, where no
             checkpoint says it.
+        vocabulary: of the base.
 
     Raises: SettingsError where a resumed run would not be the one it was.
     """
@@ -227,7 +231,9 @@ def begin(
     }
     old = origin.state
     if origin.kind == "resume" and old is not None:
-        changed = _refuse_changes(settings, wanted, old, split.digest)
+        template = origin.adapter.meta.get("template", {}) if origin.adapter else {}
+        same = old.data == split.digest or same_data(old, split, settings, vocabulary, template)
+        changed = _refuse_changes(settings, wanted, old, same)
         state = State(**{**old.__dict__, "settings": wanted, "data": split.digest})
         if changed & SCHEDULE:
             state.total = own_steps
@@ -255,16 +261,21 @@ def begin(
 
 
 def _refuse_changes(
-    settings: TrainSettings, wanted: dict[str, Any], old: State, digest: str
+    settings: TrainSettings, wanted: dict[str, Any], old: State, same_data: bool
 ) -> set[str]:
     """What differs from the checkpoint, all of it allowed.
+
+    Args:
+        same_data: whether the records are the checkpoint's.
 
     Raises: SettingsError that lists what is not.
     """
     # A setting that is newer than the checkpoint had its default then.
     before = {k: old.settings.get(k, TrainSettings.model_fields[k].default) for k in wanted}
-    differs = {k: (before[k], v) for k, v in wanted.items() if before[k] != v}
-    if old.data != digest:
+    differs = {
+        k: (before[k], v) for k, v in wanted.items() if _unordered(before[k]) != _unordered(v)
+    }
+    if not same_data:
         differs["data"] = ("the checkpoint's records", "others")
     refused = [k for k in differs if k not in settings.allow_changes]
     if refused:
@@ -272,10 +283,13 @@ def _refuse_changes(
             [
                 f"{k} was {differs[k][0]} in the checkpoint and is now {differs[k][1]}"
                 for k in refused
-            ]
-            + [
-                "give the old values, allow them by name (--allow_changes "
-                f"{','.join(refused)}), or begin a new run from the weights (--init_adapter)"
-            ]
+            ],
+            fix="Give the old values, allow them by name (--allow_changes "
+            f"{','.join(refused)}), or begin a new run from the weights (--init_adapter).",
         )
     return set(differs)
+
+
+def _unordered(value: Any) -> Any:
+    """A setting without the order of its words, which decides nothing."""
+    return sorted(value) if isinstance(value, list) else value

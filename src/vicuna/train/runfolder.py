@@ -10,15 +10,17 @@ loss.png
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import shutil
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vicuna.cache import disk_error
+from vicuna.cache import disk_error, sweep, whole_file
 from vicuna.errors import UserError
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
@@ -39,6 +41,16 @@ class RunFolder:
             raise disk_error(e, path) from e
         _lock(self._lock, path)
         self._log: IO[str] | None = None
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Clean up what a killed process left: this one has the lock."""
+        sweep(self.path)
+        for name in ("config.yaml", "data.json", "log.jsonl"):
+            (self.path / f".{name}.part").unlink(missing_ok=True)  # of versions before
+        sweep(self.checkpoints, locked=True)
+        for gone in self.checkpoints.glob(".step-*.old"):
+            shutil.rmtree(gone, ignore_errors=True)  # was being removed as one too many
 
     @property
     def checkpoints(self) -> Path:
@@ -55,12 +67,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a small file in one instant."""
-        aside = self.path / f".{name}.part"
-        try:
+        with whole_file(self.path / name) as aside:
             aside.write_text(text, encoding="utf-8", errors="replace")
-            aside.rename(self.path / name)
-        except OSError as e:
-            raise disk_error(e, self.path / name) from e
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
@@ -100,7 +108,9 @@ class RunFolder:
 
     def close(self) -> None:
         if self._log is not None:
-            self._log.close()
+            # On a full disk what could not be written would be tried again.
+            with contextlib.suppress(OSError):
+                self._log.close()
         self._lock.close()
 
 

@@ -22,6 +22,7 @@ from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import dropout, fused, kernels, load
+from vicuna.model.adapter_files import CONFIG, read_json
 from vicuna.model.base import locate
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
@@ -100,7 +101,9 @@ def _build(
     settings, chosen = hardware.settings, hardware.precision
     learner, context = _learner(hardware, origin, folder, split, screen)
     names = list(learner.parameters)
-    state, schedule = origins.begin(settings, given, origin, split, chosen.precision, hardware.rows)
+    state, schedule = origins.begin(
+        settings, given, origin, split, chosen.precision, hardware.rows, vocabulary
+    )
     optimizer = optimizers.build(settings, learner.parameters, learner.device)
     if origin.checkpoint is not None:
         checkpoints.restore_optimizer(origin.checkpoint, optimizer, names)
@@ -273,6 +276,8 @@ def _learner(
         )
         if origin.adapter is not None:
             peft = adapters.attach_saved(model, origin.adapter, settings.lora_dropout)
+            if origin.kind == "resume":
+                _name_alike(peft, origin.adapter)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
@@ -293,6 +298,14 @@ def _learner(
     learner.packed_attention()
     peft.train()
     return learner, context
+
+
+def _name_alike(peft: Any, saved: adapters.AdapterFiles) -> None:
+    """Name the adapted layers as the checkpoint does: in full where the run was begun with `all`,
+    so that a resumed run's adapter_config.json has the bytes of one that was never stopped."""
+    noted = read_json(saved.path / CONFIG).get("target_modules")
+    if isinstance(noted, list):
+        peft.peft_config["default"].target_modules = set(noted)
 
 
 def _base_name(model: str, folder: Path | None = None) -> str:

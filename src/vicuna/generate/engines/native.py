@@ -15,10 +15,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
-from vicuna.cache import cache_dir, whole_folder
+from vicuna.cache import cache_dir, scratch_folder, whole_folder
 from vicuna.errors import UserError
 
 # Only what the engine calls: no server, no tools, nothing that is fetched while it is built.
@@ -61,7 +60,7 @@ def build(version: str) -> Path:
             where="engine llama.cpp",
             fix="Debian, Ubuntu: apt install cmake g++. The wheel works without it, slower.",
         )
-    with tempfile.TemporaryDirectory() as scratch, whole_folder(place(version)) as target:
+    with scratch_folder("build") as scratch, whole_folder(place(version)) as target:
         work = Path(scratch)
         _run("pip download", [
             sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary",

@@ -1,0 +1,113 @@
+"""Several prompts answered at once, greedily, over any engine that grows a tree.
+
+What all prompts begin with is the trunk. Behind it each prompt is a branch, and all branches grow
+by one token a step: first by what is left of the prompt, then by its answer. A step over many rows
+takes hardly longer than over one, because the weights are read once.
+
+    trunk    <s> user: |
+    row 0              | 你 好 assistant: *  *  *  *         the answer, while others still read
+    row 1              | 写 一 首 诗 assistant: *  *
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+
+import torch
+
+from vicuna.data.template import Renderer
+from vicuna.errors import UserError
+from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
+from vicuna.generate.events import Answer, FinishReason
+from vicuna.generate.hypotheses import Grower
+from vicuna.generate.stream import TextStream
+from vicuna.generate.tree import Node
+
+
+def answer_together(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    longest: int,
+    renderer: Renderer,
+    cancel: Callable[[], bool] = never,
+) -> list[Answer]:
+    """The greedy answers: those of `complete`, up to the rounding of a product of more rows.
+
+    Args:
+        prompts: token ids, each shorter than the engine's context; at most `engine.max_rows`.
+        longest: tokens of the longest answer.
+        cancel: asked before each step; once true, answers end with what was said.
+
+    Raises: UserError where the scores are no numbers.
+    """
+    shared = _shared(prompts)
+    ends = frozenset(renderer.stop_ids)
+    stream = TextStream(renderer.encoder)
+    growers = [Grower(stream, ends, longest, engine.context_length - len(p)) for p in prompts]
+    waiting = [list(p[shared:]) for p in prompts]
+    nodes = [Node() for _ in prompts]
+    broken: FinishReason = "cancelled"
+    try:
+        scores = engine.prefill(prompts[0][:shared], cancel)[None].expand(len(prompts), -1)
+        live, begun = list(range(len(prompts))), False
+        while True:
+            tokens = _grow(scores, live, waiting, nodes, growers)
+            kept = [k for k, row in enumerate(live) if not nodes[row].reason]
+            if not kept:
+                break
+            if cancel():
+                raise Cancelled
+            # First every row forks from the trunk's one end, then each grows from itself.
+            scores = engine.step([tokens[k] for k in kept], kept if begun else [0] * len(kept))
+            live, begun = [live[k] for k in kept], True
+    except Cancelled:
+        pass
+    except OutOfMemory:
+        broken = "memory"
+    return [
+        node.answer(0.0, node.reason)
+        if node.reason
+        else node.answer(0.0, broken, grower.rest(node))
+        for node, grower in zip(nodes, growers)
+    ]
+
+
+def _grow(
+    scores: torch.Tensor,
+    live: Sequence[int],
+    waiting: Sequence[list[int]],
+    nodes: list[Node],
+    growers: Sequence[Grower],
+) -> list[int]:
+    """The next token of each live row: of its prompt, or the best one, which grows its answer."""
+    best = scores.argmax(-1).tolist()
+    tokens = []
+    for k, row in enumerate(live):
+        if waiting[row]:
+            tokens.append(waiting[row].pop(0))
+            continue
+        if not bool(torch.isfinite(scores[k, best[k]])):
+            raise UserError("the model's scores are not finite")
+        nodes[row] = growers[row].grow(nodes[row], row, best[k], 0.0, None)
+        tokens.append(best[k])
+    return tokens
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with."""
+    first = prompts[0]
+    most = min(map(len, prompts))
+    return sum(1 for _ in takewhile(lambda i: all(p[i] == first[i] for p in prompts), range(most)))
+
+
+def groups(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> Iterator[list[int]]:
+    """Which prompts to answer together: at most `rows`, with something in common, and none whose
+    rest takes so many steps that reading it at once and answering it alone is quicker."""
+    alone, together = [], []
+    shared = _shared(prompts)
+    for n, prompt in enumerate(prompts):
+        (together if shared and len(prompt) - shared <= 2 * longest else alone).append(n)
+    for start in range(0, len(together), rows):
+        yield together[start : start + rows]
+    yield from ([n] for n in alone)
