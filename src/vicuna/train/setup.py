@@ -27,6 +27,7 @@ from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
 from vicuna.train import origin as origins
+from vicuna.train import ways
 from vicuna.train.checkpoint import State
 from vicuna.train.hardware import Hardware, by_hand, decide
 from vicuna.train.origin import DECISIVE, Origin
@@ -101,6 +102,9 @@ def _build(
     learner, context = _learner(hardware, origin, folder, split, screen)
     names = list(learner.parameters)
     state, schedule = origins.begin(settings, given, origin, split, chosen.precision, hardware.rows)
+    if learner.way != "packed":
+        # Also where an older checkpoint, or a setting, has it otherwise: it would be wrong.
+        state.cut |= {"examples": 1, "share": 0}
     optimizer = optimizers.build(settings, learner.parameters, learner.device)
     if origin.checkpoint is not None:
         checkpoints.restore_optimizer(origin.checkpoint, optimizer, names)
@@ -285,9 +289,11 @@ def _learner(
         peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels
     )
     learner.dropout.seed = settings.seed
+    with screen.working("trying the base on a few tokens"):
+        for line in ways.settle(learner, longest):
+            screen.say(line)
     if learner.fast is None:
         fused.install(peft)
-        screen.say(f"transformers' own forward is used, which is slower: {learner.declined}")
     if settings.lora_dropout:
         dropout.install(peft, settings.lora_dropout, learner.dropout)
     learner.packed_attention()
