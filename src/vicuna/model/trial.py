@@ -88,15 +88,15 @@ def rounding(causal: Any) -> float:
     """
     text = ids_of(causal, 0)
     noise = distances(scores_of(causal, text)[:-8], scores_of(causal, text[:-8]))
-    if float(noise.median()) > _MOST:
+    kinds = {p.dtype for p in causal.parameters() if not p.requires_grad} or {torch.float32}
+    floor = max(_ROUNDING.get(kind, _COARSE) for kind in kinds)
+    if float(noise.median()) > min(10 * floor, _MOST):
         raise UserError(
             f"{type(causal).__name__} is no model of the next token: what stands behind a token "
             "changes what it says there",
             where="model",
             fix="Take a causal language model as the base.",
         )
-    kinds = {p.dtype for p in causal.parameters() if not p.requires_grad} or {torch.float32}
-    floor = max(_ROUNDING.get(kind, _COARSE) for kind in kinds)
     return max(floor, min(5 * float(noise.max()), _MOST))
 
 
