@@ -112,7 +112,8 @@ def build(config: Any, job: Job, device: Device) -> Learner:
             quantize(model, job.precision, device.kind)
         lora = LoraSettings(job.rank, dropout=job.dropout, target=job.target)
         peft = attach(model, lora, seed=0)
-    learner = Learner(peft, META, checkpointing=job.checkpointing)  # type: ignore[arg-type]
+    kept: Any = job.checkpointing
+    learner = Learner(peft, META, checkpointing=kept, longest=job.longest)
     if learner.fast is None and trial.state_of(learner.causal):
         learner.way = "alone"
     if job.dropout:

@@ -286,11 +286,12 @@ def _learner(
     if chosen_kernels is not kernels.PLAIN:
         screen.say(f"kernels: {chosen_kernels.reason}")
     learner = Learner(
-        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels
-    )
+        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels,
+        longest=longest,
+    )  # fmt: skip
     learner.dropout.seed = settings.seed
     with screen.working("trying the base on a few tokens"):
-        for line in ways.settle(learner, longest):
+        for line in ways.settle(learner):
             screen.say(line)
     if learner.fast is None:
         fused.install(peft)

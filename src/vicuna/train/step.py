@@ -37,8 +37,8 @@ class Learner:
 
     model: a PEFT model (or a bare causal LM for evaluation).
     checkpointing: what backward computes again. kernels: the arithmetic on elements. way: how much
-    of the model is known to be right (`trial.settle` finds out). logits: memory for them that packs
-    share, on a CPU.
+    of the model is known to be right (`ways.settle` finds out). longest: tokens of the longest
+    example, 0 where that is not known. logits: memory for them that packs share, on a CPU.
     """
 
     model: Any
@@ -47,11 +47,12 @@ class Learner:
     checkpointing: Checkpointing = "none"
     kernels: Kernels = PLAIN
     way: Way = "packed"
+    longest: int = 0
 
     def __post_init__(self) -> None:
         get_base = getattr(self.model, "get_base_model", None)
         self.causal = causal = get_base() if get_base else self.model
-        found = parts.find(causal)
+        found = parts.find(causal, longest=self.longest)
         # Our own forward where the model is of the family we know, else transformers' with PEFT's
         # layers; why is for the user to see.
         self.fast: Decoder | None = None

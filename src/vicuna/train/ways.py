@@ -25,11 +25,8 @@ from vicuna.train.step import Learner
 ONE_BY_ONE = "one example at a time, and no beginning is shared"
 
 
-def settle(learner: Learner, longest: int) -> list[str]:
+def settle(learner: Learner) -> list[str]:
     """Find the way; `learner` takes it.
-
-    Args:
-        longest: tokens of the longest example.
 
     Returns: what the user should know, a line each.
 
@@ -38,12 +35,12 @@ def settle(learner: Learner, longest: int) -> list[str]:
     learner.way = "packed"
     learner.plain_attention()
     with trial.in_evaluation(learner.model):
-        found = _settle(learner, longest)
+        found = _settle(learner)
     learner.packed_attention()
     return found
 
 
-def _settle(learner: Learner, longest: int) -> list[str]:
+def _settle(learner: Learner) -> list[str]:
     probe = _Probe(learner)
     if learner.fast is not None:
         far = probe.own_forward()
@@ -54,7 +51,7 @@ def _settle(learner: Learner, longest: int) -> list[str]:
             "rounding"
         )
     said = [f"transformers' own forward is used, which is slower: {learner.declined}"]
-    why = trial.state_of(learner.causal) or _by_length(learner, longest) or probe.packed()
+    why = trial.state_of(learner.causal) or _by_length(learner) or probe.packed()
     if not why:
         return said
     learner.way = "alone"
@@ -64,18 +61,14 @@ def _settle(learner: Learner, longest: int) -> list[str]:
     return [*said, f"{ONE_BY_ONE}: {why}"]
 
 
-def _by_length(learner: Learner, longest: int) -> str:
+def _by_length(learner: Learner) -> str:
     """Why examples that are longer than what is tried cannot share a pass; "" if they can."""
-    config = learner.causal.config.get_text_config()
+    config, longest = learner.causal.config.get_text_config(), learner.longest
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and longest > chunk:
         return f"its attention goes by chunks of {chunk:,} tokens"
-    for module in learner.causal.modules():
-        if getattr(module, "rope_type", "default") in ("dynamic", "longrope"):
-            made_for = int(getattr(module, "original_max_seq_len", 0) or 0)
-            if longest > made_for:
-                return "its rotary angles depend on the length of the whole input"
-    return ""
+    reaches = [r for m in learner.causal.modules() if (r := parts.rotary_reach(m)) is not None]
+    return parts.ROTARY if any(longest > reach for reach in reaches) else ""
 
 
 class _Probe:
@@ -106,7 +99,7 @@ class _Probe:
         try:
             far = max(self._furthest(self._packs(share=True)), self._far_away())
             with trial.narrow(causal):
-                found = parts.find(causal)
+                found = parts.find(causal, longest=learner.longest)
                 if isinstance(found, str):
                     return math.inf
                 learner.fast = Decoder(found, kernels=learner.kernels)
