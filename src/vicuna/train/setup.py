@@ -21,7 +21,7 @@ from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, fused, kernels, load
+from vicuna.model import dropout, fused, kernels, load, targets
 from vicuna.model.base import locate
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
@@ -279,6 +279,8 @@ def _learner(
             peft = adapters.attach_saved(model, origin.adapter, settings.lora_dropout)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
+            if lora.target == ("all",) and (words := targets.words(peft.get_base_model())):
+                screen.say(f"lora_target all: {words}")
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
