@@ -73,7 +73,7 @@ def choose(
     Raises: UserError where the adapter's layers are not in the base.
     """
     planner = planner or Planner(config, device)
-    room = room_of(settings, device, longest, given)
+    room = room_of(settings, device, longest, given, bool(planner.alone))
     job = first_job(settings, room, longest)
     for candidate, fitting in search(planner, job, room):
         if fitting:
@@ -82,9 +82,13 @@ def choose(
 
 
 def room_of(
-    settings: TrainSettings, device: Device, longest: int, given: Collection[str] = ()
+    settings: TrainSettings,
+    device: Device,
+    longest: int,
+    given: Collection[str] = (),
+    alone: bool = False,
 ) -> Room:
-    """What the settings leave open on this device."""
+    """What the settings leave open on this device. alone: the base takes one example at a time."""
     precisions: tuple[str, ...] = (settings.precision,)
     if settings.precision == "auto":
         first = device.fastest()[0]
@@ -99,6 +103,8 @@ def room_of(
     checkpointings = (asked,) if kept else ways
     rows = settings.micro_batch_tokens
     ladder = (max(rows, longest),) if rows else _ladder(ROWS[device.kind], longest)
+    if alone:
+        ladder = (longest,)
     return Room(precisions, checkpointings, ladder)
 
 
@@ -172,6 +178,8 @@ def _choice(planner: Planner, wanted: Job, job: Job, fits: bool) -> Choice:
         f"{job.rows:,} tokens at a time, {IN_WORDS[job.checkpointing]}, base in {job.precision}: "
         f"{footprint.peak / GIB:.1f} of {device.memory / GIB:.1f} GiB"
     )
+    if planner.alone:
+        words += f"; one example at a time ({planner.alone})"
     if not fits:
         words += ", which does not fit"
     elif job != wanted:

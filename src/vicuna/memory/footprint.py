@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from vicuna.data.pack import Pack
 from vicuna.memory import extrapolate
 from vicuna.memory.allocator import CachingAllocator
 from vicuna.memory.devices import Device
-from vicuna.memory.step import Job, Step, shortened, worst_pack
+from vicuna.memory.step import Job, Step, shape_of, shortened, worst_pack
 from vicuna.memory.track import KINDS, Trace
+from vicuna.model import parts, trial
 
 # In the order they are shown.
 PARTS = (
@@ -52,6 +54,14 @@ class Planner:
         self.config, self.device = config, device
         self._steps: dict[tuple[Any, ...], Step] = {}
         self._known: dict[Job, Footprint] = {}
+
+    @cached_property
+    def alone(self) -> str:
+        """Why the base takes one example at a time, as far as its build shows it; "" if it takes
+        packs. A run tries the weights, too."""
+        if self.config.model_type in parts.FAMILY:
+            return ""
+        return trial.state_of(shape_of(self.config))
 
     def footprint(self, job: Job, pack: Pack | None = None) -> Footprint:
         """What a job needs.

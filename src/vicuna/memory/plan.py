@@ -74,7 +74,7 @@ def make(settings: TrainSettings, config: Any, device: Device, given: Collection
         )
     planner = Planner(config, device)
     choice = choose(settings, config, device, settings.cutoff_len, given, planner)
-    room = room_of(settings, device, settings.cutoff_len, given)
+    room = room_of(settings, device, settings.cutoff_len, given, bool(planner.alone))
     job = replace(
         first_job(settings, room, settings.cutoff_len),
         precision=choice.precision,
@@ -91,7 +91,7 @@ def _alternatives(
     """What fits where the asked does not: from what costs nothing to what costs most."""
     found = 0
     free = settings.model_copy(update={"micro_batch_tokens": 0})
-    wide = room_of(free, planner.device, job.longest)
+    wide = room_of(free, planner.device, job.longest, alone=bool(planner.alone))
     rows = wide.rows
     enough = min(FEW_ROWS[planner.device.kind], rows[0])
     ways = wide.checkpointings

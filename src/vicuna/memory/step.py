@@ -18,7 +18,7 @@ from vicuna.memory.devices import Device
 from vicuna.memory.stand_in import EightBitAdamW, quantize
 from vicuna.memory.target import as_on
 from vicuna.memory.track import Trace, Tracker, without_collection
-from vicuna.model import dropout
+from vicuna.model import dropout, trial
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.train.step import Learner
 
@@ -89,6 +89,14 @@ def shortened(config: Any, layers: int) -> Any:
     return short
 
 
+def shape_of(config: Any) -> Any:
+    """The model of a config without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with META:
+        return AutoModelForCausalLM.from_config(config)
+
+
 def build(config: Any, job: Job, device: Device) -> Learner:
     """The model with its adapter on `meta`, ready for a step.
 
@@ -104,7 +112,10 @@ def build(config: Any, job: Job, device: Device) -> Learner:
             quantize(model, job.precision, device.kind)
         lora = LoraSettings(job.rank, dropout=job.dropout, target=job.target)
         peft = attach(model, lora, seed=0)
-    learner = Learner(peft, META, checkpointing=job.checkpointing)  # type: ignore[arg-type]
+    kept: Any = job.checkpointing
+    learner = Learner(peft, META, checkpointing=kept, longest=job.longest)
+    if learner.fast is None and trial.state_of(learner.causal):
+        learner.way = "alone"
     if job.dropout:
         dropout.install(peft, job.dropout, learner.dropout)
     learner.packed_attention()

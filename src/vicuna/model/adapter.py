@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vicuna.cache import cache_dir, whole_folder
 from vicuna.errors import UserError
+from vicuna.model import targets
 from vicuna.model.adapter_files import (
     META,
     AdapterFiles,
@@ -110,16 +111,15 @@ def attach(
         model: a base; or a PEFT model, which gets a further adapter that is not active yet.
         name: of the adapter among those of the model.
 
-    Raises: UserError where no layer has one of the names.
+    Raises: UserError where no layer has one of the names, or one of those cannot have an adapter.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    target: str | list[str] = "all-linear" if lora.target == ("all",) else list(lora.target)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=target,
+        target_modules=targets.find(model, lora.target),
         use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
     )

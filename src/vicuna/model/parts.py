@@ -1,9 +1,10 @@
 """The parts of a Llama-family model: what our own forward passes (training, answering) need of it.
 
-Llama, Mistral, Qwen2 and Qwen3 are one architecture with small differences: biases of q, k and v,
-norms of q and k, a sliding window. `find` names the parts of a transformers model of this family,
-also under PEFT; whatever differs in any other way is declined with the reason, and transformers'
-own forward is used for it.
+Llama, Mistral, Qwen2, Qwen3 and their relatives are one architecture with small differences: biases
+of q, k and v, norms of q and k, sliding windows. `find` names the parts of a transformers model of
+this family, also under PEFT; whatever differs in any other way is declined with the reason, and
+transformers' own forward is used for it. A name and parts alone prove little (Granite, SmolLM3 and
+Ministral 3 look alike and are not): `trial` compares scores before what is found here is used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from vicuna.model import frozen
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY = "its rotary angles depend on the length of the whole input"
+FAMILY = (
+    "llama", "mistral", "qwen2", "qwen3", "internlm3", "seed_oss", "cwm", "iquestcoder", "ministral",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,12 @@ class Parts:
         return next(self.embed.parameters()).device
 
 
-def find(causal: Any, training: bool = True) -> Parts | str:
+def find(causal: Any, training: bool = True, longest: int = 0) -> Parts | str:
     """The parts of a causal language model of transformers, or why it is not of this family.
 
     Args:
         training: whether adapters alone must be trainable, which our backward relies on.
+        longest: tokens of the longest text, 0 where that is not known.
     """
     config = causal.config
     kind = str(getattr(config, "model_type", "?"))
@@ -79,8 +84,9 @@ def find(causal: Any, training: bool = True) -> Parts | str:
     if config.hidden_act not in ("silu", "swish"):
         return f"its activation is {config.hidden_act}, not silu"
     decoder = causal.get_decoder()
-    if getattr(decoder.rotary_emb, "rope_type", "default") in ("dynamic", "longrope"):
-        return "its rotary angles depend on the length of the whole input"
+    reach = rotary_reach(decoder.rotary_emb)
+    if reach is not None and not 0 < longest <= reach:
+        return ROTARY
     blocks = []
     for layer in decoder.layers:
         found = _block(layer, config)
@@ -93,6 +99,17 @@ def find(causal: Any, training: bool = True) -> Parts | str:
         decoder.embed_tokens, blocks, decoder.norm.weight, decoder.rotary_emb,
         float(config.rms_norm_eps),
     )  # fmt: skip
+
+
+def rotary_reach(rotary: Any) -> int | None:
+    """Tokens up to which rotary angles are a function of the position alone; None without end."""
+    if getattr(rotary, "rope_type", "default") not in ("dynamic", "longrope"):
+        return None
+    made_for = getattr(rotary, "original_max_seq_len", 0)
+    if rotary.rope_type == "longrope":
+        scaling = getattr(rotary.config, "rope_parameters", None) or {}
+        made_for = scaling.get("original_max_position_embeddings", 0)
+    return int(made_for or 0)
 
 
 def _block(layer: Any, config: Any) -> Block | str:
@@ -122,7 +139,18 @@ def _block(layer: Any, config: Any) -> Block | str:
         heads=heads,
     )
     reasons = [why for linear in _linears(block) if (why := _declined(linear))]
-    return reasons[0] if reasons else block
+    return reasons[0] if reasons else _more_than(layer, block) or block
+
+
+def _more_than(layer: Any, block: Block) -> str:
+    """Which weights of a layer are none of the block's, in words; "" if all are."""
+    known = {id(block.norm1), id(block.norm2), id(block.q_norm), id(block.k_norm)}
+    for linear in _linears(block):
+        known |= {id(p) for p in linear.parameters()}
+    return next(
+        (f"its layers have a {n}, too" for n, p in layer.named_parameters() if id(p) not in known),
+        "",
+    )
 
 
 def _linears(block: Block) -> tuple[Any, ...]:

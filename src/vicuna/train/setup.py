@@ -21,13 +21,14 @@ from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, fused, kernels, load
+from vicuna.model import dropout, fused, kernels, load, targets
 from vicuna.model.adapter_files import CONFIG, read_json
 from vicuna.model.base import locate
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
 from vicuna.train import origin as origins
+from vicuna.train import ways
 from vicuna.train.checkpoint import State
 from vicuna.train.hardware import Hardware, by_hand, decide
 from vicuna.train.origin import DECISIVE, Origin
@@ -104,6 +105,9 @@ def _build(
     state, schedule = origins.begin(
         settings, given, origin, split, chosen.precision, hardware.rows, vocabulary
     )
+    if learner.way != "packed":
+        # Also where an older checkpoint, or a setting, has it otherwise: it would be wrong.
+        state.cut |= {"examples": 1, "share": 0}
     optimizer = optimizers.build(settings, learner.parameters, learner.device)
     if origin.checkpoint is not None:
         checkpoints.restore_optimizer(origin.checkpoint, optimizer, names)
@@ -280,6 +284,8 @@ def _learner(
                 _name_alike(peft, origin.adapter)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
+            if lora.target == ("all",) and (words := targets.words(peft.get_base_model())):
+                screen.say(f"lora_target all: {words}")
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
@@ -287,12 +293,15 @@ def _learner(
     if chosen_kernels is not kernels.PLAIN:
         screen.say(f"kernels: {chosen_kernels.reason}")
     learner = Learner(
-        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels
-    )
+        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels,
+        longest=longest,
+    )  # fmt: skip
     learner.dropout.seed = settings.seed
+    with screen.working("trying the base on a few tokens"):
+        for line in ways.settle(learner):
+            screen.say(line)
     if learner.fast is None:
         fused.install(peft)
-        screen.say(f"transformers' own forward is used, which is slower: {learner.declined}")
     if settings.lora_dropout:
         dropout.install(peft, settings.lora_dropout, learner.dropout)
     learner.packed_attention()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Pack, filled
+from vicuna.errors import UserError
 from vicuna.model import attention, parts
 from vicuna.model.decoder import Checkpointing, Decoder
 from vicuna.model.dropout import DropoutState
@@ -23,14 +25,20 @@ from vicuna.train import loss
 # short types on a CPU: it makes a program for each shape, and keeps it.
 STEP = {"cpu": 64, "meta": 1}
 
+# How a model may be computed. packed: several examples in one pass, none seeing another; alone: one
+# example in a pass, as transformers' decoder computes a text; whole: the same, and the scores are
+# those of the whole model, where they are not the hidden states times one matrix.
+Way = Literal["packed", "alone", "whole"]
+
 
 @dataclass
 class Learner:
     """A causal language model with an adapter, and how to get a loss from it.
 
     model: a PEFT model (or a bare causal LM for evaluation).
-    checkpointing: what backward computes again. kernels: the arithmetic on elements. logits: memory
-    for them that packs share, on a CPU.
+    checkpointing: what backward computes again. kernels: the arithmetic on elements. way: how much
+    of the model is known to be right (`ways.settle` finds out). longest: tokens of the longest
+    example, 0 where that is not known. logits: memory for them that packs share, on a CPU.
     """
 
     model: Any
@@ -38,18 +46,19 @@ class Learner:
     dropout: DropoutState = field(default_factory=DropoutState)
     checkpointing: Checkpointing = "none"
     kernels: Kernels = PLAIN
+    way: Way = "packed"
+    longest: int = 0
 
     def __post_init__(self) -> None:
         get_base = getattr(self.model, "get_base_model", None)
-        causal = get_base() if get_base else self.model
-        found = parts.find(causal)
+        self.causal = causal = get_base() if get_base else self.model
+        found = parts.find(causal, longest=self.longest)
         # Our own forward where the model is of the family we know, else transformers' with PEFT's
         # layers; why is for the user to see.
         self.fast: Decoder | None = None
         self.declined = ""
         if isinstance(found, str):
-            self.declined = found
-            self._checkpoint_plainly(causal)
+            self.decline(found)
         else:
             self.fast = Decoder(found, self.checkpointing, self.kernels)
             self.fast.own(causal)
@@ -71,18 +80,30 @@ class Learner:
         named = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         return dict(sorted(named, key=lambda x: x[0]))
 
+    def decline(self, why: str) -> None:
+        """Take transformers' own forward from now on."""
+        self.fast, self.declined = None, why
+        if self.checkpointing == "none":
+            return
+        try:
+            self.causal.gradient_checkpointing_enable({"use_reentrant": False})
+        except (ValueError, AttributeError, NotImplementedError) as e:
+            raise UserError(
+                f"{type(self.causal).__name__} cannot compute layers twice: {e}",
+                where="gradient_checkpointing",
+                fix="Use --gradient_checkpointing none.",
+            ) from e
+
     def packed_attention(self) -> None:
-        """Switch the decoder to attention over packs."""
+        """Switch the decoder to attention over packs, where it computes packs."""
+        if self.way != "packed":
+            return
         attention.register()
         self.decoder.config._attn_implementation = attention.NAME
 
     def plain_attention(self) -> None:
         """Switch the decoder back to ordinary attention, for generation."""
         self.decoder.config._attn_implementation = self.plain
-
-    def _checkpoint_plainly(self, causal: Any) -> None:
-        if self.checkpointing != "none":
-            causal.gradient_checkpointing_enable({"use_reentrant": False})
 
     def hidden(self, pack: Pack) -> Tensor:
         """The last hidden states of a pack's rows with a target: (N, D)."""
@@ -95,6 +116,9 @@ class Learner:
             dropping = self.model.training and self.dropout.active
             return self.fast(ids, positions, layout, rows, hashes if dropping else None)
         self.dropout.rows = hashes[None]
+        if self.way != "packed":
+            alone: Tensor = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            return alone[rows]
         output = self.decoder(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -107,7 +131,9 @@ class Learner:
 
     def loss_sum(self, pack: Pack) -> Tensor:
         """Sum of the cross-entropies of a pack's targets, a float32 scalar with its graph."""
-        if self.head.weight.dtype != torch.float32:
+        if self.way == "whole":
+            return self._whole_loss(pack)
+        if self.way == "packed" and self.head.weight.dtype != torch.float32:
             pack = filled(pack, STEP.get(self.device.type, 1))
         return loss.cross_entropy_sum(
             self.hidden(pack),
@@ -119,6 +145,28 @@ class Learner:
             logit_scale=self.logit_scale,
             room=self._room(len(pack.target_rows)),
         )
+
+    def _whole_loss(self, pack: Pack) -> Tensor:
+        """The same by the model's own scores."""
+        ids, rows, targets, weights = (
+            torch.from_numpy(a).to(self.device)
+            for a in (pack.ids, pack.target_rows, pack.target_ids, pack.weights)
+        )
+        self.dropout.rows = torch.from_numpy(pack.prefix_hashes).to(self.device)[None]
+        scores = self.causal(input_ids=ids[None], use_cache=False).logits[0, rows].float()
+        return (F.cross_entropy(scores, targets, reduction="none") * weights).sum()
+
+    def scores(self, pack: Pack) -> Tensor:
+        """What is said after each row with a target, float32 (N, V): small packs only."""
+        if self.way == "whole":
+            ids = torch.from_numpy(pack.ids).to(self.device)[None]
+            own: Tensor = self.causal(input_ids=ids, use_cache=False).logits[0, pack.target_rows]
+            return own.float()
+        bias = getattr(self.head, "bias", None)
+        scores = F.linear(self.hidden(pack), self.head.weight, bias).float() * self.logit_scale
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        return scores
 
     def _room(self, rows: int) -> Tensor | None:
         """Memory for the logits of so many rows, where packs share it; else None."""

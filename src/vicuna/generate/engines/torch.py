@@ -7,9 +7,11 @@ not computed again, also after `/undo` and along the answer of a beam.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.switching import Switching
-from vicuna.model import answering, kernels, parts, placement, products
+from vicuna.model import answering, kernels, parts, placement, products, trial
 from vicuna.model.decoder import Layer
 from vicuna.model.linear import give_up
 from vicuna.model.memory_errors import is_memory
@@ -46,8 +48,10 @@ def open_engine(
     from vicuna.generate.engines.torch_plain import PlainEngine
 
     placement.check_present(model)
-    found = parts.find(causal_of(model), training=False)
+    found: Any = parts.find(causal_of(model), training=False)
     if not isinstance(found, str):
+        found = _differs(model)
+    if not found:
         return TorchEngine(model, context_length, cache_type, alone)
     if cache_type != "auto":
         raise UserError(
@@ -56,6 +60,39 @@ def open_engine(
             fix="Leave it out, or use --engine llama.cpp.",
         )
     return PlainEngine(model, context_length)
+
+
+# Models whose forward pass was compared with ours, and why ours is not used; "" if it is.
+_COMPARED: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _differs(model: Any) -> str:
+    """Why our forward pass is not this model's, though its parts are those of the family; "" if
+    both say the same of a few tokens. Asked once of a model: its weights may be given up later."""
+    causal = causal_of(model)
+    if causal not in _COMPARED:
+        with trial.in_evaluation(model), trial.narrow(causal):
+            far, allowed = _far(model, causal), trial.rounding(causal)
+        _COMPARED[causal] = "" if far <= allowed else (
+            f"our forward pass differs from it by {far:.2g} of the scores' size"
+        )  # fmt: skip
+    return _COMPARED[causal]
+
+
+def _far(model: Any, causal: Any) -> float:
+    """The largest distance of our scores from transformers' along a text, also by single tokens."""
+    text, read = trial.ids_of(causal, 0, 16), 10
+    wanted = trial.scores_of(causal, text)
+    try:
+        engine = TorchEngine(model, len(text))
+        # Scores are the caller's until the next call only.
+        found = [engine.prefill(text[:n]).clone() for n in (5, read)]
+        found += [engine.step([token], [0])[0].clone() for token in text[read:]]
+    except Exception as e:  # a model that only looks like one of the family
+        if is_memory(e):
+            raise
+        return math.inf
+    return trial.distance(torch.stack(found).to(wanted.device), wanted[[4, *range(read - 1, 16)]])
 
 
 def causal_of(model: Any) -> Any:

@@ -1,16 +1,17 @@
 """The PyTorch engine for every other model of transformers: rows are a batch, as `generate` has it.
 
-Its forward pass and its cache are transformers'. A sequence's keys and values stay in one cache; a
-new prompt keeps of it what both begin with. Where beams fork the cache is reordered, as it is in
-`generate`: right for every architecture, and slower than a tree.
+Its forward pass and its cache are transformers'. A sequence's keys and values, or the states of its
+layers, stay in one cache; a new prompt keeps of it what both begin with. Where beams fork the cache
+is reordered, as it is in `generate`: slower than a tree. What a kind of model makes of its cache is
+tried on a few tokens first: what does not agree with the model without a cache is not used.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +23,12 @@ from vicuna.generate.engines.torch import (
     MAX_ROWS,
     causal_of,
 )
-from vicuna.model import fused
+from vicuna.model import fused, trial
 from vicuna.model.memory_errors import is_memory
+
+# What a cache is good for. kept: a further prompt goes on where an earlier one ended. steps: token
+# by token behind a prompt that was read in one piece. nothing: all is computed again each time.
+Trust = Literal["kept", "steps", "nothing"]
 
 
 class PlainEngine(Switching):
@@ -42,7 +47,21 @@ class PlainEngine(Switching):
         keeps_last = "logits_to_keep" in inspect.signature(self._causal.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps_last else {}
         self.computed = 0  # positions that went through the model so far
+        self._trust: Trust | None = None  # not known yet
+        self._trying = False
         self.forget()
+
+    @property
+    def trust(self) -> Trust:
+        """What this model's cache is good for."""
+        if self._trust is None:
+            before, self._trying = self.computed, True
+            try:
+                self._trust = self._tried()
+            finally:
+                self.computed, self._trying = before, False
+                self.forget()
+        return self._trust
 
     def refresh(self) -> None:
         """What was computed with other weights is of no use."""
@@ -61,16 +80,19 @@ class PlainEngine(Switching):
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
         prompt = list(prompt_ids)
+        if self.trust != "kept":
+            self.forget()
         lengths = [_common(row, prompt) for row in self._rows]
         best = max(range(len(lengths)), key=lambda i: lengths[i])
         self._select([best])
         # The last token is always computed: its scores are what is asked for.
         self._keep(min(lengths[best], len(prompt) - 1))
         new = prompt[len(self._rows[0]) :]
-        for start in range(0, len(new), CHUNK):
+        chunk = CHUNK if self.trust == "kept" else len(new)
+        for start in range(0, len(new), chunk):
             if cancel():
                 raise Cancelled
-            scores = self._forward([new[start : start + CHUNK]])
+            scores = self._forward([new[start : start + chunk]])
         return scores[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
@@ -86,7 +108,7 @@ class PlainEngine(Switching):
             if self._cache is not None:
                 device = self._causal.get_input_embeddings().weight.device
                 index = torch.tensor(list(parents), device=device)
-                self._cache.batch_select_indices(index)
+                self._cache.reorder_cache(index)
             self._rows = [list(self._rows[p]) for p in parents]
 
     def _keep(self, length: int) -> None:
@@ -101,18 +123,22 @@ class PlainEngine(Switching):
 
     def _forward(self, ids: list[list[int]]) -> Tensor:
         """Append `ids` to the rows; the scores after the last of each, float32 (n, V)."""
-        if self._cache is None:
+        cached = self.trust != "nothing"
+        if cached and self._cache is None:
             from transformers import DynamicCache
 
             self._cache = DynamicCache(config=self._causal.config)
+        given = ids if cached else [row + new for row, new in zip(self._rows, ids)]
+        cache = {"past_key_values": self._cache} if cached else {}
         device = self._causal.get_input_embeddings().weight.device
-        self.computed += sum(map(len, ids))
+        self.computed += sum(map(len, given))
         try:
-            with self._whole_or_forgotten(), _answering(self.model):
+            answering = nullcontext() if self._trying else _answering(self.model)
+            with self._whole_or_forgotten(), answering:
                 output = self.model(
-                    input_ids=torch.tensor(ids, device=device),
-                    past_key_values=self._cache,
-                    use_cache=True,
+                    input_ids=torch.tensor(given, device=device),
+                    use_cache=cached,
+                    **cache,
                     **self._last_only,
                 )
                 for row, new in zip(self._rows, ids):
@@ -123,6 +149,39 @@ class PlainEngine(Switching):
             raise
         scores: Tensor = output.logits[:, -1].float()
         return scores
+
+    def _tried(self) -> Trust:
+        """Read, fork, go back and go on, with and without the cache, on a few tokens."""
+        with trial.narrow(self._causal), trial.in_evaluation(self.model):
+            allowed = trial.rounding(self._causal)
+            found: tuple[Trust, ...] = ("kept", "steps")
+            for trust in found:
+                self._trust = trust
+                self.forget()
+                try:
+                    if all(far <= allowed for far in self._distances()):
+                        return trust
+                except Exception as e:  # a cache that is not of its kind fails in many ways
+                    if is_memory(e) or isinstance(e, OutOfMemory):
+                        raise
+        return "nothing"
+
+    def _distances(self) -> Iterator[float]:
+        """How far scores with the cache are from those without, on the way through a few tokens."""
+        text, other = (trial.ids_of(self._causal, seed, 16) for seed in (0, 1))
+        paths: list[list[int]] = []
+
+        def far(scores: Tensor) -> float:
+            wanted = torch.stack([trial.scores_of(self._causal, path)[-1] for path in paths])
+            return trial.distance(scores, wanted)
+
+        for prompt in (text[:9], text[:13], text[:5] + other[:7]):
+            paths = [prompt]
+            yield far(self.prefill(prompt)[None])
+            for parents in ([0, 0, 0], [2, 0], [1, 1, 0]):
+                tokens = other[len(parents) : 2 * len(parents)]
+                paths = [[*paths[p], t] for p, t in zip(parents, tokens)]
+                yield far(self.step(tokens, parents))
 
     @contextmanager
     def _whole_or_forgotten(self) -> Iterator[None]:
