@@ -24,6 +24,7 @@ from vicuna.generate.engines.torch import (
 )
 from vicuna.model import fused
 from vicuna.model.memory_errors import is_memory
+from vicuna.model.switches import Watch
 
 
 class PlainEngine(Switching):
@@ -42,6 +43,7 @@ class PlainEngine(Switching):
         keeps_last = "logits_to_keep" in inspect.signature(self._causal.forward).parameters
         self._last_only = {"logits_to_keep": 1} if keeps_last else {}
         self.computed = 0  # positions that went through the model so far
+        self._watch = Watch(model)
         self.forget()
 
     def refresh(self) -> None:
@@ -51,16 +53,20 @@ class PlainEngine(Switching):
     def _take(self, model: Any) -> None:
         self.model = model
         fused.install(model)
+        self._watch = Watch(model)
         self.refresh()
 
     def forget(self) -> None:
         """See `Engine.forget`."""
+        self._mixed = False
         self._rows: list[list[int]] = [[]]  # the ids whose keys and values the cache holds
         self._cache: Any = None
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
         prompt = list(prompt_ids)
+        if self._watch.changed(search=True) or self._mixed:
+            self.forget()
         lengths = [_common(row, prompt) for row in self._rows]
         best = max(range(len(lengths)), key=lambda i: lengths[i])
         self._select([best])
@@ -75,6 +81,8 @@ class PlainEngine(Switching):
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         """See `Engine.step`."""
+        # What was computed before a switch stays in the cache of this answer, not in the next one's.
+        self._mixed |= self._watch.changed()
         self._select(parents)
         return self._forward([[t] for t in token_ids])
 
