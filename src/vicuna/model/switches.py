@@ -1,8 +1,8 @@
 """Which adapters of a PEFT model count now, read from its layers.
 
 PEFT switches adapters in many ways (`disable_adapter`, `set_adapter`, `merge_adapter`, `set_scale`,
-`load_adapter`, `delete_adapter`, ...), and all of them leave their mark on the layers alone. Our own
-forward passes keep what follows from that mark, so they compare it before they compute.
+`load_adapter`, `delete_adapter`, ...), and all of them leave their mark on the layers alone. Our
+own forward passes keep what follows from that mark, so they compare it before they compute.
 """
 
 from __future__ import annotations

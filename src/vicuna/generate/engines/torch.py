@@ -162,7 +162,7 @@ class TorchEngine(Switching):
             self._build(self._parts.again())
             changed = True
         else:
-            changed = any([group.follow() for group in self._groups])
+            changed = sum(group.follow() for group in self._groups) > 0
         if changed:
             self._hold()
         return changed

@@ -81,7 +81,7 @@ class PlainEngine(Switching):
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         """See `Engine.step`."""
-        # What was computed before a switch stays in the cache of this answer, not in the next one's.
+        # What was computed before a switch stays in the cache of this answer, not of the next.
         self._mixed |= self._watch.changed()
         self._select(parents)
         return self._forward([[t] for t in token_ids])
