@@ -210,14 +210,13 @@ def base_of(files: adapters.AdapterFiles | None) -> str:
     """
     if files is None:
         return EMBEDDED
-    name = files.meta.get("base", {}).get("name") or files.base_name
-    if not name:
+    if not files.base:
         raise UserError(
             "this adapter does not say which base it belongs to",
             where=f"adapter {files.path}",
             fix="Name it: --model FOLDER_OR_HUB_ID.",
         )
-    return str(name)
+    return files.base
 
 
 def template_of(

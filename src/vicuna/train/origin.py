@@ -119,7 +119,7 @@ def find(
         settings = settings.model_copy(update={**named, "lora_target": list(lora.target)})
         for note in files.notes:
             screen.warn(note)
-        name = files.meta.get("base", {}).get("name") or files.base_name
+        name = files.base
         if "model" not in given and name:
             settings = settings.model_copy(update={"model": name})
         return settings, Origin("adapter", adapter=files)

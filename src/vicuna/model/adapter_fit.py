@@ -1,0 +1,188 @@
+"""Whether an adapter fits a base: names and shapes of the layers it changes, and copies of the base
+that lie beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicuna.errors import UserError
+from vicuna.model import lora_config
+from vicuna.model.adapter_files import AdapterFiles
+from vicuna.model.lora_config import CONFIG, MERGE
+from vicuna.model.pickles import load_pickled
+from vicuna.model.weights import SafetensorsWeights, open_weights
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_LAYER = re.compile(r"\.(\d+)\.")
+
+Shapes = Mapping[str, tuple[int, ...]]  # (out, in) of a base's linear layers, by their names
+
+
+def check(files: AdapterFiles, shapes: Shapes) -> None:
+    """Refuse an adapter whose layers a base lacks, or has in another shape.
+
+    Raises: UserError that says in what they differ.
+    """
+    why = misfit(files, shapes)
+    if why:
+        name = files.base
+        raise UserError(
+            f"the adapter does not fit this base: {why}",
+            where=f"adapter {files.path}",
+            fix=f"Use the base it was trained on: --model {name}."
+            if name
+            else "Use the base it was trained on.",
+        )
+
+
+def misfit(files: AdapterFiles, shapes: Shapes) -> str:
+    """In what adapter and base differ, in words; "" where they fit."""
+    pairs = files.pairs()
+    lacking = [m for m in pairs if m not in shapes]
+    if lacking:
+        return _lacking(lacking, list(pairs), shapes)
+    for module, (a, b) in pairs.items():
+        shape = (b.shape[0], a.shape[1])
+        there = tuple(shapes[module])
+        if there == shape:
+            continue
+        kind = module.rsplit(".", 1)[-1]
+        if module == "lm_head" and shape[1] == there[1]:
+            return f"another vocabulary: {shape[0]} tokens in the adapter, {there[0]} in the base"
+        if shape[1] != there[1] and kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+            return (
+                f"another hidden size: {module} is {_by(shape)} in the adapter, {_by(there)} in "
+                "the base"
+            )
+        return f"{module} is {_by(shape)} in the adapter, {_by(there)} in the base"
+    return _cut_short(files, shapes)
+
+
+def _cut_short(files: AdapterFiles, shapes: Shapes) -> str:
+    """Whether the adapter is whole for a base with fewer layers: all of the first, no other."""
+    modules = set(files.pairs())
+    kinds = {_kind(m) for m in modules}
+    left = _targeted(files, [m for m in shapes if _kind(m) in kinds]) - modules
+    last = max(map(_number, modules))
+    if not left or any(_number(m) <= last for m in left):
+        return ""
+    layers = 1 + max(map(_number, shapes))
+    return f"another number of layers: {last + 1} in the adapter, {layers} in the base"
+
+
+def _targeted(files: AdapterFiles, modules: list[str]) -> set[str]:
+    """Modules that the adapter's config gives a LoRA."""
+    config = files.config
+    if not config.get("target_modules"):
+        config = {**config, "target_modules": list(files.lora.target)}
+    return lora_config.targeted(config, modules, files.path / CONFIG)
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _lacking(lacking: list[str], modules: list[str], shapes: Shapes) -> str:
+    numbers = [_number(m) for m in modules]
+    layers = 1 + max((_number(m) for m in shapes), default=-1)
+    known = {_kind(m) for m in shapes}
+    if layers and all(_kind(m) in known for m in modules) and max(numbers) >= layers:
+        return f"another number of layers: at least {max(numbers) + 1} there, {layers} here"
+    first = lacking[0]
+    like = next(iter(m for m in shapes if _number(m) == 0), next(iter(shapes), "nothing"))
+    if len(lacking) == len(modules):
+        return f"another architecture: it changes {first}, a layer of the base is called {like}"
+    return f"{first} has no counterpart in it"
+
+
+def _number(module: str) -> int:
+    found = _LAYER.search(module)
+    return int(found[1]) if found else -1
+
+
+def _kind(module: str) -> str:
+    return _LAYER.sub(".*.", module, count=1)
+
+
+# -- the base's folder ----
+
+
+def notes_on(files: AdapterFiles, folder: Path) -> list[str]:
+    """What should be known about an adapter on the base of a folder: copies of the base that lie
+    beside it are compared, layers that it leaves out are named.
+
+    Raises: UserError where a copy is not what the base has.
+    """
+    notes = _compare_copies(files, folder) if files.copies else []
+    left = _left_out(files, folder)
+    if left:
+        notes.append(
+            f"the config wants {len(left)} matrices that the weights lack, such as "
+            f"{sorted(left)[0]}: as in PEFT, nothing is added to them"
+        )
+    return notes
+
+
+def _left_out(files: AdapterFiles, folder: Path) -> set[str]:
+    """Matrices that the config targets and the weights do not hold."""
+    base = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    layers = base.get("text_config", base).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        return set()
+    modules = files.pairs()
+    every: set[str] = set()
+    for module in modules:
+        every |= {_LAYER.sub(f".{n}.", module, count=1) for n in range(layers)}
+    return _targeted(files, sorted(every)) - set(modules)
+
+
+def _compare_copies(files: AdapterFiles, folder: Path) -> list[str]:
+    weights = open_weights(folder)
+    held = set(weights.names())
+    copies = _read_copies(files)
+    uncompared = []
+    for name, copy in copies.items():
+        source = _EMBEDDING if name == _HEAD and _HEAD not in held else name
+        if source not in held:
+            raise _not_the_bases(files, name, "is neither a LoRA nor a weight of the base")
+        if not copy.is_floating_point() or not weights.dtype(source).is_floating_point:
+            uncompared.append(name)
+            continue
+        if tuple(copy.shape) != weights.shape(source) or not _equal(copy, weights.read(source)):
+            raise _not_the_bases(files, name, "is not what the base has: it was trained, too")
+    if uncompared:
+        return [
+            f"{uncompared[0]} lies beside the adapter and cannot be compared with the base's, which"
+            " is quantised; the base's is used"
+        ]
+    return []
+
+
+def _read_copies(files: AdapterFiles) -> dict[str, Tensor]:
+    path = files.path / files.weights_file
+    if path.suffix == ".safetensors":
+        stored = SafetensorsWeights([path])
+        return {name: stored.read(key) for name, key in files.copies.items()}
+    loaded: Mapping[str, Any] = load_pickled(path)
+    return {name: loaded[key] for name, key in files.copies.items()}
+
+
+def _equal(copy: Tensor, own: Tensor) -> bool:
+    """Whether a copy is the base's weight, or what it is in the type of either."""
+    return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
+
+
+def _not_the_bases(files: AdapterFiles, name: str, why: str) -> UserError:
+    return UserError(
+        f"this adapter is more than a LoRA: it also holds {files.copies[name]}, which {why}",
+        where=f"adapter {files.path}",
+        fix="Use the very base it was trained on (--model); or where that weight was trained: "
+        + MERGE,
+    )
