@@ -30,6 +30,7 @@ from vicuna.model.lora_config import CONFIG
 from vicuna.model.pickles import load_pickled
 from vicuna.model.weights import SafetensorsWeights
 
+_OF_TRAINING = ".lora_velora_"  # part of no answer
 LEAD = "base_model.model."
 _WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 # Keys of an adapter that is more than a LoRA.
@@ -209,6 +210,9 @@ def _check_rest(keys: list[str], path: Path, notes: list[str]) -> dict[str, str]
 
     The copy of a whole base in a trainer's checkpoint is left alone.
     """
+    if any(_OF_TRAINING in k for k in keys):
+        keys = [k for k in keys if _OF_TRAINING not in k]
+        notes.append("what VeLoRA kept for its gradients is not used")
     if more := [k for k in keys if _MORE.search(k)]:
         raise UserError(
             f"this adapter is more than a LoRA: it also holds {more[0]}"
