@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,10 @@ def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
     config = peft.peft_config[FIRST].to_dict()
     config["inference_mode"] = True
-    config["target_modules"] = sorted(config["target_modules"])
-    write(folder, config, adapter_tensors(peft), meta)
+    tensors = adapter_tensors(peft)
+    modules = {k.rsplit(".lora_", 1)[0].removeprefix(LEAD) for k in tensors}
+    config["target_modules"] = _by_ends(modules, _linear_shapes(peft))
+    write(folder, config, tensors, meta)
 
 
 def save_files(files: AdapterFiles, folder: Path) -> None:
@@ -259,14 +262,12 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0, name: 
 
     shapes = _linear_shapes(model)
     adapter_fit.check(adapter, shapes)
-    lora, modules = adapter.lora, sorted(adapter.pairs())
-    ends = {m for m in shapes if m.rsplit(".", 1)[-1] in lora.target}
+    lora = adapter.lora
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        # By the ends of their names where that says it: what is trained from here is saved so.
-        target_modules=list(lora.target) if ends == set(modules) else modules,
+        target_modules=_by_ends(adapter.pairs(), shapes),
         rank_pattern=dict(sorted(lora.ranks.items())),
         alpha_pattern=dict(sorted(lora.alphas.items())),
         use_rslora=lora.rslora,
@@ -280,6 +281,16 @@ def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0, name: 
         _take_back(model, fresh, name)
         raise
     return peft
+
+
+def _by_ends(modules: Iterable[str], every: Iterable[str]) -> list[str]:
+    """Modules as PEFT's config names them: by the ends of their names, where that says which of all
+    modules they are, else by their whole names. So a run's adapter is saved alike however it began.
+    """
+    modules = set(modules)
+    ends = {m.rsplit(".", 1)[-1] for m in modules}
+    like = {m for m in every if m.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if like == modules else modules)
 
 
 def _linear_shapes(model: Any) -> dict[str, tuple[int, ...]]:

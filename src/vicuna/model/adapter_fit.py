@@ -32,14 +32,16 @@ def check(files: AdapterFiles, shapes: Shapes) -> None:
     """
     why = misfit(files, shapes)
     if why:
-        name = files.base
-        raise UserError(
-            f"the adapter does not fit this base: {why}",
-            where=f"adapter {files.path}",
-            fix=f"Use the base it was trained on: --model {name}."
-            if name
-            else "Use the base it was trained on.",
-        )
+        raise _does_not_fit(files, why)
+
+
+def _does_not_fit(files: AdapterFiles, why: str) -> UserError:
+    named = f": --model {files.base}." if files.base else "."
+    return UserError(
+        f"the adapter does not fit this base: {why}",
+        where=f"adapter {files.path}",
+        fix=f"Use the base it was trained on{named}",
+    )
 
 
 def misfit(files: AdapterFiles, shapes: Shapes) -> str:
@@ -48,29 +50,34 @@ def misfit(files: AdapterFiles, shapes: Shapes) -> str:
     lacking = [m for m in pairs if m not in shapes]
     if lacking:
         return _lacking(lacking, list(pairs), shapes)
-    for module, (a, b) in pairs.items():
-        shape = (b.shape[0], a.shape[1])
-        there = tuple(shapes[module])
-        if there == shape:
-            continue
-        kind = module.rsplit(".", 1)[-1]
-        if module == "lm_head" and shape[1] == there[1]:
-            return f"another vocabulary: {shape[0]} tokens in the adapter, {there[0]} in the base"
-        if shape[1] != there[1] and kind in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            return (
-                f"another hidden size: {module} is {_by(shape)} in the adapter, {_by(there)} in "
-                "the base"
-            )
-        return f"{module} is {_by(shape)} in the adapter, {_by(there)} in the base"
-    return _cut_short(files, shapes)
+    sizes = {m: ((b.shape[0], a.shape[1]), tuple(shapes[m])) for m, (a, b) in pairs.items()}
+    wrong = {m: both for m, both in sizes.items() if both[0] != both[1]}
+    if not wrong:
+        return _cut_short(files, shapes)
+    if "lm_head" in wrong and wrong["lm_head"][0][1] == wrong["lm_head"][1][1]:
+        return _other_shape(_HEAD, *wrong["lm_head"])
+    deep = [m for m, (ours, theirs) in wrong.items() if _reads_hidden(m) and ours[1] != theirs[1]]
+    module = (deep or list(wrong))[0]
+    ours, theirs = wrong[module]
+    kind = "another hidden size: " if deep else ""
+    return f"{kind}{module} is {_by(ours)} in the adapter, {_by(theirs)} in the base"
+
+
+def _reads_hidden(module: str) -> bool:
+    """Whether a layer's input is as wide as the model."""
+    return module.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"))
 
 
 def _cut_short(files: AdapterFiles, shapes: Shapes) -> str:
     """Whether the adapter is whole for a base with fewer layers: all of the first, no other."""
     modules = set(files.pairs())
     kinds = {_kind(m) for m in modules}
-    left = _targeted(files, [m for m in shapes if _kind(m) in kinds]) - modules
     last = max(map(_number, modules))
+    left = _targeted(files, [m for m in shapes if _kind(m) in kinds]) - modules
+    if not left and last >= 0:
+        # PEFT writes `all-linear` as a list of all names, which says nothing of further layers.
+        first = {m for m in shapes if 0 <= _number(m) <= last}
+        left = {m for m in shapes if _number(m) > last} if first == modules else set()
     if not left or any(_number(m) <= last for m in left):
         return ""
     layers = 1 + max(map(_number, shapes))
@@ -155,7 +162,9 @@ def _compare_copies(files: AdapterFiles, folder: Path) -> list[str]:
         if not copy.is_floating_point() or not weights.dtype(source).is_floating_point:
             uncompared.append(name)
             continue
-        if tuple(copy.shape) != weights.shape(source) or not _equal(copy, weights.read(source)):
+        if tuple(copy.shape) != weights.shape(source):
+            raise _does_not_fit(files, _other_shape(name, copy.shape, weights.shape(source)))
+        if not _equal(copy, weights.read(source)):
             raise _not_the_bases(files, name, "is not what the base has: it was trained, too")
     if uncompared:
         return [
@@ -163,6 +172,12 @@ def _compare_copies(files: AdapterFiles, folder: Path) -> list[str]:
             " is quantised; the base's is used"
         ]
     return []
+
+
+def _other_shape(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    if name in (_HEAD, _EMBEDDING) and ours[1:] == theirs[1:]:
+        return f"another vocabulary: {ours[0]} tokens in the adapter, {theirs[0]} in the base"
+    return f"{name} is {_by(tuple(ours))} in the adapter, {_by(tuple(theirs))} in the base"
 
 
 def _read_copies(files: AdapterFiles) -> dict[str, Tensor]:

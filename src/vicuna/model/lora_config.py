@@ -80,6 +80,9 @@ REFUSED = {
     "kasa_config": "KaSA, which cuts the base's weights",
 }
 
+_UNMERGEABLE = ("alora_invocation_tokens", "arrow_config", "monteclora_config")
+_WITH_PEFT = "It cannot be merged either; answer with PEFT itself, or train a plain LoRA."
+
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 _OTHER_TASKS = {
@@ -104,7 +107,8 @@ def check(config: Mapping[str, Any], where: Path, notes: list[str]) -> None:
         )
     for name, meaning in REFUSED.items():
         if config.get(name):
-            raise _refusal(name, config[name], meaning, where, MERGE)
+            fix = _WITH_PEFT if name in _UNMERGEABLE else MERGE
+            raise _refusal(name, config[name], meaning, where, fix)
     task = config.get("task_type")
     if task in _OTHER_TASKS:
         raise UserError(
@@ -130,10 +134,13 @@ _FORMER = frozenset({"merge_weights", "auto_mapping"})
 def _check_init(init: Any, where: Path) -> None:
     if isinstance(init, bool) or init is None or str(init).lower() in _PLAIN_INITS:
         return
+    meaning = "training began by changing the base's weights: the adapter belongs to changed ones"
+    if str(init).lower() == "mica":
+        meaning = "MiCA, whose B is made of the base's weights"
     raise _refusal(
         "init_lora_weights",
         init,
-        "training began by changing the base's weights, so the adapter belongs to changed weights",
+        meaning,
         where,
         "Convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or "
         "m" + MERGE[1:],
