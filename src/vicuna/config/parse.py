@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vicuna.config.common import BARE, SWITCH, Settings
+from vicuna.config.common import BARE, SWITCH, Settings, exists
 from vicuna.config.names import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
 
@@ -100,7 +100,7 @@ def _collect(
                 taken.append(words[i])
                 i += 1
             _set(cls, values, mistakes, key, taken)
-        elif _assigns(cls, word, strict=free is not None):
+        elif _assigns(cls, word, free is not None) and not (free is not None and exists(word)):
             key, _, rest = word.partition("=")
             _set(cls, values, mistakes, key.replace("-", "_"), [rest])
         elif free is not None:

@@ -31,6 +31,7 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.memory.devices import parse_memory
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
+from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.model.merging import Addition
 from vicuna.model.vocabulary import load_vocabulary
@@ -98,7 +99,7 @@ def _counts(settings: MergeSettings) -> list[float]:
 def _base_of(parts: Parts) -> str:
     for files, _ in parts:
         if files.base:
-            return files.base
+            return named_base(files)
     raise UserError(
         "no adapter says which base it belongs to",
         where="model",

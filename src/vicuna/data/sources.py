@@ -69,7 +69,8 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
 
 def _matching(pattern: Path, source: str) -> list[Path]:
     """The files that a glob matches: those with known endings, all of them if none has one."""
-    files = [p for p in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if p.is_file()]
+    found = sorted(glob.glob(_literal_as_far(pattern), recursive=True))
+    files = [p for p in map(Path, found) if p.is_file()]
     if not files:
         raise UserError(
             "no file matches this pattern",
@@ -77,6 +78,17 @@ def _matching(pattern: Path, source: str) -> list[Path]:
             fix="Check it with ls; folders below are searched only by **, and hidden files never.",
         )
     return [path for path in files if known(path)] or files
+
+
+def _literal_as_far(pattern: Path) -> str:
+    """A glob in which the folders that exist as they are written stand for themselves."""
+    path = Path(pattern.anchor)
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    for number, part in enumerate(parts):
+        if not (path / part).exists():
+            return str(Path(glob.escape(str(path)), *parts[number:]))
+        path /= part
+    return glob.escape(str(path))
 
 
 def _is_hub_id(source: str) -> bool:
