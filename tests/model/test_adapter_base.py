@@ -68,7 +68,7 @@ def test_a_base_of_another_machine_is_the_adapters_claim(
         ),
     )
     for way in ways:
-        with pytest.raises(UserError, match="the adapter names .* as its base") as found:
+        with pytest.raises(UserError, match=r"the adapter names .* as its base") as found:
             way()
         assert name[:100] in found.value.what
         assert found.value.where == f"adapter {folder}"

@@ -155,7 +155,7 @@ NONE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a trainer's folder": (trainers, "Name a checkpoint in it: checkpoint-500"),
     "config alone": (lone_config, "its weights are not"),
     "LitGPT": (touch("lit_model.pth.lora", "model_config.yaml"), "LitGPT"),
-    "npz": (touch("adapters.npz", "adapter_config.json"), "early mlx-lm"),
+    "npz": (touch("adapters.npz"), "early mlx-lm"),
     "GGUF in a folder": (touch("lora.gguf"), "llama.cpp's"),
     "GGUF": (lambda f: touch("lora.gguf")(f) / "lora.gguf", "llama.cpp's"),
     "Lightning": (touch("epoch=1.ckpt"), "Lightning"),

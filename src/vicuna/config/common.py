@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from vicuna.paths import exists
 
 
 class DatasetEntry(BaseModel):
@@ -16,14 +17,6 @@ class DatasetEntry(BaseModel):
     path: str
     weight: float = Field(1.0, gt=0)
     max_samples: int = Field(0, ge=0)
-
-
-def exists(path: str) -> bool:
-    """Whether something lies at a path; false for what cannot be one."""
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, nobody's ~
-        return False
 
 
 def _entry(value: Any) -> Any:

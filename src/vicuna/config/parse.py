@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vicuna.config.common import BARE, SWITCH, Settings, exists
+from vicuna.config.common import BARE, SWITCH, Settings
 from vicuna.config.names import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
+from vicuna.paths import exists
 
 # What a run writes beside its settings into config.yaml; skipped when the file is used as a recipe.
 RUN_KEYS = ("resolved", "environment")

@@ -8,6 +8,7 @@ from pathlib import Path
 from vicuna.errors import UserError
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate
+from vicuna.paths import user_path
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OF_4_BITS = re.compile(r"(-unsloth)?-bnb-4bit$|-(GPTQ|AWQ)(-\w+)?$", re.IGNORECASE)
@@ -42,10 +43,10 @@ def named_base(files: AdapterFiles) -> str:
 def _on_this_machine(name: str, adapter: Path) -> Path | None:
     """Where a path leads, if it does; as it is, then from the adapter's folder."""
     try:
-        path = Path(name).expanduser()
+        path = user_path(name)
         places = [path] if path.is_absolute() else [path, adapter / path, adapter.parent / path]
         return next((p for p in places if p.exists()), None)
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, nobody's ~
+    except (OSError, ValueError):  # too long, a NUL
         return None
 
 
