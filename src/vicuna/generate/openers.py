@@ -11,6 +11,7 @@ from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Engine
 from vicuna.model import adapter as adapters
+from vicuna.model import adapter_fit
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
 
@@ -125,6 +126,8 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     def load(name: str, files: AdapterFiles) -> None:
         from vicuna.export.gguf_cache import adapter_file
 
+        if any(folder.glob("*.safetensors")):  # else a GGUF file is the base: llama.cpp looks
+            adapter_fit.check_weights(files, folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         engine.load_adapter(name, adapter_file(files, config))
 
@@ -204,10 +207,11 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
             where="precision",
             fix="Use auto, fp32, bf16 or fp16, or a base that is quantised on disk.",
         )
-    rank = files.lora.rank if files else 0
+    rank = files.lora.largest if files else 0
     engine = VllmEngine(folder, settings.context_length, dtype, lora_rank=rank)
 
     def load(name: str, files: AdapterFiles) -> None:
+        adapter_fit.check_weights(files, folder)
         engine.load_adapter(name, adapters.plain_folder(files))
 
     return Opened(engine, folder, check, load)

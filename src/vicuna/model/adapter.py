@@ -332,11 +332,15 @@ def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
         result: Any = set_peft_model_state_dict(peft, adapter.tensors, adapter_name=name)
         odd = list(result.unexpected_keys)
     except RuntimeError as e:
-        odd = [str(e).strip().splitlines()[-1].strip()]
+        raise _unfilled(adapter, str(e).strip().splitlines()[-1].strip()) from e
     odd += sorted(set(adapter_tensors(peft, name)) ^ set(adapter.tensors))
     if odd:
-        raise UserError(
-            f"the adapter does not fit this base: {odd[0]} has no counterpart",
-            where=f"adapter {adapter.path}",
-            fix="Use the base it was trained on (adapter_config.json names it).",
-        )
+        raise _unfilled(adapter, f"{odd[0]} has no counterpart in it")
+
+
+def _unfilled(adapter: AdapterFiles, why: str) -> UserError:
+    return UserError(
+        f"the adapter does not fit this base: {why}",
+        where=f"adapter {adapter.path}",
+        fix="Use the base it was trained on (adapter_config.json names it).",
+    )

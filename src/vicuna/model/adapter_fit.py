@@ -121,6 +121,18 @@ def _kind(module: str) -> str:
 # -- the base's folder ----
 
 
+def check_weights(files: AdapterFiles, folder: Path) -> None:
+    """`check` against the weights in a base's folder, for engines that look into nothing else.
+
+    Raises: UserError that says in what they differ.
+    """
+    weights = open_weights(folder)
+    held = {n: weights.shape(n) for n in weights.names() if len(weights.shape(n)) == 2}
+    if _EMBEDDING in held:
+        held.setdefault(_HEAD, held[_EMBEDDING])
+    check(files, {n.removesuffix(".weight"): shape for n, shape in held.items()})
+
+
 def notes_on(files: AdapterFiles, folder: Path) -> list[str]:
     """What should be known about an adapter on the base of a folder: copies of the base that lie
     beside it are compared, layers that it leaves out are named.
