@@ -31,7 +31,7 @@ from vicuna.generate.decode import decode
 from vicuna.generate.processors import tokens_of
 from vicuna.generate.settings import Settings, biases_of
 from vicuna.memory import choose, plan
-from vicuna.model import adapter, base, mix
+from vicuna.model import adapter, adapter_base, adapter_fit, base, mix
 from vicuna.train import loop as training
 from vicuna.train import origin, samples, setup, shrink
 from vicuna.train.checkpoint import State
@@ -104,12 +104,14 @@ def of_adapters(say: Heard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     say(adapter.read_adapter, "nobody/nothing-there")
     (folder / "empty").mkdir()
     say(adapter.read_adapter, str(folder / "empty"))
-    for kind in ('"use_dora": true', '"peft_type": "IA3"'):
+    for kind in ('"use_dora": true', '"peft_type": "IA3"', '"modules_to_save": ["x"]',
+                 '"alora_invocation_tokens": [1]', '"init_lora_weights": "pissa"'):  # fmt: skip
         _adapter(folder / "odd", kind)
         say(adapter.read_adapter, str(folder / "odd"))
+    of_misfits(say, folder)
     shapes = [{"m": (torch.zeros(1, n), torch.zeros(2, 1))} for n in (2, 3)]
     parts: Any = [
-        (SimpleNamespace(pairs=lambda s=s: s, lora=SimpleNamespace(rank=1)), 1) for s in shapes
+        (SimpleNamespace(pairs=lambda s=s: s, lora=SimpleNamespace(largest=1)), 1) for s in shapes
     ]
     say(mix.mixed, parts)
     say(mix.save_mix, {}, folder)
@@ -123,6 +125,46 @@ def of_adapters(say: Heard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(mine_only, "get", lambda _: at_work)
     monkeypatch.setattr(shelf, "_at_work", lambda _: True)
     say(mine_only.delete, "a")
+
+
+def of_misfits(say: Heard, folder: Path) -> None:
+    _adapter(folder / "fit", '"r": 1')
+    files = adapter.read_adapter(str(folder / "fit"))
+    (module,) = files.pairs()
+    a, b = (s.shape for s in files.pairs()[module])
+    layer = "model.layers.{}.mlp.up_proj"
+    files.tensors = {
+        f"base_model.model.{layer.format(0)}.lora_{k}.weight": t
+        for k, t in zip("AB", files.pairs()[module])
+    }
+    wide = (b[0], a[1] + 1)
+    for name in ("", "b"):
+        files.base_name = name
+        say(adapter_fit.check, files, {layer.format(0): wide})
+    say(adapter_fit.check, files, {layer.format(n): (b[0], a[1]) for n in (0, 1)})
+    say(adapter_fit.check, files, {"h.0.up": (b[0], a[1])})
+    renamed = dict(zip(files.tensors, files.tensors.values()))
+    more = {k.replace("layers.0", "layers.7"): t for k, t in renamed.items()}
+    files.tensors = more
+    say(adapter_fit.check, files, {layer.format(0): (b[0], a[1])})
+    files.tensors = renamed | {k.replace("up_proj", "x"): t for k, t in renamed.items()}
+    say(adapter_fit.check, files, {layer.format(0): (b[0], a[1])})
+    files.tensors = {k.replace("model.layers.0.mlp.up_proj", "lm_head"): t
+                     for k, t in renamed.items()}  # fmt: skip
+    say(adapter_fit.check, files, {"lm_head": (b[0] + 1, a[1])})
+    for name in ("/not/here", "nobody/nothing-there"):
+        files.base_name = name
+        say(adapter_base.named_base, files)
+    (folder / "whole").mkdir()
+    (folder / "whole" / "config.json").write_text("{}")
+    (folder / "whole" / "model.safetensors").touch()
+    say(adapter.read_adapter, str(folder / "whole"))
+    _adapter(folder / "odd", '"r": 1')
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "odd" / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.x.lora_B.bias": torch.ones(1)}, path)
+    say(adapter.read_adapter, str(folder / "odd"))
 
 
 def _wrong_shape(*_: Any, **__: Any) -> None:

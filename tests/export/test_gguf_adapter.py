@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gguf_kit import scores_after, tiny_base
-from kit import with_adapter
+from kit import shake, with_adapter
 from vicuna.errors import UserError
 from vicuna.export.gguf import write_adapter, write_base
 from vicuna.model.adapter import AdapterFiles, read_adapter, save
@@ -50,6 +50,41 @@ def test_scores_with_an_adapter_are_those_of_peft(
         assert (scores - scores_after(peft, prompt)).abs().max() < 1e-3
         with peft.disable_adapter():
             assert (scores - scores_after(peft, prompt)).abs().max() > 0.1
+
+
+@needs_llamacpp
+def test_ranks_and_alphas_of_their_own(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from vicuna.generate.engines.llamacpp import LlamaCppEngine
+
+    model = tiny_base(tmp_path, "llama")
+    config = model.config.to_dict()
+    shape = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"v_proj": 7, "layers.1.mlp.down_proj": 2},
+        alpha_pattern={"layers.0.self_attn.q_proj": 1},
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(model, shape)
+    shake(peft)
+    peft.save_pretrained(str(tmp_path / "adapter"))
+    files = read_adapter(str(tmp_path / "adapter"))
+    write_base(tmp_path, tmp_path / "base.gguf", "f32")
+    write_adapter(files, config, tmp_path / "lora.gguf")
+    write_base(tmp_path, tmp_path / "merged.gguf", "f32", adapter=files)
+    prompt = list(range(20, 60))
+    for base, adapter in (("base", "lora"), ("merged", "")):
+        with LlamaCppEngine(
+            tmp_path / f"{base}.gguf", context_length=256, threads=1, cache_type="f32"
+        ) as engine:
+            if adapter:
+                engine.load_adapter("mine", tmp_path / f"{adapter}.gguf")
+                engine.use_adapters({"mine": 1.0})
+            scores = engine.prefill(prompt)
+            assert (scores - scores_after(peft, prompt)).abs().max() < 1e-3
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:

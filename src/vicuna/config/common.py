@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import difflib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from vicuna.paths import exists
 
 
 class DatasetEntry(BaseModel):
@@ -18,17 +20,28 @@ class DatasetEntry(BaseModel):
 
 
 def _entry(value: Any) -> Any:
-    """`path` or `path@weight=2,max_samples=100` from the command line."""
+    """`path` or `path@weight=2,max_samples=100` from the command line: what follows the last @ are
+    options if they look so and no path is meant."""
     if not isinstance(value, str):
         return value
-    if "@" in value and Path(value).exists():
+    path, at, options = value.rpartition("@")
+    if not at or not _are_options(options) or exists(value):
         return {"path": value}
-    path, _, options = value.partition("@")
     fields: dict[str, Any] = {"path": path}
-    for option in filter(None, options.split(",")):
+    for option in options.split(","):
         key, _, given = option.partition("=")
         fields[key.strip()] = given.strip()
     return fields
+
+
+def _are_options(text: str) -> bool:
+    """Whether all of it is `key=value,...` with keys that are options of data, or nearly so."""
+    keys = [option.partition("=")[::2] for option in text.split(",")]
+    known = [name for name in DatasetEntry.model_fields if name != "path"]
+    return all(
+        given and difflib.get_close_matches(key.strip(), known, n=1, cutoff=0.5)
+        for key, given in keys
+    )
 
 
 def _entries(value: Any) -> Any:
@@ -46,8 +59,28 @@ def _words(value: Any) -> Any:
     return value
 
 
+def _places(value: Any) -> Any:
+    """A list of folders, or several separated by commas. What exists is one, commas and all."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    found = []
+    for text in map(str, value):
+        parts, start = text.split(","), 0
+        while start < len(parts):
+            whole = (
+                n for n in range(len(parts), start + 1, -1) if exists(",".join(parts[start:n]))
+            )
+            stop = next(whole, start + 1)
+            found.append(",".join(parts[start:stop]).strip())
+            start = stop
+    return [place for place in found if place]
+
+
 Datasets = Annotated[list[DatasetEntry], BeforeValidator(_entries)]
 Words = Annotated[list[str], BeforeValidator(_words)]
+Places = Annotated[list[str], BeforeValidator(_places)]
 Checkpointing = Annotated[
     Literal["none", "selective", "full", "offload"],
     BeforeValidator(lambda v: SWITCH.get(str(v).lower(), v)),

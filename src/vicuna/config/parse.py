@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from vicuna.config.common import BARE, SWITCH, Settings
 from vicuna.config.names import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
+from vicuna.paths import exists
 
 # What a run writes beside its settings into config.yaml; skipped when the file is used as a recipe.
 RUN_KEYS = ("resolved", "environment")
@@ -100,7 +101,7 @@ def _collect(
                 taken.append(words[i])
                 i += 1
             _set(cls, values, mistakes, key, taken)
-        elif _assigns(cls, word, strict=free is not None):
+        elif _assigns(cls, word, free is not None) and not (free is not None and exists(word)):
             key, _, rest = word.partition("=")
             _set(cls, values, mistakes, key.replace("-", "_"), [rest])
         elif free is not None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from vicuna.config.common import Settings, Words, setting
+from vicuna.config.common import Places, Settings, Words, setting
 
 
 def _whole(value: Any) -> Any:
@@ -43,7 +43,7 @@ class MergeSettings(VerifySettings):
     """The settings of `vicuna merge`."""
 
     model: str = setting("", "Models", "the base; where not given, the one that the adapter names")
-    adapter: Words = setting(
+    adapter: Places = setting(
         [], "Models", "adapters, run folders or hub ids, of any age; several are combined"
     )
     allow_other_base: bool = setting(False, "Models", "accept an adapter of other weights")

@@ -60,9 +60,11 @@ def facts(files: AdapterFiles) -> dict[str, Any]:
         "alpha_assumed": not files.alpha_from,
         "rslora": files.lora.rslora,
         "scale": files.scale,
+        "own_ranks": files.lora.ranks,
+        "own_alphas": files.lora.alphas,
         "modules": list(files.lora.target),
         "matrices": len(pairs),
-        "base": belongs.get("name") or files.base_name or None,
+        "base": files.base or None,
         "base_shape": {k: v for k, v in belongs.items() if k not in ("name", "weights")} or None,
         "template": template.get("name"),
         "largest": max(
@@ -162,7 +164,7 @@ def _check_written(files: AdapterFiles, folder: Path) -> None:
         torch.equal(t, again.tensors[k]) and t.dtype == again.tensors[k].dtype
         for k, t in files.tensors.items()
     )
-    if not same or (again.scale, again.lora.rank) != (files.scale, files.lora.rank) or again.notes:
+    if not same or again.lora != files.lora or again.notes:
         raise UserError(
             "what was written is not what was read; it was removed", where=str(folder)
         )  # a disk that lies: nothing here rounds

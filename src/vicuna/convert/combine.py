@@ -44,8 +44,8 @@ def combine(parts: Sequence[tuple[AdapterFiles, float]], method: Method) -> Adap
     by_module: dict[str, list[tuple[Tensor, Tensor, float, float]]] = {}
     for files, weight in parts:
         for module, (a, b) in files.pairs().items():
-            by_module.setdefault(module, []).append((a, b, files.scale, weight))
-    ranks = sorted({files.lora.rank for files, _ in parts})
+            by_module.setdefault(module, []).append((a, b, files.lora.scale_of(module), weight))
+    ranks = sorted({a.shape[0] for layers in by_module.values() for a, *_ in layers})
     if len(ranks) > 1 and not method.name.endswith("svd"):
         raise UserError(
             f"{method.name} needs adapters of one rank, these have {', '.join(map(str, ranks))}",

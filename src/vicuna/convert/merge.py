@@ -31,6 +31,7 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.memory.devices import parse_memory
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
+from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.model.merging import Addition
 from vicuna.model.vocabulary import load_vocabulary
@@ -97,9 +98,8 @@ def _counts(settings: MergeSettings) -> list[float]:
 
 def _base_of(parts: Parts) -> str:
     for files, _ in parts:
-        name = files.meta.get("base", {}).get("name") or files.base_name
-        if name:
-            return str(name)
+        if files.base:
+            return named_base(files)
     raise UserError(
         "no adapter says which base it belongs to",
         where="model",
@@ -112,10 +112,8 @@ def _open(settings: MergeSettings, model: str, folder: Path, parts: Parts) -> _S
     base_config = read_json(folder / "config.json")
     _refuse_quantised(base_config, folder)
     notes = [note for files, _ in parts for note in files.notes]
-    identity = adapters.identify(folder)
     for files, _ in parts:
-        warning = adapters.check_base(files, identity, settings.allow_other_base)
-        notes += [warning] if warning else []
+        notes += adapters.check_belongs(files, folder, settings.allow_other_base)
         if len(files.silent()) == len(files.pairs()):
             raise UserError(
                 "this adapter adds nothing: every B is zero",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vicuna.cache import file_hash
 from vicuna.errors import UserError
+from vicuna.paths import user_path
 
 ENDINGS = (
     *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz"),
@@ -31,7 +32,7 @@ def expand(source: str) -> list[Path]:
 
     Raises: UserError where nothing is there, with the way out.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return _in_folder(path, source)
     if path.exists():
@@ -69,7 +70,8 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
 
 def _matching(pattern: Path, source: str) -> list[Path]:
     """The files that a glob matches: those with known endings, all of them if none has one."""
-    files = [p for p in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if p.is_file()]
+    found = sorted(glob.glob(_literal_as_far(pattern), recursive=True))
+    files = [p for p in map(Path, found) if p.is_file()]
     if not files:
         raise UserError(
             "no file matches this pattern",
@@ -77,6 +79,17 @@ def _matching(pattern: Path, source: str) -> list[Path]:
             fix="Check it with ls; folders below are searched only by **, and hidden files never.",
         )
     return [path for path in files if known(path)] or files
+
+
+def _literal_as_far(pattern: Path) -> str:
+    """A glob in which the folders that exist as they are written stand for themselves."""
+    path = Path(pattern.anchor)
+    parts = pattern.parts[1:] if pattern.anchor else pattern.parts
+    for number, part in enumerate(parts):
+        if not (path / part).exists():
+            return str(Path(glob.escape(str(path)), *parts[number:]))
+        path /= part
+    return glob.escape(str(path))
 
 
 def _is_hub_id(source: str) -> bool:

@@ -30,6 +30,7 @@ from vicuna.export.gguf_names import Names, Shape, add_base_model, add_settings,
 from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind, kind_of
 from vicuna.export.gguf_vocab import Spoken, add_vocabulary
 from vicuna.generate.engines.libllama import INSTALL
+from vicuna.model.adapter import even
 from vicuna.model.merging import Addition
 from vicuna.model.weights import Weights, open_weights, shape_of, shapes
 
@@ -195,6 +196,7 @@ def write_adapter(
     if kind not in FULL:
         raise UserError(f"an adapter cannot be written as {kind}", fix="Use f32, f16 or bf16.")
     shape = Shape.of(config, f"base of {adapter.path}")
+    adapter = even(adapter)  # a GGUF LoRA has one alpha
     rank, alpha = adapter.lora.rank, adapter.lora.alpha
     if adapter.lora.rslora:
         alpha *= rank**0.5  # llama.cpp divides by the rank, rank-stabilised LoRA by its root

@@ -10,7 +10,7 @@ from typing import Any
 
 from vicuna.cache import cache_dir
 from vicuna.export.gguf import write_adapter, write_base
-from vicuna.model.adapter import AdapterFiles, identify
+from vicuna.model.adapter import AdapterFiles, even, identify
 
 _FORMAT = "2"  # counts up when what `export` writes changes
 
@@ -32,6 +32,7 @@ def adapter_file(adapter: AdapterFiles, config: dict[str, Any]) -> Path:
 
     Raises: UserError where the base's architecture is not supported.
     """
+    adapter = even(adapter)
     lora = adapter.lora
     digest = hashlib.sha256(repr((config, lora.rank, lora.alpha, lora.rslora)).encode())
     for key, tensor in sorted(adapter.tensors.items()):

@@ -81,8 +81,8 @@ def open_source(asked: _Asked) -> Source:
     folder = locate(name)
     notes = []
     if files is not None:
-        warning = adapters.check_base(files, adapters.identify(folder), asked.allow_other_base)
-        notes += [*files.notes, *([warning] if warning else [])]
+        found = adapters.check_belongs(files, folder, asked.allow_other_base)
+        notes += [*files.notes, *found]
     vocabulary = load_vocabulary(folder)
     template = template_of(asked.template, files, vocabulary)
     own_way = bool(asked.template or (files and files.meta.get("template")))

@@ -15,6 +15,7 @@ from vicuna.generate.openers import Opened, open_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
+from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED
 from vicuna.model.vocabulary import load_vocabulary
 
@@ -206,18 +207,11 @@ def open_model(settings: AnswerSettings) -> Loaded:
 def base_of(files: adapters.AdapterFiles | None) -> str:
     """The base an adapter names, else the embedded one.
 
-    Raises: UserError where the adapter names none.
+    Raises: UserError where the adapter names none, or one that is not to be had here.
     """
     if files is None:
         return EMBEDDED
-    name = files.meta.get("base", {}).get("name") or files.base_name
-    if not name:
-        raise UserError(
-            "this adapter does not say which base it belongs to",
-            where=f"adapter {files.path}",
-            fix="Name it: --model FOLDER_OR_HUB_ID.",
-        )
-    return str(name)
+    return named_base(files)
 
 
 def template_of(

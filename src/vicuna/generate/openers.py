@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Engine
 from vicuna.model import adapter as adapters
+from vicuna.model import adapter_fit
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
 
@@ -58,7 +58,7 @@ def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None)
 
     over = placement.devices(settings.device_map)
     folder = locate(base)
-    check = _checker(settings, lambda: adapters.identify(folder))
+    check = _checker(settings, folder)
     _check(check, files)
     chosen = load.choose(settings.precision, over[0])
     if len(over) == 1:
@@ -73,14 +73,12 @@ def _open_torch(settings: AnswerSettings, base: str, files: AdapterFiles | None)
     return Opened(engine, folder, check, engine.load_adapter)
 
 
-def _checker(
-    settings: AnswerSettings, identify: Callable[[], dict[str, Any]]
-) -> Callable[[AdapterFiles], list[str]]:
-    """What refuses an adapter of another base than the one that `identify` describes."""
+def _checker(settings: AnswerSettings, folder: Path) -> Callable[[AdapterFiles], list[str]]:
+    """What refuses an adapter of another base than the one in a folder."""
 
     def check(files: AdapterFiles) -> list[str]:
-        warning = adapters.check_base(files, identify(), settings.allow_other_base)
-        return [*files.notes, *([warning] if warning else [])]
+        found = adapters.check_belongs(files, folder, settings.allow_other_base)
+        return [*files.notes, *found]
 
     return check
 
@@ -128,6 +126,8 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
     def load(name: str, files: AdapterFiles) -> None:
         from vicuna.export.gguf_cache import adapter_file
 
+        if any(folder.glob("*.safetensors")):  # else a GGUF file is the base: llama.cpp looks
+            adapter_fit.check_weights(files, folder)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         engine.load_adapter(name, adapter_file(files, config))
 
@@ -163,7 +163,7 @@ def _gguf_of(
     from vicuna.export.gguf_cache import base_file
 
     folder = locate(base)
-    check = _checker(settings, lambda: adapters.identify(folder))
+    check = _checker(settings, folder)
     return base_file(folder, kind), folder, check, f"{base} in {kind.upper()}"
 
 
@@ -176,7 +176,11 @@ def _shape_checker(
     def check(files: AdapterFiles) -> list[str]:
         belongs = files.meta.get("base", {})
         keys = [k for k in shape if k in belongs and k != "model_type"]
-        notes = _checker(settings, lambda: {k: shape[k] for k in keys})(files)
+        same = {k: shape[k] for k in keys}
+        warning = adapters.check_base(files, same, settings.allow_other_base)
+        notes = [*files.notes, *([warning] if warning else [])]
+        if files.copies:
+            notes.append("weights of the base beside the adapter were not compared with its own")
         if belongs.get("name", base) != base:
             notes.append(f"only the shape of {base} was compared with {belongs['name']}'s")
         return notes
@@ -194,7 +198,7 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
     _refuse(settings, "cache_type", "vLLM's cache has types of its own")
     library()
     folder = locate(base)
-    check = _checker(settings, lambda: adapters.identify(folder))
+    check = _checker(settings, folder)
     _check(check, files)
     dtype = _VLLM_TYPES.get(settings.precision)
     if dtype is None:
@@ -203,10 +207,11 @@ def _open_vllm(settings: AnswerSettings, base: str, files: AdapterFiles | None) 
             where="precision",
             fix="Use auto, fp32, bf16 or fp16, or a base that is quantised on disk.",
         )
-    rank = files.lora.rank if files else 0
+    rank = files.lora.largest if files else 0
     engine = VllmEngine(folder, settings.context_length, dtype, lora_rank=rank)
 
     def load(name: str, files: AdapterFiles) -> None:
+        adapter_fit.check_weights(files, folder)
         engine.load_adapter(name, adapters.plain_folder(files))
 
     return Opened(engine, folder, check, load)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from vicuna.cache import cache_dir, whole_folder
 from vicuna.errors import UserError
-from vicuna.model import targets
+from vicuna.model import adapter_fit, targets
 from vicuna.model.adapter_files import (
+    LEAD,
     META,
     AdapterFiles,
     LoraSettings,
@@ -34,6 +37,8 @@ __all__ = [
     "attach",
     "attach_saved",
     "check_base",
+    "check_belongs",
+    "even",
     "identify",
     "locate_adapter",
     "plain_folder",
@@ -70,13 +75,24 @@ def identify(folder: Path) -> dict[str, Any]:
     return {**shape, "weights": digest.hexdigest()[:32]}
 
 
+def check_belongs(adapter: AdapterFiles, folder: Path, allow_other: bool) -> list[str]:
+    """Refuse an adapter that does not belong to the base of a folder; what should be known, in
+    words.
+
+    Raises: UserError where shape or weights differ, or it holds weights that are not the base's.
+    """
+    warning = check_base(adapter, identify(folder), allow_other)
+    found = adapter_fit.notes_on(adapter, folder)
+    return [*([warning] if warning else []), *found]
+
+
 def check_base(adapter: AdapterFiles, base: dict[str, Any], allow_other: bool) -> str | None:
     """Refuse an adapter of another base; a warning in words where that was allowed.
 
     Raises: UserError where shape or weights differ.
     """
     belongs = adapter.meta.get("base")
-    if not belongs:
+    if not belongs or not isinstance(belongs, dict):
         return None
     differs = [k for k in base if k in belongs and belongs[k] != base[k]]
     if not differs:
@@ -113,7 +129,7 @@ def attach(
 
     Raises: UserError where no layer has one of the names, or one of those cannot have an adapter.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=lora.rank,
@@ -126,11 +142,7 @@ def attach(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            if isinstance(model, PeftModel):
-                model.add_adapter(name, config)
-                peft: Any = model
-            else:
-                peft = get_peft_model(model, config, adapter_name=name)
+            peft = _injected(model, config, name)
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise UserError(
@@ -138,6 +150,20 @@ def attach(
             where="lora_target",
             fix=f"Use all, or some of: {', '.join(names)}.",
         ) from e
+    return _named(peft, base_name, name)
+
+
+def _injected(model: Any, config: Any, name: str) -> Any:
+    """A PEFT model around a base, or the same one with a further adapter."""
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
+
+
+def _named(peft: Any, base_name: str, name: str) -> Any:
     if base_name:
         peft.peft_config[name].base_model_name_or_path = base_name
     for parameter in peft.parameters():
@@ -147,7 +173,8 @@ def attach(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+    known = isinstance(module, nn.Linear) or "Linear" in type(module).__name__
+    return known and hasattr(module, "out_features")
 
 
 def adapter_tensors(peft: Any, name: str = FIRST) -> dict[str, Tensor]:
@@ -162,8 +189,10 @@ def save(peft: Any, folder: Path, meta: dict[str, Any]) -> None:
     """Write the adapter into an existing folder. The caller makes the folder whole or absent."""
     config = peft.peft_config[FIRST].to_dict()
     config["inference_mode"] = True
-    config["target_modules"] = sorted(config["target_modules"])
-    write(folder, config, adapter_tensors(peft), meta)
+    tensors = adapter_tensors(peft)
+    modules = {k.rsplit(".lora_", 1)[0].removeprefix(LEAD) for k in tensors}
+    config["target_modules"] = _by_ends(modules, _linear_shapes(peft))
+    write(folder, config, tensors, meta)
 
 
 def save_files(files: AdapterFiles, folder: Path) -> None:
@@ -185,13 +214,31 @@ def write(
     (folder / META).write_text(text + "\n", encoding="utf-8")
 
 
+def even(files: AdapterFiles) -> AdapterFiles:
+    """The same adapter with one rank and one scale for all modules, for engines that know no other:
+    ranks are filled up with zeros, what a module's scale differs by is multiplied into its B."""
+    if files.even:
+        return files
+    rank = files.lora.largest
+    tensors: dict[str, Tensor] = {}
+    for module, (a, b) in files.pairs().items():
+        lacking, scale = rank - a.shape[0], files.lora.scale_of(module)
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, lacking)), b.float() * scale
+        tensors[f"{LEAD}{module}.lora_A.weight"] = a.float()
+        tensors[f"{LEAD}{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, lacking))
+    lora = replace(files.lora, rank=rank, alpha=rank, rslora=False, ranks={}, alphas={})
+    return replace(files, lora=lora, tensors=tensors)
+
+
 def plain_folder(files: AdapterFiles) -> Path:
     """A folder that plain PEFT opens: the adapter's own, or one in the cache where it is older.
 
     For engines that read adapters by themselves.
     """
-    if files.weights_file == "adapter_model.safetensors" and not files.notes:
+    plain = files.weights_file == "adapter_model.safetensors" and not (files.notes or files.copies)
+    if plain and files.even:
         return files.path
+    files = even(files)
     digest = hashlib.sha256(repr((files.lora, files.base_name)).encode())
     for key, tensor in sorted(files.tensors.items()):
         digest.update(key.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
@@ -208,18 +255,72 @@ def plain_folder(files: AdapterFiles) -> Path:
 def attach_saved(model: Any, adapter: AdapterFiles, dropout: float = 0.0, name: str = FIRST) -> Any:
     """A PEFT model with the weights of an adapter that was read; see `attach`.
 
-    Raises: UserError where they do not fit the base; a PEFT model is then as it was before.
+    Raises: UserError where they do not fit the base; the model is then as it was before.
     """
-    lora = LoraSettings(**{**adapter.lora.__dict__, "dropout": dropout})
-    belongs = str(adapter.meta.get("base", {}).get("name", ""))
-    peft = attach(model, lora, seed=0, base_name=belongs, name=name)
+    from peft import LoraConfig, PeftModel
+
+    shapes = _linear_shapes(model)
+    adapter_fit.check(adapter, shapes)
+    lora = adapter.lora
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=_by_ends(adapter.pairs(), shapes),
+        rank_pattern=dict(sorted(lora.ranks.items())),
+        alpha_pattern=dict(sorted(lora.alphas.items())),
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    fresh = not isinstance(model, PeftModel)
     try:
+        peft = _named(_injected(model, config, name), adapter.base, name)
         _fill(peft, adapter, name)
-    except UserError:
-        if len(peft.peft_config) > 1:
-            peft.delete_adapter(name)
+    except BaseException:
+        _take_back(model, fresh, name)
         raise
     return peft
+
+
+def _by_ends(modules: Iterable[str], every: Iterable[str]) -> list[str]:
+    """Modules as PEFT's config names them: by the ends of their names, where that says which of all
+    modules they are, else by their whole names. So a run's adapter is saved alike however it began.
+    """
+    modules = set(modules)
+    ends = {m.rsplit(".", 1)[-1] for m in modules}
+    like = {m for m in every if m.rsplit(".", 1)[-1] in ends}
+    return sorted(ends if like == modules else modules)
+
+
+def _linear_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """(out, in) of the layers of a base that can have an adapter, by their names."""
+    from peft import PeftModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in base.named_modules():
+        inner = getattr(module, "base_layer", module)
+        if ".lora_" in name or name.endswith(".base_layer"):
+            continue
+        if _is_linear(inner):
+            shapes[name] = (int(inner.out_features), int(inner.in_features))
+        elif type(inner).__name__ == "Conv1D":  # GPT-2's linear layer
+            shapes[name] = (int(inner.nf), int(inner.nx))
+    return shapes
+
+
+def _take_back(model: Any, fresh: bool, name: str) -> None:
+    """Leave a model as it was before an adapter was attached to it."""
+    if not fresh:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        return
+    for parent in list(model.modules()):
+        for child, module in list(parent.named_children()):
+            if hasattr(module, "base_layer"):
+                setattr(parent, child, module.base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
@@ -228,18 +329,17 @@ def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
 
     try:
         result: Any = set_peft_model_state_dict(peft, adapter.tensors, adapter_name=name)
-        unused = list(result.unexpected_keys)
+        odd = list(result.unexpected_keys)
     except RuntimeError as e:
-        raise UserError(
-            f"the adapter does not fit this base: {str(e).strip().splitlines()[-1].strip()}",
-            where=f"adapter {adapter.path}",
-            fix="Use the base it was trained on (adapter_config.json names it).",
-        ) from e
-    wanted = set(adapter_tensors(peft, name))
-    if unused or wanted - set(adapter.tensors):
-        odd = (unused or sorted(wanted - set(adapter.tensors)))[0]
-        raise UserError(
-            f"the adapter does not fit this base: {odd} has no counterpart",
-            where=f"adapter {adapter.path}",
-            fix="Use the base it was trained on (adapter_config.json names it).",
-        )
+        raise _unfilled(adapter, str(e).strip().splitlines()[-1].strip()) from e
+    odd += sorted(set(adapter_tensors(peft, name)) ^ set(adapter.tensors))
+    if odd:
+        raise _unfilled(adapter, f"{odd[0]} has no counterpart in it")
+
+
+def _unfilled(adapter: AdapterFiles, why: str) -> UserError:
+    return UserError(
+        f"the adapter does not fit this base: {why}",
+        where=f"adapter {adapter.path}",
+        fix="Use the base it was trained on (adapter_config.json names it).",
+    )

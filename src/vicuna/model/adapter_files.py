@@ -4,14 +4,16 @@
 optimiser's files); keys with or without `.default`, under any wrapper; no config at all, or one
 that names fewer modules than the weights hold. The caller's files are never changed.
 
-What the weights hold beyond a LoRA (DoRA, trained embeddings, biases) is refused: left out in
-silence, the answers would be those of another adapter.
+What is more than a LoRA (`lora_config`; DoRA, trained embeddings, biases) is refused: left out in
+silence, the answers would be those of another adapter. Copies of the base's weights, which PEFT
+writes beside a LoRA of the output matrix, are compared with the base (`adapter_fit`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,27 +23,44 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.model import adapter_kinds, adapter_mlx, lora_config
 from vicuna.model.adapter_names import META, WEIGHTS
+from vicuna.model.adapter_where import locate_adapter
+from vicuna.model.lora_config import CONFIG
 from vicuna.model.pickles import load_pickled
 from vicuna.model.weights import SafetensorsWeights
 
-CONFIG = "adapter_config.json"
+_OF_TRAINING = ".lora_velora_"  # part of no answer
 LEAD = "base_model.model."
 _WEIGHT = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight$")
 # Keys of an adapter that is more than a LoRA.
 _MORE = re.compile(r"lora_magnitude_vector|lora_embedding_[AB]|modules_to_save|lora_[AB]\.")
-_BASE_KEY = re.compile(r"\.(weight|bias|inv_freq|SCB|weight_format)$")
 
 
 @dataclass
 class LoraSettings:
-    """The shape of an adapter. target: `all`, or names of linear layers."""
+    """The shape of an adapter. target: `all`, or names of linear layers.
+
+    ranks, alphas: those of modules that differ, by the module's full name.
+    """
 
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.0
     target: tuple[str, ...] = ("all",)
     rslora: bool = False
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> int:
+        """The highest rank of any module."""
+        return max([self.rank, *self.ranks.values()])
+
+    def scale_of(self, module: str) -> float:
+        """What B@A of a module is multiplied by before it is added to its weight."""
+        rank, alpha = self.ranks.get(module, self.rank), self.alphas.get(module, self.alpha)
+        return alpha / (rank**0.5 if self.rslora else rank)
 
 
 @dataclass
@@ -50,7 +69,8 @@ class AdapterFiles:
 
     meta: `vicuna.json`'s content, empty for adapters of other origin. notes: what had to be guessed
     or repaired, in words. base_name: the base as PEFT's config names it. weights_file: the file the
-    tensors came from. alpha_from: where alpha was found, "" where it was assumed.
+    tensors came from. alpha_from: where alpha was found, "" where it was assumed. config: PEFT's,
+    as it was read. copies: keys in the file of what should be the base's own, by the base's name.
     """
 
     path: Path
@@ -61,12 +81,23 @@ class AdapterFiles:
     base_name: str = ""
     weights_file: str = ""
     alpha_from: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> str:
+        """The base as the adapter names it, "" where it does not."""
+        return str((self.meta.get("base") or {}).get("name") or self.base_name)
 
     @property
     def scale(self) -> float:
-        """What B@A is multiplied by before it is added to a weight."""
-        rank, alpha = self.lora.rank, self.lora.alpha
-        return alpha / (rank**0.5 if self.lora.rslora else rank)
+        """What B@A is multiplied by, but where a module has a rank or an alpha of its own."""
+        return self.lora.scale_of("")
+
+    @property
+    def even(self) -> bool:
+        """Whether all modules have one rank and one alpha."""
+        return not (self.lora.ranks or self.lora.alphas)
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A (rank, in), B (out, rank)) by the name of the base's module.
@@ -97,49 +128,6 @@ class AdapterFiles:
         return [k for k, t in self.tensors.items() if not torch.isfinite(t).all()]
 
 
-# -- where it is ----
-
-
-def locate_adapter(adapter: str) -> Path:
-    """The folder of an adapter: a path, a run folder that holds `adapter/`, or a hub id."""
-    path = Path(adapter).expanduser()
-    if (path / "adapter").is_dir() and not (path / CONFIG).exists():
-        return path / "adapter"
-    if path.is_dir():
-        return path
-    if path.is_file():
-        _refuse_file(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter) and not path.parent.is_dir():
-        return _from_hub(adapter)
-    raise UserError(
-        "no such adapter",
-        where=f"adapter {adapter}",
-        fix="Give a folder with adapter_config.json, a run folder, or a hub id.",
-    )
-
-
-def _refuse_file(path: Path) -> None:
-    from vicuna.model.old_files import refuse_old
-
-    refuse_old(path)
-    if path.name in WEIGHTS:
-        raise UserError("an adapter is a folder", where=str(path), fix=f"Give {path.parent}.")
-
-
-def _from_hub(adapter: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "adapter_model.*", "pytorch_model.bin"]
-        return Path(snapshot_download(adapter, allow_patterns=wanted))
-    except Exception as e:  # network, name, login: the hub library has a dozen kinds
-        raise UserError(
-            f"the hub has no such adapter or cannot be reached ({type(e).__name__})",
-            where=f"adapter {adapter}",
-            fix="Check the name; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 uses the local cache.",
-        ) from e
-
-
 # -- reading ----
 
 
@@ -154,55 +142,54 @@ def read_adapter(adapter: str, checked: bool = True) -> AdapterFiles:
     """
     folder = locate_adapter(adapter)
     notes: list[str] = []
-    tensors, file = _read_tensors(folder, notes)
-    modules, rank = _shape_of(tensors, folder)
-    config, origin = _read_config(folder, rank, notes)
-    _check_config(config, folder, modules, rank, notes)
-    alpha = config.get("lora_alpha")
-    if alpha is None:
-        origin = ""
-        notes.append(
-            f"{'no ' + CONFIG if not config else 'no lora_alpha in ' + CONFIG}: rank {rank} and "
-            f"modules read from the weights, alpha {2 * rank} assumed (the 2023 project's rule)"
-        )
-    lora = LoraSettings(
-        rank=rank,
-        alpha=_number(2 * rank if alpha is None else alpha, "lora_alpha", folder),
-        target=tuple(modules),
-        rslora=bool(config.get("use_rslora", False)),
-    )
+    if (folder / adapter_mlx.WEIGHTS).is_file() and not (folder / WEIGHTS[0]).is_file():
+        tensors, config = adapter_mlx.read(folder, LEAD)
+        copies: dict[str, str] = {}
+        file, origin = adapter_mlx.WEIGHTS, CONFIG
+        notes.append("written by mlx-lm")
+    else:
+        own = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        lora_config.check(own, folder / CONFIG, notes)
+        tensors, copies, file = _read_tensors(folder, notes)
+        config, origin = (own, CONFIG) if own else _config_above(folder, tensors, notes)
+        _check_copies(copies, config, folder)
+    _drop_untargeted(tensors, config, folder, notes)
+    lora, origin = _shape(tensors, config, origin, folder, notes)
     meta = read_json(folder / META) if (folder / META).is_file() else {}
+    if not isinstance(meta.get("base") or {}, dict):
+        raise UserError(f"{META} is broken: its base is no table", where=str(folder / META))
     name = str(config.get("base_model_name_or_path") or "")
-    files = AdapterFiles(folder, lora, tensors, meta, notes, name, file, origin)
+    files = AdapterFiles(folder, lora, tensors, meta, notes, name, file, origin, config, copies)
     files.pairs()
     if checked:
         _check_values(files)
     return files
 
 
-def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], str]:
-    """(LoRA tensors under PEFT's keys, the file they came from)."""
+def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """(LoRA tensors under PEFT's keys, copies of the base's, the file they came from)."""
     for name in WEIGHTS:
         path = folder / name
         if not path.is_file():
             continue
+        if name == WEIGHTS[2]:
+            adapter_kinds.refuse_model(folder)
+        keys: list[str]
         loaded: Mapping[str, Tensor]
         if path.suffix == ".safetensors":
             weights = SafetensorsWeights([path])
-            loaded = {key: weights.read(key) for key in weights.names()}
+            keys = weights.names()
+            loaded = {key: weights.read(key) for key in keys if _WEIGHT.match(key)}
         else:
             loaded = load_pickled(path)
+            keys = list(loaded)
             notes.append(f"old format {name}")
         tensors = {_plain_key(k): v.contiguous() for k, v in loaded.items() if _WEIGHT.match(k)}
         if not tensors:
+            adapter_kinds.refuse_keys(keys, path)
             raise UserError("no LoRA weights in this file", where=str(path), fix=_made_empty(path))
-        _check_rest([k for k in loaded if not _WEIGHT.match(k)], path, notes)
-        return tensors, name
-    inside = sorted(p.parent.name for n in WEIGHTS for p in folder.glob(f"checkpoint-*/{n}"))
-    fix = f"Name a checkpoint in it: {', '.join(inside[-3:])}." if inside else (
-        "It needs adapter_model.safetensors (or the old adapter_model.bin)."
-    )  # fmt: skip
-    raise UserError("no adapter weights in this folder", where=str(folder), fix=fix)
+        return tensors, _check_rest([k for k in keys if not _WEIGHT.match(k)], path, notes), name
+    raise adapter_kinds.nothing_here(folder)
 
 
 def _made_empty(path: Path) -> str:
@@ -218,30 +205,123 @@ def _plain_key(key: str) -> str:
     return key[at:] if at >= 0 else LEAD + key
 
 
-def _check_rest(keys: list[str], path: Path, notes: list[str]) -> None:
-    """Refuse what was trained beside the LoRA; a checkpoint's copy of the base is left alone."""
-    more = [k for k in keys if _MORE.search(k)]
-    if not more and path.name == WEIGHTS[0]:
-        more = keys
-    if not more and path.name == WEIGHTS[1]:
-        more = [k for k in keys if "base_layer" not in k]
-    if more:
+def _check_rest(keys: list[str], path: Path, notes: list[str]) -> dict[str, str]:
+    """Refuse what was trained beside the LoRA; what may be the base's own, to be compared with it.
+
+    The copy of a whole base in a trainer's checkpoint is left alone.
+    """
+    if any(_OF_TRAINING in k for k in keys):
+        keys = [k for k in keys if _OF_TRAINING not in k]
+        notes.append("what VeLoRA kept for its gradients is not used")
+    if more := [k for k in keys if _MORE.search(k)]:
         raise UserError(
             f"this adapter is more than a LoRA: it also holds {more[0]}"
             + (f" and {len(more) - 1} more" if len(more) > 1 else ""),
             where=str(path),
-            fix="Without them its answers would be others. Merge it with the program that made it, "
-            "and use the result as --model.",
+            fix="Without them its answers would be others. " + lora_config.MERGE,
         )
-    if keys:
-        notes.append(f"{path.name} also holds {len(keys)} tensors of the base, not used")
+    if path.name == WEIGHTS[2]:
+        if keys:
+            notes.append(f"{path.name} also holds {len(keys)} tensors of the base, not used")
+        return {}
+    return {_plain_key(k).removeprefix(LEAD).replace(".base_layer.", "."): k for k in keys}
 
 
-def _shape_of(tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], int]:
-    """(names of the adapted modules, rank) as the weights themselves say."""
-    modules: set[str] = set()
-    ranks: set[int] = set()
-    for key, tensor in tensors.items():
+def _check_copies(copies: Mapping[str, str], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuse what the config says that it was trained."""
+    biases = [name for name in copies if name.endswith(".bias")]
+    kind = config.get("bias") or "none"
+    if biases and kind != "none":
+        raise UserError(
+            f"this adapter is more than a LoRA: bias is {kind}, and it holds {biases[0]}"
+            + (f" and {len(biases) - 1} more" if len(biases) > 1 else ""),
+            where=str(folder / CONFIG),
+            fix=lora_config.MERGE,
+        )
+
+
+def _drop_untargeted(
+    tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path, notes: list[str]
+) -> None:
+    """What the config leaves out PEFT does not use, though the weights hold it."""
+    of = {key: _module(key) for key in tensors}
+    modules = sorted(set(of.values()))
+    left = lora_config.untargeted(config, modules, folder / CONFIG)
+    if not left:
+        return
+    if len(left) == len(modules):
+        raise UserError(
+            "target_modules, exclude_modules or layers_to_transform leave out every layer that "
+            "the weights hold",
+            where=str(folder / CONFIG),
+            fix="The config is not that of these weights; fetch both again.",
+        )
+    for key, module in of.items():
+        if module in left:
+            del tensors[key]
+    notes.append(
+        f"the config leaves out {len(left)} of {len(modules)} matrices that the weights hold; "
+        "as in PEFT, they are not used"
+    )
+
+
+def _module(key: str) -> str:
+    """The base's module that a LoRA tensor belongs to."""
+    found = _WEIGHT.match(key)
+    assert found
+    return found["module"].removeprefix(LEAD)
+
+
+def _shape(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    origin: str,
+    folder: Path,
+    notes: list[str],
+) -> tuple[LoraSettings, str]:
+    """(ranks as the weights have them and alphas as the config says, where alpha was found)."""
+    ranks = _ranks(tensors, folder)
+    modules = list(ranks)
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    rank = config["r"] if config.get("r") in ranks.values() else usual
+    own_ranks = {m: r for m, r in ranks.items() if r != rank}
+    where = folder / CONFIG
+    said = lora_config.patterned(config.get("rank_pattern"), modules, where, "rank_pattern")
+    _compare_ranks(config, said, ranks, notes)
+    alpha = config.get("lora_alpha")
+    if alpha is None:
+        origin = ""
+        notes.append(
+            f"{'no ' + CONFIG if not config else 'no lora_alpha in ' + CONFIG}: rank {rank} and "
+            f"modules read from the weights, alpha {2 * rank} assumed (the 2023 project's rule)"
+        )
+    alpha = _number(2 * rank if alpha is None else alpha, "lora_alpha", folder)
+    alphas = lora_config.patterned(config.get("alpha_pattern"), modules, where, "alpha_pattern")
+    own_alphas = {m: _number(a, "alpha_pattern", folder) for m, a in alphas.items()}
+    ends = {m.rsplit(".", 1)[-1] for m in modules}
+    _note_forgotten(config, ends, notes)
+    if config.get("ensure_weight_tying") and ends & {"lm_head", "embed_tokens"}:
+        raise UserError(
+            "this adapter is more than a LoRA: ensure_weight_tying is true, so that its lm_head "
+            "is that of the embedding, which is not supported",
+            where=str(where),
+            fix=lora_config.MERGE,
+        )
+    lora = LoraSettings(
+        rank=rank,
+        alpha=alpha,
+        target=tuple(sorted(ends)),
+        rslora=bool(config.get("use_rslora", False)),
+        ranks=own_ranks,
+        alphas={m: a for m, a in own_alphas.items() if a != alpha},
+    )
+    return lora, origin
+
+
+def _ranks(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
+    """The rank of each module, as its own weights say."""
+    ranks: dict[str, int] = {}
+    for key, tensor in sorted(tensors.items()):
         found = _WEIGHT.match(key)
         assert found
         if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
@@ -249,21 +329,56 @@ def _shape_of(tensors: dict[str, Tensor], folder: Path) -> tuple[list[str], int]
                 f"{key} is no matrix of numbers: {tuple(tensor.shape)} {tensor.dtype}",
                 where=str(folder),
             )
-        modules.add(found["module"].rsplit(".", 1)[-1])
-        ranks.add(tensor.shape[0] if found["side"] == "A" else tensor.shape[1])
-    if len(ranks) != 1:
-        raise UserError(f"layers of different ranks {sorted(ranks)}", where=str(folder))
-    return sorted(modules), ranks.pop()
+        rank = tensor.shape[0] if found["side"] == "A" else tensor.shape[1]
+        if ranks.setdefault(_module(key), rank) != rank:
+            raise UserError(
+                f"the two halves of {_module(key)} have ranks {ranks[_module(key)]} and {rank}",
+                where=str(folder),
+                fix="The file is damaged; fetch it again.",
+            )
+    return ranks
 
 
-def _read_config(folder: Path, rank: int, notes: list[str]) -> tuple[dict[str, Any], str]:
-    """(PEFT's config, where it lies). A checkpoint without one takes its run's of this rank."""
-    if (folder / CONFIG).is_file():
-        return read_json(folder / CONFIG), CONFIG
+def _compare_ranks(
+    config: Mapping[str, Any],
+    said: Mapping[str, Any],
+    ranks: Mapping[str, int],
+    notes: list[str],
+) -> None:
+    """Note where config and weights differ; the weights count."""
+    wrong = {m: r for m, r in ranks.items() if said.get(m, config.get("r", r)) != r}
+    if not wrong:
+        return
+    first = next(iter(wrong))
+    shown = said.get(first, config.get("r"))
+    if len(wrong) == len(ranks) and len(set(wrong.values())) == 1 and not said:
+        notes.append(f"the config says rank {shown}, the weights have {ranks[first]}")
+        return
+    notes.append(
+        f"the config says rank {shown} for {first}, the weights have {ranks[first]}"
+        + (f"; so it is with {len(wrong) - 1} more" if len(wrong) > 1 else "")
+    )
+
+
+def _note_forgotten(config: Mapping[str, Any], ends: set[str], notes: list[str]) -> None:
+    named = config.get("target_modules") or []
+    if not isinstance(named, list) or not named:
+        return
+    if extra := sorted(ends - {str(n).rsplit(".", 1)[-1] for n in named}):
+        notes.append(
+            f"the config forgets modules that the weights hold: {', '.join(extra)}; they are used"
+        )
+
+
+def _config_above(
+    folder: Path, tensors: Mapping[str, Tensor], notes: list[str]
+) -> tuple[dict[str, Any], str]:
+    """(PEFT's config, where it lies) of a checkpoint without one: its run's, if of this rank."""
     above = folder.resolve().parent / CONFIG
     if folder.name.startswith("checkpoint-") and above.is_file():
         config = read_json(above)
-        if config.get("r") == rank:
+        if {config.get("r")} == set(_ranks(tensors, folder).values()):
+            lora_config.check(config, above, notes)
             notes.append(f"no {CONFIG} here; the run's, one folder up, was read")
             return config, str(above)
     return {}, ""
@@ -293,33 +408,6 @@ def _number(value: Any, key: str, folder: Path) -> float:
     return number
 
 
-def _check_config(
-    config: dict[str, Any], folder: Path, modules: list[str], rank: int, notes: list[str]
-) -> None:
-    """Refuse kinds of adapters that are not a plain LoRA; note what the weights contradict."""
-    kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
-        raise UserError(f"only LoRA adapters can be used, this is {kind}", where=str(folder))
-    if config.get("use_dora"):
-        raise UserError(
-            "this is a DoRA adapter, which is not supported",
-            where=str(folder),
-            fix="Merge it with PEFT, and use the result as --model.",
-        )
-    if set((config.get("alpha_pattern") or {}).values()) - {config.get("lora_alpha")}:
-        raise UserError("layers of different alpha are not supported", where=str(folder))
-    named = config.get("target_modules") or []
-    if isinstance(named, list) and named:
-        ends = {str(n).rsplit(".", 1)[-1] for n in named}
-        if extra := sorted(set(modules) - ends):
-            notes.append(
-                f"the config forgets modules that the weights hold: {', '.join(extra)}; they are "
-                "used"
-            )
-    if config.get("r", rank) != rank:
-        notes.append(f"the config says rank {config['r']}, the weights have {rank}")
-
-
 def _check_values(files: AdapterFiles) -> None:
     bad = files.not_finite()
     if bad:
@@ -333,18 +421,36 @@ def _check_values(files: AdapterFiles) -> None:
         files.notes.append("every B is zero: this adapter adds nothing to its base")
 
 
-def plain_config(files: AdapterFiles, modules: Iterable[str] | None = None) -> dict[str, Any]:
+def plain_config(files: AdapterFiles) -> dict[str, Any]:
     """PEFT's config of an adapter that was read, as PEFT writes it today."""
     from peft import LoraConfig
 
+    lora = files.lora
+    modules = files.pairs()
+    by_end = all(end in lora.target for end in (m.rsplit(".", 1)[-1] for m in modules))
     config = LoraConfig(
-        r=files.lora.rank,
-        lora_alpha=files.lora.alpha,  # type: ignore[arg-type]
-        target_modules=sorted(modules or files.lora.target),
-        use_rslora=files.lora.rslora,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=sorted(lora.target if by_end and _everywhere(modules) else modules),
+        rank_pattern=dict(sorted(lora.ranks.items())),
+        alpha_pattern=dict(sorted(lora.alphas.items())),
+        use_rslora=lora.rslora,
+        fan_in_fan_out=bool(files.config.get("fan_in_fan_out")),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=files.meta.get("base", {}).get("name") or files.base_name or None,
+        base_model_name_or_path=files.base or None,
         inference_mode=True,
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     return dict(config)
+
+
+def _everywhere(modules: Iterable[str]) -> bool:
+    """Whether each kind of module has the same layers, from the first on without a gap: then its
+    name says all. (How many layers the base has is not known here.)"""
+    numbers: dict[str, set[int]] = {}
+    for module in modules:
+        found = re.search(r"\.(\d+)\.", module)
+        kind = re.sub(r"\.\d+\.", ".*.", module, count=1)
+        numbers.setdefault(kind, set()).update([int(found[1])] if found else [])
+    layers = [n for n in numbers.values() if n]
+    return all(n == layers[0] and n == set(range(len(n))) for n in layers)

@@ -71,10 +71,14 @@ class Decoder:
         checkpointing: Checkpointing = "none",
         kernels: Kernels = PLAIN,
     ) -> None:
-        self.parts = found
         self.kernels = kernels
-        self.layers = [Layer(block, found.eps, kernels) for block in found.blocks]
-        self.checkpointing: Checkpointing = checkpointing
+        self._checkpointing: Checkpointing = checkpointing
+        self._build(found)
+
+    def _build(self, found: parts.Parts) -> None:
+        self.parts = found
+        self.layers = [Layer(block, found.eps, self.kernels) for block in found.blocks]
+        self.checkpointing = self._checkpointing
 
     @property
     def checkpointing(self) -> Checkpointing:
@@ -88,11 +92,17 @@ class Decoder:
             # What is computed twice anyway needs no third time.
             layer.mlp.keep = wanted != "selective"
 
-    def refresh(self) -> None:
-        """Look again which adapter is active."""
+    def follow(self) -> None:
+        """Compute with the adapters as PEFT's switches stand now.
+
+        Raises: UserError where something is switched on that is more than a LoRA.
+        """
+        if self.parts.stale:
+            self._build(self.parts.again())
+            return
         for layer in self.layers:
             for group in layer.groups:
-                group.refresh()
+                group.follow()
 
     def own(self, model: Any) -> None:
         """Copy what still lies in the mapped file of a CPU's weights. Most of it was copied when
@@ -124,6 +134,7 @@ class Decoder:
 
         Returns: (N, D).
         """
+        self.follow()
         x = self.parts.embed(ids)
         cos, sin = (t[0] for t in self.parts.rotary(x[None], positions[None]))
         last = len(self.layers) - 1
@@ -134,12 +145,12 @@ class Decoder:
         return result
 
     def _run(self, layer: Layer, x: Tensor, *rest: Any) -> Tensor:
-        again = self._checkpointing in ("full", "offload") and torch.is_grad_enabled()
+        again = self.checkpointing in ("full", "offload") and torch.is_grad_enabled()
         if not again:
             return layer(x, *rest)
         from torch.utils.checkpoint import checkpoint
 
-        away = self._checkpointing == "offload"
+        away = self.checkpointing == "offload"
         place = torch.autograd.graph.save_on_cpu(pin_memory=True) if away else nullcontext()
         with place:
             # Dropout is a function of its rows: no random state has to be kept.

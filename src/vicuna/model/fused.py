@@ -53,7 +53,8 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     names = self.active_adapters
     name = names[0] if len(names) == 1 and names[0] in self.lora_A else None
     dropping = self.training and name and not isinstance(self.lora_dropout[name], nn.Identity)
-    if name is None or self.disable_adapters or self.merged or dropping or args or kwargs:
+    more = name in self.lora_variant or self.lora_bias.get(name)
+    if not name or self.disable_adapters or self.merged or dropping or more or args or kwargs:
         plain: Tensor = type(self).forward(self, x, *args, **kwargs)
         return plain
     base = self.base_layer

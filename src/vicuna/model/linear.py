@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicuna.model import frozen, products
+from vicuna.errors import UserError
+from vicuna.model import frozen, products, switches
 from vicuna.model.dropout import PrefixDropout
 
 
@@ -80,6 +81,7 @@ class Group:
         else:
             self.weight, self.bias = self._join()
         self.loras: list[Lora] = []
+        self._marks: list[switches.Mark] = []
         self._held: tuple[Tensor | None, Tensor | None] | None = None
         self.refresh()
 
@@ -141,22 +143,48 @@ class Group:
         )
 
     def refresh(self) -> None:
-        """Look again which adapter is active; needed after a switch."""
+        """Take the adapters, and weights that they were merged into, as they are now.
+
+        Raises: UserError where an active adapter is more than a LoRA.
+        """
+        before, self._marks = self._marks, self._look()
+        if any(m[1] for m in (*before, *self._marks)):
+            self._follow_merge()
         self.loras = []
         self._held = None
         start = 0
         for index, layer in enumerate(self.layers):
-            if layer is self.bases[index] or layer.disable_adapters or layer.merged:
+            if layer is self.bases[index]:
                 continue
-            for name in layer.active_adapters:
-                if name not in layer.lora_A:
-                    continue
+            for name in switches.active(layer):
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 columns = slice(start, start + a.shape[0])
                 start = columns.stop
                 self.loras.append(
                     Lora(index, a, b, float(layer.scaling[name]), columns, layer.lora_dropout, name)
                 )
+
+    def follow(self) -> bool:
+        """`refresh` where PEFT's switches stand otherwise than they did; whether they do."""
+        if switches.same(self._marks, self._look()):
+            return False
+        self.refresh()
+        return True
+
+    def _look(self) -> list[switches.Mark]:
+        adapted = (m for m, base in zip(self.layers, self.bases) if m is not base)
+        return [switches.mark(layer) for layer in adapted]
+
+    def _follow_merge(self) -> None:
+        """A merge changes weights, and may put them elsewhere than where they were joined."""
+        if self.packed is not None:
+            raise UserError(
+                "an adapter cannot be merged into weights that are laid out for answering",
+                where="adapter",
+                fix="Choose it with set_adapter; vicuna merge writes a merged base.",
+            )
+        if self.weight is not None:
+            self.weight, self.bias = self._join()
 
     # -- forward -----------------------------------------------------------------------------------
 

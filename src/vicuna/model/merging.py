@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.model import adapter_fit
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.weights import ALL
 
@@ -38,12 +39,12 @@ class Addition:
 
     def __init__(self, adapters: AdapterFiles | Iterable[tuple[AdapterFiles, float]]) -> None:
         several = [(adapters, 1.0)] if isinstance(adapters, AdapterFiles) else list(adapters)
-        self._first = several[0][0]
+        self._adapters = [adapter for adapter, _ in several]
         self._rows = ALL
         self._parts: dict[str, list[_Part]] = {}
         for adapter, weight in several:
             for module, (a, b) in adapter.pairs().items():
-                part = _Part(adapter, a, b, adapter.scale * weight)
+                part = _Part(adapter, a, b, adapter.lora.scale_of(module) * weight)
                 self._parts.setdefault(f"{module}.weight", []).append(part)
 
     @property
@@ -58,23 +59,24 @@ class Addition:
             weights: the shapes of the base's, by name.
             tied: whether its output matrix is its embedding.
 
-        Raises: UserError naming the weight.
+        Raises: UserError that says in what they differ.
         """
         if tied and _HEAD in self._parts:
             raise UserError(
                 "the adapter changes the output matrix, which this base shares with its embedding",
-                where=f"adapter {self._first.path}",
+                where=f"adapter {self._adapters[0].path}",
                 fix="vicuna merge gives the result an output matrix of its own; export that.",
             )
-        lacking = sorted(self.names - set(weights))
-        if lacking:
-            raise self._misfit(lacking[0], f"{lacking[0]} has no counterpart")
-        for name, parts in self._parts.items():
-            for part in parts:
-                shape = (part.b.shape[0], part.a.shape[1])
-                if weights[name] != shape:
-                    why = f"{name} is {weights[name]} there, {shape} in the adapter"
-                    raise self._misfit(name, why)
+        held = {n.removesuffix(".weight"): s for n, s in weights.items() if len(s) == 2}
+        for adapter in self._adapters:
+            if adapter.config.get("fan_in_fan_out"):
+                raise UserError(
+                    "this adapter belongs to layers whose weights lie transposed (fan_in_fan_out), "
+                    "as in GPT-2: it can be used, but not merged",
+                    where=f"adapter {adapter.path}",
+                    fix="Use --model BASE --adapter ADAPTER, or merge it with PEFT.",
+                )
+            adapter_fit.check(adapter, held)
 
     def of_rows(self, rows: slice) -> Addition:
         """The same for some rows of a weight, where it is read in parts."""
@@ -90,11 +92,3 @@ class Addition:
             b = part.b[self._rows].float()
             merged = merged.float().addmm(b, part.a.float(), alpha=part.scale)
         return merged
-
-    def _misfit(self, name: str, why: str) -> UserError:
-        path = self._parts[name][0].adapter.path
-        return UserError(
-            f"the adapter does not fit this base: {why}",
-            where=f"adapter {path}",
-            fix="Use the base it was trained on (adapter_config.json names it).",
-        )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vicuna.cache import whole_folder
 from vicuna.errors import UserError
@@ -26,7 +27,7 @@ def mixed(parts: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str, Tensor
     Raises: UserError where two of them are for layers of different shapes.
     """
     pairs = [files.pairs() for files, _ in parts]
-    ranks = [files.lora.rank for files, _ in parts]
+    ranks = [files.lora.largest for files, _ in parts]
     tensors: dict[str, Tensor] = {}
     for module in sorted({m for each in pairs for m in each}):
         shapes = {(a.shape[1], b.shape[0]) for p in pairs if module in p for a, b in [p[module]]}
@@ -40,8 +41,10 @@ def mixed(parts: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str, Tensor
         low, high = [], []
         for each, rank, (files, strength) in zip(pairs, ranks, parts):
             a, b = each.get(module, (torch.zeros(rank, deep), torch.zeros(out, rank)))
-            low.append(a.float())
-            high.append(b.float() * (files.scale * strength))
+            lacking = rank - a.shape[0]
+            low.append(pad(a.float(), (0, 0, 0, lacking)))
+            scale = files.lora.scale_of(module) * strength
+            high.append(pad(b.float() * scale, (0, lacking)))
         key = f"base_model.model.{module}.lora_"
         tensors[f"{key}A.weight"] = torch.cat(low).contiguous()
         tensors[f"{key}B.weight"] = torch.cat(high, dim=1).contiguous()
@@ -75,7 +78,7 @@ def save_mix(parts: Mapping[str, tuple[AdapterFiles, float]], folder: Path) -> N
         lora_alpha=rank,
         target_modules=sorted({key.split(".lora_")[0].rsplit(".", 1)[-1] for key in tensors}),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=heaviest.base_name or None,
+        base_model_name_or_path=heaviest.base or None,
     )
     with whole_folder(folder) as aside:
         write(aside, config.to_dict(), tensors, meta)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vicuna.errors import UserError
 from vicuna.model import frozen
 
 ROTARY = "its rotary angles depend on the length of the whole input"
@@ -41,7 +42,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer. The linear layers are plain ones or PEFT's around them."""
+    """One decoder layer. The linear layers are plain ones or PEFT's around them.
+
+    owners: the modules that they were found in, attention and mlp.
+    """
 
     norm1: Tensor
     qkv: tuple[Any, Any, Any]
@@ -52,17 +56,52 @@ class Block:
     gate_up: tuple[Any, Any]
     down: Any
     heads: Heads
+    owners: tuple[Any, Any]
+
+    @property
+    def stale(self) -> bool:
+        """Whether PEFT has put another layer in the place of one of these since."""
+        attention, mlp = self.owners
+        now = (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+        )  # fmt: skip
+        return any(a is not b for a, b in zip(now, _linears(self)))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A decoder: embedding, layers, last norm, and the module that gives the rotary angles."""
+    """A decoder: embedding, layers, last norm, and the module that gives the rotary angles.
+
+    causal: the model that they were found in.
+    """
 
     embed: nn.Module
     blocks: list[Block]
     norm: Tensor
     rotary: nn.Module
     eps: float
+    causal: Any
+
+    @property
+    def stale(self) -> bool:
+        """Whether PEFT has put other modules in the place of these since."""
+        moved = self.causal.get_decoder().embed_tokens is not self.embed
+        return moved or any(block.stale for block in self.blocks)
+
+    def again(self) -> Parts:
+        """The parts as they are now.
+
+        Raises: UserError where they cannot be computed here any more.
+        """
+        found = find(self.causal, training=False)
+        if isinstance(found, str):
+            raise UserError(
+                f"this model was changed in a way that cannot be followed: {found}",
+                where="adapter",
+                fix="Take the change back, or load the model anew.",
+            )
+        return found
 
     @property
     def embed_device(self) -> torch.device:
@@ -95,9 +134,11 @@ def find(causal: Any, training: bool = True, longest: int = 0) -> Parts | str:
         blocks.append(found)
     if training and _trains_more(causal):
         return "more than an adapter is trained"
+    if _keeps_more(causal):
+        return "its adapter keeps whole modules beside the base's"
     return Parts(
         decoder.embed_tokens, blocks, decoder.norm.weight, decoder.rotary_emb,
-        float(config.rms_norm_eps),
+        float(config.rms_norm_eps), causal,
     )  # fmt: skip
 
 
@@ -137,6 +178,7 @@ def _block(layer: Any, config: Any) -> Block | str:
         gate_up=(mlp.gate_proj, mlp.up_proj),
         down=mlp.down_proj,
         heads=heads,
+        owners=(attention, mlp),
     )
     reasons = [why for linear in _linears(block) if (why := _declined(linear))]
     return reasons[0] if reasons else _more_than(layer, block) or block
@@ -176,3 +218,10 @@ def _declined(linear: Any) -> str | None:
 def _trains_more(causal: Any) -> bool:
     named = causal.named_parameters()
     return any(p.requires_grad and ".lora_" not in name for name, p in named)
+
+
+def _keeps_more(causal: Any) -> bool:
+    """Whether PEFT has put another module of its own beside one of the base's."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return any(isinstance(m, AuxiliaryTrainingWrapper) for m in causal.modules())

@@ -19,6 +19,7 @@ from vicuna.data.encode import Vocabulary
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import load
+from vicuna.model.adapter_base import named_base
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.checkpoint import State
 from vicuna.train.old_digest import same_data
@@ -121,9 +122,8 @@ def find(
         settings = settings.model_copy(update={**named, "lora_target": list(lora.target)})
         for note in files.notes:
             screen.warn(note)
-        name = files.meta.get("base", {}).get("name") or files.base_name
-        if "model" not in given and name:
-            settings = settings.model_copy(update={"model": name})
+        if "model" not in given and files.base:
+            settings = settings.model_copy(update={"model": named_base(files)})
         return settings, Origin("adapter", adapter=files)
     return settings, Origin()
 

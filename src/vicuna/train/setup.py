@@ -256,11 +256,9 @@ def _learner(
     hardware: Hardware, origin: Origin, folder: Path, split: datasets.Split, screen: Screen
 ) -> tuple[Learner, int]:
     settings, device, chosen = hardware.settings, hardware.device, hardware.precision
-    base = adapters.identify(folder)
     if origin.adapter is not None:
-        warning = adapters.check_base(origin.adapter, base, settings.allow_other_base)
-        if warning:
-            screen.warn(warning)
+        for note in adapters.check_belongs(origin.adapter, folder, settings.allow_other_base):
+            screen.warn(note)
     with screen.working("loading the base"):
         model = load.load_base(folder, chosen, device)
         context = load.context_length(model)

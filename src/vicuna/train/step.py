@@ -31,6 +31,21 @@ STEP = {"cpu": 64, "meta": 1}
 Way = Literal["packed", "alone", "whole"]
 
 
+def _plain_head(causal: Any) -> Any:
+    """The output matrix's module.
+
+    Raises: UserError where an adapter changes it: the loss is computed with the matrix alone.
+    """
+    head = causal.get_output_embeddings()
+    if hasattr(head, "base_layer"):
+        raise UserError(
+            "the output matrix (lm_head) has an adapter, which cannot be trained here",
+            where="lora_target",
+            fix="Leave lm_head out of lora_target, or begin with an adapter without it.",
+        )
+    return head
+
+
 @dataclass
 class Learner:
     """A causal language model with an adapter, and how to get a loss from it.
@@ -63,7 +78,8 @@ class Learner:
             self.fast = Decoder(found, self.checkpointing, self.kernels)
             self.fast.own(causal)
         self.decoder = causal.get_decoder()
-        self.head = causal.get_output_embeddings()
+        self.head = _plain_head(causal)
+        self._frozen = {n: p for n, p in causal.named_parameters() if ".lora_" not in n}
         # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.
         chosen = self.decoder.config._attn_implementation
         self.plain = "sdpa" if chosen == attention.NAME else chosen
@@ -113,6 +129,7 @@ class Learner:
         layout = attention.Layout(pack.segments)
         hashes = torch.from_numpy(pack.prefix_hashes).to(self.device)
         if self.fast is not None:
+            self._check_frozen()
             dropping = self.model.training and self.dropout.active
             return self.fast(ids, positions, layout, rows, hashes if dropping else None)
         self.dropout.rows = hashes[None]
@@ -167,6 +184,18 @@ class Learner:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         return scores
+    def _check_frozen(self) -> None:
+        """Our own backward gives gradients to adapters alone.
+
+        Raises: UserError where a weight of the base is to be trained, too.
+        """
+        wanted = next((n for n, p in self._frozen.items() if p.requires_grad), None)
+        if wanted is not None and torch.is_grad_enabled():
+            raise UserError(
+                f"{wanted} is to be trained, but only adapters can be",
+                where="model",
+                fix="Freeze it again: requires_grad_(False) for all but the adapter.",
+            )
 
     def _room(self, rows: int) -> Tensor | None:
         """Memory for the logits of so many rows, where packs share it; else None."""

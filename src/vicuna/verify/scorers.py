@@ -163,7 +163,8 @@ def _deltas(adapters: Iterable[tuple[AdapterFiles, float]]) -> dict[str, _Delta]
     found: dict[str, _Delta] = {}
     for files, weight in adapters:
         for module, (a, b) in files.pairs().items():
-            found.setdefault(module, []).append((a.float(), b.float(), files.scale * weight))
+            scale = files.lora.scale_of(module) * weight
+            found.setdefault(module, []).append((a.float(), b.float(), scale))
     return found
 
 

@@ -46,7 +46,7 @@ class Switching:
 
 def _use(model: Any, mix: Mapping[str, float]) -> None:
     """Make adapters of a PEFT model the active ones; none at all where the mix is empty."""
-    if not hasattr(model, "peft_config"):
+    if not hasattr(model, "get_base_model"):  # no adapter was attached to it yet
         return
     if not mix:
         model.base_model.disable_adapter_layers()

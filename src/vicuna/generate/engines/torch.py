@@ -24,7 +24,7 @@ from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.switching import Switching
 from vicuna.model import answering, kernels, parts, placement, products, trial
 from vicuna.model.decoder import Layer
-from vicuna.model.linear import give_up
+from vicuna.model.linear import Group, give_up
 from vicuna.model.memory_errors import is_memory
 from vicuna.model.parts import Heads
 
@@ -131,10 +131,9 @@ class TorchEngine(Switching):
         found = parts.find(causal, training=False)
         if isinstance(found, str):
             raise ValueError(found)
-        self._parts = found
+        self._build(found)
         head = causal.get_output_embeddings()
         self._head, self._head_bias = head.weight, head.bias
-        self._layers = [Layer(block, found.eps) for block in found.blocks]
         self._places = [layer.mlp.norm.device for layer in self._layers]
         self._windows = {layer.heads.window for layer in self._layers}
         if alone:
@@ -143,45 +142,82 @@ class TorchEngine(Switching):
         self.computed = 0  # positions that went through the model so far
         self.refresh()
 
+    def _build(self, found: parts.Parts) -> None:
+        self._parts = found
+        self._layers = [Layer(block, found.eps) for block in found.blocks]
+        # Its weight lies in `_head`; of this only the adapters are used.
+        self._head_group = Group([found.causal.get_output_embeddings()])
+
+    @property
+    def _groups(self) -> list[Group]:
+        return [*(g for layer in self._layers for g in layer.groups), self._head_group]
+
     def _pack(self, head: Any) -> None:
         """Lay the weights out for answering; an output matrix that is the embedding as well stays
         beside its packed copy."""
         for layer in self._layers:
             for group in layer.groups:
                 group.pack()
-        packed = getattr(head, "laid_out", None)
-        packed = products.packed(self._head) if packed is None else packed
+        base = getattr(head, "base_layer", head)
+        if (laid := getattr(base, "laid_out", None)) is not None:
+            self._head, _ = laid
+            return
+        packed = products.packed(self._head)
         if packed is None:
             return
-        self._head = head.laid_out = packed
-        if head.weight is not getattr(self._parts.embed, "weight", None):
-            give_up(head)
+        self._head = packed
+        base.laid_out = packed, self._head_bias
+        if base.weight is not getattr(self._parts.embed, "weight", None):
+            give_up(base)
+        self._head_group = Group([head])
 
     def refresh(self) -> None:
-        """Take the adapters as they are now; needed where they were switched or trained."""
+        """Take the adapters as they are now; needed where they were trained."""
+        for group in self._groups:
+            group.refresh()
+        self._hold()
+        self.forget()
+
+    def _hold(self) -> None:
         for layer in self._layers:
             for group in layer.groups:
-                group.refresh()
                 group.hold(layer.mlp.norm.dtype)
-        self.forget()
+        self._head_group.hold(self._parts.norm.dtype)
 
     def _take(self, model: Any) -> None:
         """Compute with the same base, with other adapters around it, from now on. Weights that were
         laid out for answering stay so."""
         found = parts.find(causal_of(model), training=False)
         assert not isinstance(found, str), found
-        self.model, self._parts = model, found
-        self._layers = [Layer(block, found.eps) for block in found.blocks]
+        self.model = model
+        self._build(found)
         self.refresh()
+
+    def _follow(self) -> bool:
+        """Compute as PEFT's switches stand now; whether they stand otherwise than they did."""
+        if self._parts.stale or self._head_group.layers[0] is not self._output():
+            self._build(self._parts.again())
+            changed = True
+        else:
+            changed = sum(group.follow() for group in self._groups) > 0
+        if changed:
+            self._hold()
+        return changed
+
+    def _output(self) -> Any:
+        return self._parts.causal.get_output_embeddings()
 
     def forget(self) -> None:
         """See `Engine.forget`."""
         heads = self._layers[0].heads
         dtype = self._layers[0].mlp.norm.dtype
+        self._mixed = False
         self.tree = Tree(self._places, heads.key, heads.size, dtype, self.cache_type)
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
+        if self._follow() or self._mixed:
+            self.forget()
         with self._safely():
             known = self.tree.begin(prompt_ids)
         new = list(prompt_ids[known:])
@@ -195,6 +231,8 @@ class TorchEngine(Switching):
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         """See `Engine.step`."""
+        # As with transformers, what was computed before a switch stays in the cache of this answer.
+        self._mixed |= self._follow()
         with self._safely():
             tree, rows = self.tree, len(token_ids)
             tree.reclaim()
@@ -292,7 +330,12 @@ class TorchEngine(Switching):
         norm = self._parts.norm
         x = x.to(norm.device)
         h = answering.normalised(kernels.PLAIN, x, norm, self._parts.eps)
-        return products.product(h.to(self._head.device), self._head, self._head_bias).float()
+        h = h.to(self._head.device)
+        y = products.product(h, self._head, self._head_bias)
+        low, high = self._head_group.adapters(h.dtype)
+        if low is not None and high is not None:
+            y.addmm_(h @ low.t(), high.t())
+        return y.float()
 
     @contextmanager
     def _safely(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from vicuna.generate.engines.torch import (
 )
 from vicuna.model import fused, trial
 from vicuna.model.memory_errors import is_memory
+from vicuna.model.switches import Watch
 
 # What a cache is good for. kept: a further prompt goes on where an earlier one ended. steps: token
 # by token behind a prompt that was read in one piece. nothing: all is computed again each time.
@@ -49,6 +50,7 @@ class PlainEngine(Switching):
         self.computed = 0  # positions that went through the model so far
         self._trust: Trust | None = None  # not known yet
         self._trying = False
+        self._watch = Watch(model)
         self.forget()
 
     @property
@@ -70,17 +72,20 @@ class PlainEngine(Switching):
     def _take(self, model: Any) -> None:
         self.model = model
         fused.install(model)
+        self._watch = Watch(model)
         self.refresh()
 
     def forget(self) -> None:
         """See `Engine.forget`."""
+        self._mixed = False
         self._rows: list[list[int]] = [[]]  # the ids whose keys and values the cache holds
         self._cache: Any = None
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         """See `Engine.prefill`."""
         prompt = list(prompt_ids)
-        if self.trust != "kept":
+        changed = self._watch.changed(search=True)
+        if changed or self._mixed or self.trust != "kept":
             self.forget()
         lengths = [_common(row, prompt) for row in self._rows]
         best = max(range(len(lengths)), key=lambda i: lengths[i])
@@ -97,6 +102,8 @@ class PlainEngine(Switching):
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         """See `Engine.step`."""
+        # What was computed before a switch stays in the cache of this answer, not of the next.
+        self._mixed |= self._watch.changed()
         self._select(parents)
         return self._forward([[t] for t in token_ids])
 

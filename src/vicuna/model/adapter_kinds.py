@@ -1,0 +1,144 @@
+"""What lies where an adapter is expected and is none: named for what it is, with the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vicuna.errors import UserError
+from vicuna.model.adapter_names import WEIGHTS
+from vicuna.model.lora_config import CONFIG
+
+_PEFT = "A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors."
+
+# The pattern of a file's name, what it is, and the way out.
+_FILES = (
+    ("adapters.npz", "an adapter of an early mlx-lm (npz)",
+     "Save it with a newer mlx-lm (adapters.safetensors), or fuse it: mlx_lm.fuse."),
+    ("*.pth.lora", "an adapter of LitGPT",
+     "litgpt merge_lora CHECKPOINT, litgpt convert_from_litgpt; then use the result as --model."),
+    ("lit_model*.pth", "a checkpoint of LitGPT",
+     "litgpt convert_from_litgpt CHECKPOINT OUTPUT; then use the result as --model."),
+    ("pytorch_lora_weights.*", "a LoRA of diffusers, for pictures", _PEFT),
+    ("adapter_[0-9]*.pt", "an adapter in torchtune's own format",
+     "torchtune also writes PEFT's format (adapter_model.bin with adapter_config.json); give that "
+     "folder."),
+    ("adapter_model.pt", "an adapter in torchtune's own format",
+     "torchtune also writes PEFT's format (adapter_model.bin with adapter_config.json); give that "
+     "folder."),
+    ("*.ckpt", "a checkpoint of Lightning",
+     "Take the adapter out of it with the program that wrote it (PEFT's save_pretrained)."),
+    ("consolidated.*.pth", "a model in Meta's layout",
+     "Convert it (vicuna convert --to hf), and use it as --model."),
+    ("*.nemo", "a checkpoint of NeMo", "Export it to Hugging Face's layout with NeMo."),
+    ("*.gguf", "a GGUF file, llama.cpp's",
+     "Give the PEFT folder that a GGUF LoRA was made from; a whole model is --model FILE.gguf."),
+)  # fmt: skip
+# A folder inside, and what it shows.
+_FOLDERS = (
+    ("global_step*", "DeepSpeed's shards without the adapter",
+     "Gather them: python zero_to_fp32.py . adapter_model.bin (the script lies in the folder)."),
+    ("pytorch_model_fsdp*", "shards of FSDP without the adapter",
+     "Gather them: accelerate merge-weights."),
+)  # fmt: skip
+
+
+def nothing_here(folder: Path) -> UserError:
+    """Why a folder is no adapter, as an error."""
+    refuse_model(folder)
+    for pattern, what, fix in (*_FILES, *_FOLDERS):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return UserError(f"this is {what} ({found[0].name})", where=str(folder), fix=fix)
+    inside = sorted(
+        {p.parent for n in WEIGHTS for d in ("*", "*/*", "*/*/*") for p in folder.glob(f"{d}/{n}")},
+        key=lambda p: (len(p.parts), p.stat().st_mtime),
+    )
+    if inside:
+        names = [str(p.relative_to(folder)) for p in inside]
+        word = "a checkpoint" if names[-1].startswith("checkpoint") else "one"
+        return UserError(
+            "no adapter weights in this folder",
+            where=str(folder),
+            fix=f"Name {word} in it: {', '.join(names[-3:])}.",
+        )
+    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+        return UserError(
+            "this run has no adapter yet: it ended before its first checkpoint",
+            where=str(folder),
+            fix=f"Go on with it: vicuna train --resume {folder}",
+        )
+    lone = (folder / CONFIG).is_file()
+    what = f"{CONFIG} is here, its weights are not" if lone else "no adapter weights in this folder"
+    return UserError(
+        what,
+        where=str(folder),
+        fix="It needs adapter_model.safetensors (or the old adapter_model.bin)."
+        + (" Was it copied without its large files (git lfs)?" if lone else ""),
+    )
+
+
+def refuse_model(folder: Path) -> None:
+    """Nothing where a folder may be an adapter.
+
+    Raises: UserError where it is a whole model.
+    """
+    if (folder / CONFIG).is_file() or not (folder / "config.json").is_file():
+        return
+    if any((folder / name).is_file() for name in WEIGHTS[:2]):
+        return
+    weights = [p for n in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(n)]
+    if weights and not folder.name.startswith("checkpoint-"):
+        raise UserError(
+            "this is a whole model, not an adapter",
+            where=str(folder),
+            fix=f"Use it as --model {folder}.",
+        )
+
+
+def refuse_keys(keys: Sequence[str], path: Path) -> None:
+    """Nothing where the names of tensors show no other program's.
+
+    Raises: UserError that names the program.
+    """
+    some = " ".join(keys[:2000])
+    if "lora_unet_" in some or "lora_te" in some or ".lora_down." in some:
+        raise UserError(
+            "this is a LoRA of kohya's scripts, for pictures or in their own format",
+            where=str(path),
+            fix=_PEFT,
+        )
+    if "lora_linear_layer" in some or some.startswith("unet."):
+        raise UserError("this is a LoRA of diffusers, for pictures", where=str(path), fix=_PEFT)
+    if ".lora_a" in some:
+        raise UserError(
+            "its tensors are named as those of mlx-lm or torchtune",
+            where=str(path),
+            fix="Give the folder as the program wrote it, with the names of its files.",
+        )
+    if "model.embed_tokens.weight" in some or "transformer.wte.weight" in some:
+        raise UserError(
+            "this is a whole model, not an adapter",
+            where=str(path),
+            fix=f"Use its folder as --model {path.parent}.",
+        )
+
+
+def refuse_file(path: Path) -> None:
+    """What a file is that was given for an adapter, which is a folder.
+
+    Raises: UserError, always.
+    """
+    name = path.name
+    if name in WEIGHTS or name in (CONFIG, "adapters.safetensors"):
+        raise UserError("an adapter is a folder", where=str(path), fix=f"Give {path.parent}.")
+    for pattern, what, fix in _FILES:
+        if path.match(pattern):
+            raise UserError(f"this is {what}", where=str(path), fix=fix)
+    if name.endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")):
+        raise UserError("this is an archive", where=str(path), fix="Unpack it; give the folder.")
+    if path.suffix == ".safetensors":
+        from vicuna.model.weights import SafetensorsWeights
+
+        refuse_keys(SafetensorsWeights([path]).names(), path)
+    raise UserError("an adapter is a folder, this is a file", where=str(path), fix=_PEFT)

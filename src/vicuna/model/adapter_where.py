@@ -1,0 +1,49 @@
+"""Where an adapter is: a folder, a run, or a hub id; what else is given is named for what it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vicuna.errors import UserError
+from vicuna.model import adapter_kinds
+from vicuna.model.lora_config import CONFIG
+from vicuna.model.old_files import refuse_old
+from vicuna.paths import user_path
+
+
+def locate_adapter(adapter: str) -> Path:
+    """The folder of an adapter: a path, a run folder that holds `adapter/`, or a hub id."""
+    path = user_path(adapter)
+    if (path / "adapter").is_dir() and not (path / CONFIG).exists():
+        return path / "adapter"
+    if path.is_dir():
+        return path
+    if path.is_file():
+        _refuse_file(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter) and not path.parent.is_dir():
+        return _from_hub(adapter)
+    raise UserError(
+        "no such adapter",
+        where=f"adapter {adapter}",
+        fix="Give a folder with adapter_config.json, a run folder, or a hub id.",
+    )
+
+
+def _refuse_file(path: Path) -> None:
+    refuse_old(path)
+    adapter_kinds.refuse_file(path)
+
+
+def _from_hub(adapter: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "adapter_model.*", "adapters.safetensors", "pytorch_model.bin"]
+        return Path(snapshot_download(adapter, allow_patterns=wanted))
+    except Exception as e:  # network, name, login: the hub library has a dozen kinds
+        raise UserError(
+            f"the hub has no such adapter or cannot be reached ({type(e).__name__})",
+            where=f"adapter {adapter}",
+            fix="Check the name; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 uses the local cache.",
+        ) from e
