@@ -102,7 +102,7 @@ def test_what_usual_templates_use_renders_as_in_transformers() -> None:
 {{- tools is defined and tools is not none }}{{ missing }}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
     values: dict[str, Any] = {"bos_token": "<s>", "tools": None, "add_generation_prompt": True}
-    theirs, _ = render_jinja_template([MESSAGES], chat_template=source, **values)
+    theirs = render_jinja_template([MESSAGES], chat_template=source, **values)[0]
     assert render(compile_template(source), messages=MESSAGES, **values) == theirs[0]
 
 
