@@ -17,6 +17,7 @@ TABS = {
     "data": tab_data,
     "train": tab_train,
 }
+CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
 _SWITCH_LANGUAGE = (
     f"() => {{ document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
     "samesite=lax'; location.reload(); }"
@@ -58,7 +59,12 @@ _OPEN = """() => {
 def build(app: App) -> gr.Blocks:
     """The page of an app; every tab's components have the id `tab-NAME` around them."""
     base = app.room.loaded
-    with gr.Blocks(title=t("page.title"), analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title=t("page.title"),
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(CLEAN, CLEAN),
+    ) as page:
         app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
         app.opening.clear()
         app.loading.clear()

@@ -15,6 +15,7 @@ from vicuna.config import AnswerSettings, ModelSettings, WebSettings
 from vicuna.errors import UserError
 
 if TYPE_CHECKING:
+    from vicuna.app.gate import Gate
     from vicuna.app.room import Room
 
 
@@ -31,12 +32,14 @@ class App:
     opening: (function, inputs, outputs) of what is done when a browser opens the page, and each
         time it opens the tab; tabs add to it.
     loading: the same of what is done only when it opens the page.
+    gate: what decides who may ask; None while no server is open.
     """
 
     settings: WebSettings
     tab: Any = None
     opening: list[Event] = field(default_factory=list)
     loading: list[Event] = field(default_factory=list)
+    gate: Gate | None = None
 
     @cached_property
     def room(self) -> Room:
