@@ -168,7 +168,9 @@ def test_a_password_keeps_everybody_else_out(place: Path) -> None:
         wrong = httpx.post(f"{url}login", data={"username": "vicuna", "password": "x"})
         assert wrong.status_code == 400
         with httpx.Client() as client:
-            right = client.post(f"{url}login", data={"username": "vicuna", "password": "松树下的石头"})
+            right = client.post(
+                f"{url}login", data={"username": "vicuna", "password": "松树下的石头"}
+            )
             assert right.status_code == 200
             assert client.get(f"{url}config").status_code == 200
 

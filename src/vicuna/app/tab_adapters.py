@@ -111,6 +111,8 @@ class AdaptersTab:
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, words))
         act = found.get("act")
+        if card.problem and act == "use":
+            return self._now(tab, request, chat_html.problem(words("adapters.unreadable")))
         if act == "delete" and not self.app.settings.read_only:
             sure = words("adapters.delete_sure", name=card.name, path=card.path)
             return {
