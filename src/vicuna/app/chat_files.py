@@ -39,8 +39,9 @@ class ChatFiles:
         self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
         self.export = gr.Textbox(visible="hidden", show_label=False)
         self.load = gr.UploadButton(
-            t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
-        )
+            t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load",
+            visible=not chat.app.settings.read_only,
+        )  # fmt: skip
 
     def events(self) -> None:
         """Say what the buttons do, now that the whole tab is there."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vicuna import config
+from vicuna.app import foreign
 from vicuna.app.sessions import Sessions
 from vicuna.app.shelf import Shelf
 from vicuna.config import AnswerSettings, ModelSettings, WebSettings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vicuna.app.room import Room
 
 
+PATH = 4096  # characters
 Event = tuple[Callable[..., Any], Any, Any]
 
 
@@ -110,7 +112,7 @@ class App:
 
         Raises: UserError where it does not.
         """
-        found = Path(path).expanduser().resolve()
+        found = _path(path)
         if any(found.is_relative_to(folder) for folder in self.adapter_folders + self.data_folders):
             return found
         raise UserError(
@@ -119,9 +121,27 @@ class App:
             fix="Start vicuna web with --adapters or --data and the folder's name.",
         )
 
+    def exists(self, path: str) -> bool:
+        """Whether there is such a path. Raises: UserError where no path can be like that."""
+        return _path(path).exists()
+
     def may_write(self) -> None:
         """Raises: UserError where the server was started with --read-only."""
         if self.settings.read_only:
             raise UserError(
                 "this page writes nothing", fix="It was started with --read-only; start it without."
             )
+
+
+def _path(path: str | Path) -> Path:
+    """A path with its links followed. Raises: UserError where none can be like that."""
+    text = str(path)
+    try:
+        if "\0" in text or len(text) > PATH:
+            raise ValueError
+        text.encode()
+        found = Path(text).expanduser().resolve()
+        found.exists()  # a part of it may be too long
+        return found
+    except (OSError, ValueError, RuntimeError):  # a circle of links, a home that is none
+        raise UserError("no path can be like this", where=foreign.text(text, 80)) from None

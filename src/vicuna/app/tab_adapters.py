@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from vicuna.app import adapters_html, chat_html
+from vicuna.app import adapters_html, chat_html, files, foreign
 from vicuna.app.acts import acting, told
 from vicuna.app.state import App
 from vicuna.app.words import say, t
@@ -163,8 +163,12 @@ class AdaptersTab:
         """Add an adapter by path or hub id."""
         where = (where or "").strip()
         try:
-            if not _HUB.fullmatch(where) or (self.app.adapter_folders[0].parent / where).exists():
-                where = str(self.app.inside(where))
+            if not _HUB.fullmatch(where) or self.app.exists(where):
+                folder = self.app.inside(where)
+                foreign.check_links(folder, self.app.adapter_folders + self.app.data_folders)
+                where = str(folder)
+            else:
+                files.may_fetch(self.app, where)
             path = self.app.shelf.add(where)
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))

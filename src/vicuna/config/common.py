@@ -21,7 +21,7 @@ def _entry(value: Any) -> Any:
     """`path` or `path@weight=2,max_samples=100` from the command line."""
     if not isinstance(value, str):
         return value
-    if "@" in value and Path(value).exists():
+    if "@" in value and _exists(value):
         return {"path": value}
     path, _, options = value.partition("@")
     fields: dict[str, Any] = {"path": path}
@@ -29,6 +29,13 @@ def _entry(value: Any) -> Any:
         key, _, given = option.partition("=")
         fields[key.strip()] = given.strip()
     return fields
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _entries(value: Any) -> Any:
