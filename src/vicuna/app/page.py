@@ -7,6 +7,7 @@ from html import escape
 import gradio as gr
 
 from vicuna.app import tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app.plainly import plainly
 from vicuna.app.state import App
 from vicuna.app.words import COOKIE, t
 
@@ -96,9 +97,12 @@ def build(app: App) -> gr.Blocks:
 
 
 def _name(page: gr.Blocks, tab: gr.Textbox) -> None:
-    """Every event that belongs to somebody is given the tab's name where it is sent. Some are sent
-    before the page has opened: by gradio, which selects the first tab, or by a quick hand."""
+    """Every event tells its mistakes (`plainly`), and one that belongs to somebody is given the
+    tab's name where it is sent. Some are sent before the page has opened: by gradio, which selects
+    the first tab, or by a quick hand."""
     for event in page.fns.values():
+        if event.fn is not None:
+            event.fn = plainly(event.fn)
         if tab in event.inputs:
             place = event.inputs.index(tab)
             event.js = f"(...sent) => {{ sent[{place}] = vicunaTab(); return sent; }}"

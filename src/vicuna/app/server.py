@@ -74,7 +74,7 @@ def serve(app: App, wait: bool = True) -> Any:
         css_paths=STYLE,
     )
     if settings.share:
-        gate.names.add(page.share_url)
+        gate.names.add(str(page.share_url))
     _tell(app, page, word)
     if wait:
         page.block_thread()

@@ -125,6 +125,10 @@ class App:
         """Whether there is such a path. Raises: UserError where no path can be like that."""
         return _path(path).exists()
 
+    def listened(self, session: str | None) -> bool:
+        """Whether a browser takes what is answered in one of gradio's sessions."""
+        return self.gate is None or self.gate.listened(session)
+
     def may_write(self) -> None:
         """Raises: UserError where the server was started with --read-only."""
         if self.settings.read_only:

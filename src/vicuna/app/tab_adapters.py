@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from vicuna.app import adapters_html, chat_html, files, foreign
-from vicuna.app.acts import acting, told
+from vicuna.app.acts import acting, address_of, told
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -127,12 +127,13 @@ class AdaptersTab:
             session.mix[card.path] = _strength(found.get("value", ""))
         return self._now(tab, request)
 
-    def try_it(self, tab: str, request: gr.Request) -> Updates:
+    async def try_it(self, tab: str, request: gr.Request) -> Updates:
         """Load the mix now, so that what does not fit is said at once."""
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
         try:
-            self.app.room.choose(session.name, mix).wait()
+            room = self.app.room
+            await room.settled(room.choose(session.name, mix, address_of(request)))
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")
