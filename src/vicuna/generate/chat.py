@@ -124,7 +124,7 @@ def check_length(turns: Sequence[Turn], context: int) -> None:
 
     Raises: UserError.
     """
-    length = _length(turns)
+    length = sum(len(turn.text) + len(turn.input) for turn in turns)
     if length > DENSE * context:
         raise UserError(
             f"this is too long: {length} characters, and the model's context has {context} tokens",
@@ -135,4 +135,4 @@ def check_length(turns: Sequence[Turn], context: int) -> None:
 
 def _length(turns: Sequence[Turn]) -> int:
     """Characters of turns, and of a template's around them: an empty turn counts, too."""
-    return sum(len(turn.text) + len(turn.input or "") + 1 for turn in turns)
+    return sum(len(turn.text) + len(turn.input) + 1 for turn in turns)
