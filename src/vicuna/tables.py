@@ -13,15 +13,7 @@ from typing import Any
 from vicuna.errors import UserError
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Raises: ValueError in words, also where it nests too deep."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it nests too deep") from None
-
-
-def parse_yaml(text: str) -> Any:
+def _parse_yaml(text: str) -> Any:
     """Raises: ValueError in words, also where it nests too deep."""
     import yaml
 
@@ -39,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: UserError where there is none, or it cannot be read.
     """
     try:
-        loaded = parse_json(_text(path))
+        loaded = _parse_json(_text(path))
     except ValueError as e:
         raise UserError(f"not valid JSON: {_first(e)}", where=str(path)) from e
     return _table(loaded, path)
@@ -51,7 +43,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises: UserError where there is none, or it cannot be read.
     """
     try:
-        loaded = parse_yaml(_text(path))
+        loaded = _parse_yaml(_text(path))
     except ValueError as e:
         raise UserError(f"not valid YAML: {_first(e)}", where=str(path)) from e
     return {} if loaded is None else _table(loaded, path)
@@ -66,11 +58,18 @@ def _text(path: Path) -> str:
         raise UserError(f"cannot be read: {e.strerror or e}", where=str(path)) from e
 
 
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
 def _first(error: ValueError) -> str:
     return str(error)[:500] or type(error).__name__
 
 
 def _table(loaded: Any, path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        raise UserError("expected a table of keys and values", where=str(path))
+        raise UserError("expected a table of names and values", where=str(path))
     return loaded

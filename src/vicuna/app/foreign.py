@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,14 @@ def text(value: Any, most: int = LONGEST) -> str:
     plain = value if isinstance(value, str) else "" if value is None else str(value)
     shown = plain[:most].encode("utf-8", "replace").decode()
     return shown if len(plain) <= most else shown + " …"
+
+
+def parse_json(line: str) -> Any:
+    """Raises: ValueError where a line is no JSON, also where it nests too deep."""
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
 
 
 def number(value: Any) -> float:

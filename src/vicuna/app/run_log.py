@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.app import foreign
-from vicuna.tables import parse_json
 
 # The numbers of a step that are kept, by their names in the log.
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "memory_gib", "time")
@@ -155,7 +154,7 @@ def _event(line: bytes) -> dict[str, Any]:
 
     Raises: ValueError, TypeError, OverflowError where it is none.
     """
-    event = parse_json(line.decode("utf-8", "replace"))
+    event = foreign.parse_json(line.decode("utf-8", "replace"))
     if not isinstance(event, dict):
         raise ValueError("no table")
     found = dict(event)
