@@ -47,7 +47,7 @@ def open_page(place: Path, **options: Any) -> Iterator[tuple[App, str]]:
         "model": str(place / "base"), "template": "chatml", "precision": "fp32", "open": False,
         "adapters": [str(place / "runs")], "data": [str(place / "data")], **options,
     }  # fmt: skip
-    app = App(WebSettings(**given))
+    app = App(WebSettings(**{name: v for name, v in given.items() if v is not None}))
     page = serve(app, wait=False)
     try:
         yield app, page.local_url

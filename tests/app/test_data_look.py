@@ -19,7 +19,7 @@ from vicuna.app.data_look import Look, Looks, Wish
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import WebSettings
-from vicuna.data import checks, formats, read, textrules
+from vicuna.data import checks, formats, read, sources, textrules
 from vicuna.errors import UserError
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
@@ -192,25 +192,80 @@ def test_only_files_inside_of_the_folders_are_read(tmp_path: Path) -> None:
 
 def test_a_dropped_file_is_kept_once_under_a_name_of_its_own(tmp_path: Path) -> None:
     app = app_of(tmp_path)
-    dropped = write(tmp_path / "tmp" / "my 数据.jsonl", [good()])
-    kept = files.keep(app, dropped)
+
+    def drop(folder: str, record: Any) -> Path:
+        return files.keep(app, write(tmp_path / folder / "my 数据.jsonl", [record]))
+
+    kept = drop("tmp", good())
     assert kept == tmp_path / "data" / "my 数据.jsonl"
-    assert files.keep(app, dropped) == kept
-    other = write(tmp_path / "tmp2" / "my 数据.jsonl", [good(1)])
-    assert files.keep(app, other).name == "my 数据-2.jsonl"
-    assert kept.read_bytes() == dropped.read_bytes()
+    assert drop("tmp", good()) == kept
+    assert drop("tmp2", good(1)).name == "my 数据-2.jsonl"
+    # The server's own copy is not kept beside it.
+    assert list(tmp_path.glob("tmp*/*")) == []
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == [
         "my 数据-2.jsonl",
         "my 数据.jsonl",
     ]
 
 
-def test_a_page_that_only_looks_keeps_nothing_and_still_looks(tmp_path: Path) -> None:
+def test_a_page_that_only_looks_keeps_and_fetches_nothing(tmp_path: Path) -> None:
     app = app_of(tmp_path, read_only=True)
     dropped = write(tmp_path / "tmp" / "a.jsonl", [good()])
-    assert files.keep(app, dropped) == dropped
-    assert files.allowed(app, str(dropped)) == [dropped]
+    with pytest.raises(UserError, match="writes nothing"):
+        files.keep(app, dropped)
     assert not (tmp_path / "data").exists()
+    with pytest.raises(UserError, match="fetches nothing"):
+        files.allowed_model(app, "evil-owner/huge-model")
+    assert files.allowed_model(app, files.models(app)[0]) == files.models(app)[0]
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["data/**/../../../../etc/sh*", "data/*/../../secret.js*", "data/link/sh*", "data/link/*",
+     "data/link/**", "dat*/x.jsonl", "data*/secret.jsonl", "[d]ata/../secret.jsonl", "data/?/../../*",
+     "data/link/shadow", "data/link/none", "data/../secret.jsonl", "*/secret.jsonl"],
+)  # fmt: skip
+def test_what_follows_a_wildcard_is_checked_and_nothing_outside_is_told(
+    tmp_path: Path, source: str
+) -> None:
+    app = app_of(tmp_path)
+    write(tmp_path / "data" / "a.jsonl", [good()])
+    for name in ("secret.jsonl", "outside/shadow", "data2/secret.jsonl"):
+        write(tmp_path / name, [good()])
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "outside")
+    asked = f"{tmp_path}/{source}"
+    with pytest.raises(UserError) as told:
+        files.allowed(app, asked)
+    said = str(told.value).replace(asked, "")
+    assert "shadow" not in said
+    assert "secret" not in said
+    assert "matches" not in said
+
+
+@pytest.mark.parametrize(
+    "source", ["a\0b", "x" * 5000, "data/" + "x" * 300, "data/*\0*", "\ud800", "~nobody-here/x",
+               "data/**/**/**/x", "loop/x"]
+)  # fmt: skip
+def test_what_no_path_can_be_is_said(tmp_path: Path, source: str) -> None:
+    app = app_of(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    given = source if source.startswith("~") else f"{tmp_path}/{source}"
+    for ask in (files.allowed, files.allowed_model, files.allowed_template):
+        try:
+            ask(app, given)
+        except UserError as e:
+            str(e).encode()
+    with pytest.raises(UserError):
+        files.allowed(app, given)
+
+
+def test_no_name_of_a_data_set_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "_download", lambda _: pytest.fail("it was fetched"))
+    app = App(WebSettings(data=["."]))
+    with pytest.raises(UserError, match="no such file"):
+        files.allowed(app, "evil/ds")
 
 
 def test_texts_of_these_tabs_are_there_in_both_languages() -> None:

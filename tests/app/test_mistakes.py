@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -14,24 +15,38 @@ import torch
 
 from kit import save_tokenizer
 from vicuna import config
-from vicuna.app import files, mistakes, run_process, shelf, train_plan
+from vicuna.app import (
+    chat_files,
+    files,
+    foreign,
+    mistakes,
+    run_process,
+    sessions,
+    shelf,
+    train_plan,
+)
 from vicuna.app.controls import build as answer_settings
 from vicuna.app.data_look import Wish
 from vicuna.app.mistakes import in_words
+from vicuna.app.queue import OWN, FairQueue, Job
 from vicuna.app.runs import Runs
 from vicuna.app.sessions import Session, Sessions, rate
 from vicuna.app.shelf import Shelf
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import TrainSettings, WebSettings
-from vicuna.data import dataset, sources, text
+from vicuna.data import dataset, sandbox, sources, text
+from vicuna.data.chat_template import ChatTemplate
 from vicuna.data.template import find
+from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.chat import check_length
 from vicuna.generate.decode import decode
 from vicuna.generate.processors import tokens_of
 from vicuna.generate.settings import Settings, biases_of
 from vicuna.memory import choose, plan
-from vicuna.model import adapter, adapter_base, adapter_fit, base, mix
+from vicuna.model import adapter, adapter_base, adapter_fit, base, counts, mix
+from vicuna.model.pickles import load_pickled
 from vicuna.train import loop as training
 from vicuna.train import origin, samples, setup, shrink
 from vicuna.train.checkpoint import State
@@ -281,6 +296,48 @@ def of_plans(say: Heard) -> None:
             say.texts.append(plan._alternative(planner, asked, other).cost)
 
 
+def of_visitors(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = app.data_folders[0]
+    say(app.inside, "a\0b")
+    say(files.allowed, app, f"{data}/*/../x")
+    say(files.allowed, app, f"{data}/**/**/**/x")
+    only_looks = App(WebSettings(read_only=True))
+    say(files.may_fetch, only_looks, "a/b")
+    say(check_length, [Turn("user", "x" * 99)], 1)
+    queue = FairQueue()
+    for _ in range(OWN):
+        queue.join(Job("a", print))
+    say(queue.join, Job("a", print))
+    (folder / "out").symlink_to("/etc")
+    say(foreign.check_links, folder / "out", [folder])
+    _adapter(folder / "odd-card" / "a", '"r": "eight"')
+    odd = Shelf([folder / "odd-card"]).cards()
+    say.texts.append(odd[0].problem)
+    monkeypatch.setattr(chat_files, "LONGEST", 1)
+    monkeypatch.setattr(sessions, "TURNS", 1)
+    (folder / "talk").write_bytes(b"ab")
+    say(chat_files._first_line, folder / "talk")
+    (folder / "talk").write_bytes(b"\xff\xff")
+    say(chat_files._first_line, folder / "talk")
+    talk = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+    say(Session("0" * 32).load, talk)
+    monkeypatch.setattr(sandbox, "COMPUTING", 0.2)
+    monkeypatch.setattr(sandbox, "OUTPUT", 50)
+    for source in ("{{ 1 / 0 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+                   "{% endfor %}", "{{ 'a' * 99 }}", "{{ 'a' * 10 ** 10 }}",
+                   "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}"):  # fmt: skip
+        say(ChatTemplate, source, "<s>", "</s>", ["</s>"])
+    base = folder / "huge"
+    base.mkdir()
+    for config_ in ({"vocab_size": 0}, {"hidden_size": 9999, "vocab_size": 9999},
+                    {"hidden_size": 9999, "num_hidden_layers": 4000}):  # fmt: skip
+        (base / "config.json").write_text(json.dumps(config_))
+        say(counts.check_counts if "vocab_size" in config_ and not config_["vocab_size"]
+            else partial(counts.check_against, stored=1), base)  # fmt: skip
+    torch.save({"a": torch.zeros(1).expand(999)}, folder / "a.bin")
+    say(load_pickled, folder / "a.bin")
+
+
 @pytest.fixture
 def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Whatever the code says, as it says it."""
@@ -294,6 +351,7 @@ def heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     of_trainings(say)
     of_plans(say)
     of_runs(say, tmp_path, app, monkeypatch)
+    of_visitors(say, tmp_path, app, monkeypatch)
     return [line for each in say.texts for line in each.split("\n") if line]
 
 

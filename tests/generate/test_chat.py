@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from generate_kit import byte_level, make_renderer
@@ -14,7 +16,7 @@ from vicuna.data.read import read
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
-from vicuna.generate.chat import Chat, fit
+from vicuna.generate.chat import DENSE, Chat, fit
 
 RENDERER = make_renderer(byte_level(), "chatml")
 
@@ -113,3 +115,24 @@ def test_fit_counts_the_templates_own_words() -> None:
     whole = len(renderer.prompt(turns))
     assert not fit(turns, renderer, whole + 10, 10).dropped
     assert fit(turns, renderer, whole + 9, 10).dropped == turns[:2]
+
+
+def test_what_cannot_fit_is_never_tokenized() -> None:
+    class Counting:
+        longest = 0
+
+        def prompt(self, turns: Sequence[Turn]) -> list[int]:
+            self.longest = max(self.longest, sum(len(t.text) for t in turns))
+            return [0] * sum(len(t.text) // 4 for t in turns)
+
+    renderer: Any = Counting()
+    huge = "字" * 30_000_000
+    for turns in ([Turn("user", huge)], [Turn("system", huge), Turn("user", "q")]):
+        with pytest.raises(UserError, match="too long: 3000000"):
+            fit(turns, renderer, 512, 64)
+    talk = [Turn("user", huge), Turn("assistant", "a"), Turn("user", "b"), Turn("assistant", "c")]
+    kept = fit([*talk, Turn("user", "q")], renderer, 512, 64)
+    assert [t.text for t in kept.turns] == ["b", "c", "q"]
+    many = [Turn(role, "x" * 9) for _ in range(50_000) for role in ("user", "assistant")]
+    assert fit([*many, Turn("user", "q")], renderer, 512, 64).turns[-1].text == "q"
+    assert renderer.longest <= DENSE * 512

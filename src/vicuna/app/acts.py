@@ -85,6 +85,11 @@ def told(event: gr.EventData) -> dict[str, str]:
     return {str(k): str(v) for k, v in found.items()}
 
 
+def address_of(request: gr.Request) -> str:
+    """Where a request came from; "" where that is not known."""
+    return str(getattr(getattr(request, "client", None), "host", "") or "")
+
+
 def number(found: dict[str, str], key: str = "i") -> int:
     """A whole number that a button carried; -1 where it is none."""
     text = found.get(key, "")

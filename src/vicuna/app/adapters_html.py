@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 
 from vicuna.app.charts import Curve, curves
+from vicuna.app.mistakes import in_words
 from vicuna.app.run_log import RunLog
 from vicuna.app.shelf import Card
 
@@ -22,6 +23,8 @@ def cards(found: list[Card], mix: Mapping[str, float], writable: bool, say: Say)
 
 
 def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
+    if card.problem:
+        return _unreadable(card, say)
     used = strength is not None
     rows = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in _facts(card, say) if value)
     delete = (
@@ -34,6 +37,15 @@ def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
         f'<article class="v-card{" on" if used else ""}"><header><h3>{escape(card.name)}</h3>'
         f"{delete}</header><dl>{rows}</dl>{_loss(card, say)}"
         f"<footer>{_use(card, strength, say)}</footer>"
+        "</article>"
+    )
+
+
+def _unreadable(card: Card, say: Say) -> str:
+    words = escape(in_words(card.problem, say))
+    return (
+        f'<article class="v-card"><header><h3>{escape(card.name)}</h3></header>'
+        f'<div class="v-note error"><p>{say("adapters.unreadable")}</p><p>{words}</p></div>'
         "</article>"
     )
 
@@ -59,8 +71,11 @@ def _loss(card: Card, say: Say) -> str:
     if card.log is None:
         return ""
     log = RunLog(card.log)
-    log.read()
-    held_out = log.evaluations
+    try:
+        log.read()
+    except OSError:
+        return ""
+    held_out = [e for e in log.evaluations if e.get("loss") is not None]
     found = [
         Curve(say("adapters.loss"), log.steps["step"], log.steps["loss"], "faint"),
         Curve(

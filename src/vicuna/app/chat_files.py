@@ -18,6 +18,7 @@ from vicuna.errors import UserError
 if TYPE_CHECKING:
     from vicuna.app.tab_chat import ChatTab
 
+LONGEST = 4_000_000  # characters of a conversation that is loaded
 _DOWNLOAD = """(text) => {
   if (!text) return;
   const link = document.createElement('a');
@@ -39,8 +40,9 @@ class ChatFiles:
         self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
         self.export = gr.Textbox(visible="hidden", show_label=False)
         self.load = gr.UploadButton(
-            t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load"
-        )
+            t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load",
+            visible=not chat.app.settings.read_only,
+        )  # fmt: skip
 
     def events(self) -> None:
         """Say what the buttons do, now that the whole tab is there."""
@@ -82,11 +84,27 @@ class ChatFiles:
         words, chat = partial(say, request), self._chat
         session, ask, _ = chat.asked(values)
         try:
-            text = Path(file).read_text(encoding="utf-8-sig").strip()
-            session.load(text.splitlines()[0] if text else "")
+            session.load(_first_line(Path(file)))
         except UserError as e:
             return {chat.note: chat_html.mistake(e, words)}
-        except UnicodeDecodeError as e:
-            return {chat.note: chat_html.problem(str(e))}
+        finally:
+            Path(file).unlink(missing_ok=True)
         gr.Info(words("chat.loaded", number=len(session.notes)))
         return {**chat.replaced(session, ask, words), chat.system: session.chat.system}
+
+
+def _first_line(file: Path) -> str:
+    """The first line that is not empty. Raises: UserError where it is no text, or too long."""
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for _ in range(100):
+                line = lines.readline(LONGEST + 1)
+                if len(line) > LONGEST:
+                    raise UserError(
+                        f"a conversation may have {LONGEST} characters", where="conversation"
+                    )
+                if line.strip() or not line:
+                    return line.strip()
+    except ValueError:
+        raise UserError("this file is not text in UTF-8", where="conversation") from None
+    return ""

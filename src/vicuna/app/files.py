@@ -22,10 +22,8 @@ from vicuna.model.base import EMBEDDED
 LISTED = 500  # files offered at once
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SEARCHED = 20_000  # files looked at for that: a data folder may hold anything
-
-
-# Dropped files that may not be kept (`read_only`): they may be looked at where the server put them.
-dropped: set[Path] = set()
+_MAGIC = re.compile(r"[*?\[]")
+DEEP = 2  # times that a pattern may search all folders below: each multiplies the search
 
 
 def samples() -> list[Path]:
@@ -65,20 +63,49 @@ def allowed(app: App, source: str) -> list[Path]:
     """The files that a path names, all of them inside of the page's folders or samples.
 
     Args:
-        source: a file, a folder or a glob; never a hub id.
+        source: a file, a folder or a glob; never a hub id: nothing is fetched.
 
     Raises: UserError where nothing is there, or it lies outside.
     """
     source = source.strip()
     if not source:
         raise UserError("no file was chosen", fix="Choose one from the list, or drop one.")
-    known = {str(path): path for path in (*samples(), *dropped)}
+    known = {str(path): path for path in samples()}
     if source in known:
         return [known[source]]
     # Asked before anything is looked for: what is not there must not be told from what is.
-    app.inside(re.split(r"[*?\[]", source)[0] if not Path(source).exists() else source)
-    # A link inside of a folder may lead out of it.
-    return [app.inside(path) for path in sources.expand(source)]
+    found = app.inside(source if not _pattern(app, source) else _before_magic(source))
+    if not _pattern(app, source) and not found.exists():
+        # Never a hub id: nothing is fetched for a name that somebody typed.
+        raise UserError("no such file or folder", where=source)
+    return [_inside(app, path, source) for path in sources.expand(source)]
+
+
+def _pattern(app: App, source: str) -> bool:
+    """Whether a source is a glob; a file may be named like one."""
+    return bool(_MAGIC.search(source)) and not app.exists(source)
+
+
+def _before_magic(pattern: str) -> Path:
+    """The folder that a glob searches in.
+
+    Raises: UserError where it goes up again behind that, or searches all folders too often.
+    """
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+    if ".." in parts[first:]:
+        raise UserError("a pattern may not go up again with ..", where=pattern)
+    if sum("**" in part for part in parts) > DEEP:
+        raise UserError(f"a pattern may hold ** {DEEP} times at most", where=pattern)
+    return Path(*parts[:first])
+
+
+def _inside(app: App, path: Path, source: str) -> Path:
+    """A file that a source names, if no link led out; what lies outside is not told by name."""
+    try:
+        return app.inside(path)
+    except UserError as e:
+        raise UserError(e.what, where=source, fix=e.fix) from None
 
 
 def models(app: App) -> list[str]:
@@ -94,9 +121,20 @@ def allowed_model(app: App, model: str) -> str:
     model = model.strip()
     if not model or model in models(app):
         return model or EMBEDDED
-    if Path(model).exists() or not _HUB_ID.fullmatch(model):
+    if app.exists(model) or not _HUB_ID.fullmatch(model):
         app.inside(model)
+        return model
+    may_fetch(app, model)
     return model
+
+
+def may_fetch(app: App, hub_id: str) -> None:
+    """Raises: UserError where the server was started with --read-only: nothing is fetched then."""
+    if app.settings.read_only:
+        raise UserError(
+            "this page fetches nothing", where=hub_id,
+            fix="It was started with --read-only; start it without.",
+        )  # fmt: skip
 
 
 def templates() -> list[str]:
@@ -110,21 +148,26 @@ def allowed_template(app: App, template: str) -> str:
     Raises: UserError where it is a path that leads outside.
     """
     template = template.strip() or "auto"
-    if template.endswith((".yaml", ".yml")) or "/" in template or Path(template).exists():
+    if template.endswith((".yaml", ".yml")) or "/" in template or app.exists(template):
         app.inside(template)
     return template
 
 
 def keep(app: App, file: Path) -> Path:
-    """A dropped file's place: in the first data folder, or where it is if nothing may be written.
+    """A dropped file's place, in the first data folder; where the server put it first it goes.
 
     The same file is kept once; another one of the same name gets a number.
 
-    Raises: UserError where the disk is full or not writable.
+    Raises: UserError where nothing may be written, or the disk is full or not writable.
     """
-    if app.settings.read_only:
-        dropped.add(file)
-        return file
+    app.may_write()
+    try:
+        return _keep(app, file)
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _keep(app: App, file: Path) -> Path:
     folder = app.data_folders[0]
     digest = file_hash(file)
     name = re.sub(r"[^\w.\- ]+", "_", file.name).lstrip(".") or "data"

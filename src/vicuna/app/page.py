@@ -7,6 +7,7 @@ from html import escape
 import gradio as gr
 
 from vicuna.app import tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app.plainly import plainly
 from vicuna.app.state import App
 from vicuna.app.words import COOKIE, t
 
@@ -17,6 +18,7 @@ TABS = {
     "data": tab_data,
     "train": tab_train,
 }
+CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
 _SWITCH_LANGUAGE = (
     f"() => {{ document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
     "samesite=lax'; location.reload(); }"
@@ -58,7 +60,12 @@ _OPEN = """() => {
 def build(app: App) -> gr.Blocks:
     """The page of an app; every tab's components have the id `tab-NAME` around them."""
     base = app.room.loaded
-    with gr.Blocks(title=t("page.title"), analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title=t("page.title"),
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(CLEAN, CLEAN),
+    ) as page:
         app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
         app.opening.clear()
         app.loading.clear()
@@ -90,9 +97,12 @@ def build(app: App) -> gr.Blocks:
 
 
 def _name(page: gr.Blocks, tab: gr.Textbox) -> None:
-    """Every event that belongs to somebody is given the tab's name where it is sent. Some are sent
-    before the page has opened: by gradio, which selects the first tab, or by a quick hand."""
+    """Every event tells its mistakes (`plainly`), and one that belongs to somebody is given the
+    tab's name where it is sent. Some are sent before the page has opened: by gradio, which selects
+    the first tab, or by a quick hand."""
     for event in page.fns.values():
+        if event.fn is not None:
+            event.fn = plainly(event.fn)
         if tab in event.inputs:
             place = event.inputs.index(tab)
             event.js = f"(...sent) => {{ sent[{place}] = vicunaTab(); return sent; }}"

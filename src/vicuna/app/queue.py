@@ -11,13 +11,20 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, Literal
 
+from vicuna.errors import UserError
+
+# Jobs that may wait: of a person (one page asks six at once), from an address (a class of pupils
+# may have one together), of all.
+OWN, NEAR, ALL = 12, 48, 200
+
 State = Literal["waiting", "running", "done"]
 
 
 class Job:
     """A request of somebody.
 
-    person: who asks. work: what is done when it is its turn.
+    person: who asks. address: from where; "" where that is not known.
+    work: what is done when it is its turn.
     then: what is done at its end, whatever the end is, and before anybody sees that it ended.
     cancelled: set by `cancel`; `work` looks at it.
     latest: the newest thing that `work` had to tell; error: what it raised.
@@ -28,8 +35,9 @@ class Job:
         person: str,
         work: Callable[[Job], Any],
         then: Callable[[Job], None] = lambda _: None,
+        address: str = "",
     ) -> None:
-        self.person, self.work, self.then = person, work, then
+        self.person, self.work, self.then, self.address = person, work, then, address
         self.queue: FairQueue | None = None
         self.followers = 0  # pages that look at it
         self.cancelled = threading.Event()
@@ -78,8 +86,19 @@ class FairQueue:
         self._closed = False
 
     def join(self, job: Job) -> Job:
-        """Take a job in."""
+        """Take a job in.
+
+        Raises: UserError where too many wait: of this person, from this address, or of all.
+        """
         with self._changed:
+            everybody = [other for own in self._waiting.values() for other in own]
+            near = sum(1 for other in everybody if job.address and other.address == job.address)
+            own = len(self._waiting.get(job.person, ()))
+            if own >= OWN or near >= NEAR or len(everybody) >= ALL:
+                raise UserError(
+                    "too many questions wait already",
+                    fix="Wait until some of them are answered, or stop them.",
+                )
             job.queue = self
             self._waiting.setdefault(job.person, deque()).append(job)
             self._changed.notify()

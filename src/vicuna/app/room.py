@@ -138,14 +138,26 @@ class Room:
         engine: Any = self.loaded.engine
         getattr(engine, "close", engine.forget)()
 
-    def ask(self, person: str, ask: Ask, then: Callable[[Job], None] = lambda _: None) -> Job:
+    def ask(
+        self,
+        person: str,
+        ask: Ask,
+        then: Callable[[Job], None] = lambda _: None,
+        address: str = "",
+    ) -> Job:
         """Queue a request; `job.latest` is a `Picture` as soon as there is one. `then` is called
-        with the job at its end, in the model's thread or in the one that cancels it."""
-        return self.queue.join(Job(person, lambda job: self._answer(ask, job), then))
+        with the job at its end, in the model's thread or in the one that cancels it.
 
-    def choose(self, person: str, mix: Mapping[str, float]) -> Job:
-        """Queue that these adapters are loaded; what does not fit raises there."""
-        return self.queue.join(Job(person, lambda _: self._choose(mix)))
+        Raises: UserError where too many wait already.
+        """
+        return self.queue.join(Job(person, lambda job: self._answer(ask, job), then, address))
+
+    def choose(self, person: str, mix: Mapping[str, float], address: str = "") -> Job:
+        """Queue that these adapters are loaded; what does not fit raises there.
+
+        Raises: UserError where too many wait already.
+        """
+        return self.queue.join(Job(person, lambda _: self._choose(mix), address=address))
 
     def _choose(self, mix: Mapping[str, float]) -> None:
         """Answer with these adapters from now on. What is not loaded yet is loaded, and what was
@@ -169,16 +181,31 @@ class Room:
         renderer = self.loaded.renderer_of(ask.mix, ask.template)
         return fit(ask.turns, renderer, _limit(self.context, ask), ask.settings.max_new_tokens)
 
-    async def follow(self, job: Job) -> AsyncIterator[Waiting | Picture]:
+    async def settled(self, job: Job) -> None:
+        """Wait for a job's end without holding a thread. Raises: what the work raised."""
+        async for _ in self.follow(job):
+            pass
+
+    async def follow(
+        self, job: Job, heard: Callable[[], bool] = lambda: True
+    ) -> AsyncIterator[Waiting | Picture]:
         """What happens to a job, as it happens; ends with it. Where nobody follows it any more, and
         nobody comes back soon, it is cancelled.
+
+        Args:
+            heard: whether what is told here reaches anybody.
 
         Raises: what the work raised.
         """
         shown: Any = None
         job.followers += 1
+        alone = time.monotonic()
         try:
             while not job.ended.is_set():
+                if heard():
+                    alone = time.monotonic()
+                elif time.monotonic() - alone > PATIENCE and job.followers == 1:
+                    job.cancel()
                 now = Waiting(self.queue.ahead(job)) if job.state == "waiting" else job.latest
                 if now is not None and now != shown:
                     yield now

@@ -6,18 +6,26 @@ page asks for is answered from here without reading the file again.
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vicuna.app import foreign
+
 # The numbers of a step that are kept, by their names in the log.
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "memory_gib", "time")
 # The time left is told from so many steps: evaluations and checkpoints between them count, too.
 RECENT = 30
 BLOCK = 1 << 20
+LINE = 16 << 20  # bytes of an event
+KEPT = 10_000  # of evaluations, samples and warnings, the newest each
+_LATEST = 2.0**33  # seconds since 1970: the year 2242
+# What an event must be made of: what is told from it relies on that.
+_COUNTS = ("step", "total_steps", "time")
+_NUMBERS = ("loss", *COLUMNS)
+_TEXTS = ("event", "prompt", "answer", "message", "reason")
 
 
 @dataclass
@@ -26,7 +34,7 @@ class RunLog:
 
     steps: a column for each of COLUMNS, NaN where a step has none (a loss that is not finite).
     began: the last `start`. end: the `end` after it, if the run came so far. last: the newest
-    event. first_time: when the first one was written.
+    event. first_time: when the first one was written. odd: lines that no run writes.
     """
 
     path: Path
@@ -38,6 +46,7 @@ class RunLog:
     end: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     first_time: float = 0.0
+    odd: int = 0
     _at: int = 0
     _file: int = 0
     _rest: bytes = b""
@@ -72,32 +81,34 @@ class RunLog:
         self.steps = {name: array("d") for name in COLUMNS}
         self.evaluations, self.samples, self.warnings = [], [], []
         self.began, self.end, self.last = {}, {}, {}
-        self.first_time = 0.0
+        self.first_time, self.odd = 0.0, 0
         self._at, self._file, self._rest = 0, 0, b""
 
     def _take(self, block: bytes) -> None:
         """Whole lines become events; what follows the last one waits for the rest of its line."""
         *lines, self._rest = (self._rest + block).split(b"\n")
+        if len(self._rest) > LINE:
+            self._rest = b"x"  # what follows belongs to no event
         for line in lines:
-            try:
-                event = json.loads(line.decode("utf-8", "replace"))
-            except ValueError:
+            if not line.strip():
                 continue
-            if isinstance(event, dict):
-                self._add(event)
+            try:
+                self._add(_event(line))
+            except (ValueError, TypeError, OverflowError):
+                self.odd += 1
 
     def _add(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
         if kind == "step":
             for name in COLUMNS:
                 value = event.get(name)
-                self.steps[name].append(math.nan if value is None else float(value))
+                self.steps[name].append(math.nan if value is None else value)
         elif kind == "eval":
-            self.evaluations.append(event)
+            _keep(self.evaluations, event)
         elif kind == "sample":
-            self.samples.append(event)
+            _keep(self.samples, event)
         elif kind == "warning":
-            self.warnings.append(event)
+            _keep(self.warnings, event)
         elif kind == "start":
             self.began, self.end = event, {}
         elif kind == "end":
@@ -136,3 +147,39 @@ class RunLog:
         if len(times) < 2 or missing <= 0 or steps[-1] <= steps[0]:
             return None
         return missing * (times[-1] - times[0]) / (steps[-1] - steps[0])
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """A line as an event whose numbers are numbers, and whose texts can be shown.
+
+    Raises: ValueError, TypeError, OverflowError where it is none.
+    """
+    event = foreign.parse_json(line.decode("utf-8", "replace"))
+    if not isinstance(event, dict):
+        raise ValueError("no table")
+    found = dict(event)
+    for name in {*_COUNTS, *_NUMBERS} & event.keys():
+        value = event[name]
+        if name in _COUNTS:
+            found[name] = foreign.number(value)
+            if not 0 <= found[name] <= foreign.LARGEST:
+                raise ValueError(f"{name} is no count")
+        elif value is not None:
+            number = foreign.number(value)
+            found[name] = None if math.isnan(number) else number
+    for name in _TEXTS:
+        if name in event:
+            found[name] = foreign.text(event[name])
+    if found.get("event") in ("step", "eval") and "step" not in found:
+        raise ValueError("which step is not said")
+    if found.get("event") in ("start", "end"):
+        found.setdefault("time", 0.0)
+    if found.get("time", 0.0) > _LATEST:
+        raise ValueError("no time")
+    return found
+
+
+def _keep(events: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    events.append(event)
+    if len(events) > 2 * KEPT:
+        del events[:KEPT]

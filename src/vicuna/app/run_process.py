@@ -16,12 +16,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 
+from vicuna.app import foreign
 from vicuna.cache import disk_error, whole_file
 from vicuna.errors import UserError
+from vicuna.tables import read_json
 
 NOTE, OUTPUT, LOCK = ".process.json", "output.txt", ".lock"
 # Two readings of when a process began may differ by this: the clock is set now and then.
@@ -58,7 +60,7 @@ class Process:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < SLACK
             return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
+        except (psutil.Error, ValueError, OverflowError):
             return False
 
 
@@ -175,8 +177,13 @@ def _write(folder: Path, process: Process) -> None:
 
 def _noted(folder: Path) -> Process | None:
     try:
-        return Process(**json.loads((folder / NOTE).read_text()))
-    except (OSError, ValueError, TypeError):
+        noted = read_json(folder / NOTE)
+        pid, at = foreign.count(noted["pid"]), int(foreign.number(noted.get("output_at", -1)))
+        asked = noted.get("asked", "")
+        if not 0 < pid < 1 << 31 or asked not in get_args(Asked):
+            return None
+        return Process(pid, foreign.number(noted["created"]), at, asked)
+    except (UserError, KeyError, ValueError, TypeError):
         return None
 
 
@@ -188,7 +195,7 @@ def _holder(folder: Path) -> Process | None:
         taken = lock.stat().st_mtime
         pid = int(words[1]) if words[:1] == ["pid"] else 0
         created = psutil.Process(pid).create_time() if pid else taken + 2 * SLACK
-    except (OSError, ValueError, IndexError, psutil.Error):
+    except (OSError, ValueError, OverflowError, IndexError, psutil.Error):
         return None
     # What began after the lock was taken has the number of a process that is gone.
     if created > taken + SLACK or not _held(lock):

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vicuna import config
-from vicuna.app import run_process
+from vicuna.app import foreign, run_process
 from vicuna.app.run_log import RunLog
 from vicuna.app.run_process import INTERRUPTED, Process
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
 
 State = Literal[
-    "starting", "running", "pausing", "paused", "finished", "failed", "stopped", "killed"
-]
+    "starting", "running", "pausing", "paused", "finished", "failed", "stopped", "killed",
+    "unreadable",
+]  # fmt: skip
 WORKING: tuple[State, ...] = ("starting", "running", "pausing")
 RECIPE = "recipe.yaml"
 # Anything of these makes a folder a run.
@@ -45,7 +46,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return foreign.text(self.path.name, 200)
 
     @property
     def working(self) -> bool:
@@ -54,7 +55,9 @@ class Run:
 
     @property
     def has_adapter(self) -> bool:
-        return (self.path / "adapter" / "adapter_config.json").is_file()
+        return (
+            self.state != "unreadable" and (self.path / "adapter" / "adapter_config.json").is_file()
+        )
 
     @property
     def has_checkpoint(self) -> bool:
@@ -88,13 +91,11 @@ class Runs:
 
     def all(self) -> list[Run]:
         """Every run, the newest first."""
-        if not self.folder.is_dir():
+        try:
+            inside = list(self.folder.iterdir())
+        except OSError:
             return []
-        found = [
-            path
-            for path in self.folder.iterdir()
-            if not path.name.startswith(".") and any((path / sign).exists() for sign in _SIGNS)
-        ]
+        found = [path for path in inside if not path.name.startswith(".") and _is_run(path)]
         return [self._look(path) for path in sorted(found, key=_when, reverse=True)]
 
     def get(self, name: str) -> Run:
@@ -103,7 +104,7 @@ class Runs:
         Raises: UserError where there is none; a name is never a path.
         """
         path = self.folder / _checked(name)
-        if not any((path / sign).exists() for sign in _SIGNS):
+        if not _is_run(path):
             raise UserError("no such run", where=name, fix=f"The runs lie in {self.folder}.")
         return self._look(path)
 
@@ -112,6 +113,18 @@ class Runs:
         return next((run for run in self.all() if run.working), None)
 
     def _look(self, path: Path) -> Run:
+        """A run as it is now; where it cannot be read, one that says so."""
+        try:
+            # What lies in a run is shown: a link would show what lies elsewhere.
+            foreign.check_links(path, [self.folder.resolve()])
+            return self._read(path)
+        except UserError as e:
+            words = str(e)
+        except Exception as e:  # its files may hold anything
+            words = f"it cannot be read: {foreign.text(e, 200) or type(e).__name__}"
+        return Run(path, "unreadable", RunLog(path / "log.jsonl"), words)
+
+    def _read(self, path: Path) -> Run:
         process = run_process.find(path)
         # Asked before the log is read: what it wrote at its end is then in the log.
         alive = process is not None and process.alive()
@@ -155,6 +168,8 @@ class Runs:
         self._may_write()
         with self._alone():
             run = self.get(name)
+            if run.state == "unreadable":
+                raise UserError(run.words, where=name)
             if run.state == "finished":
                 raise UserError(
                     "this run is finished", where=name, fix="Start a new one from its adapter."
@@ -192,6 +207,8 @@ class Runs:
         gone = run.path.with_name(f".{run.path.name}.deleted")
         shutil.rmtree(gone, ignore_errors=True)
         run.path.rename(gone)
+        if gone.is_symlink():
+            gone.unlink()
         shutil.rmtree(gone, ignore_errors=True)
         with self._reading:
             self._logs.pop(run.path, None)
@@ -278,6 +295,13 @@ def _checked(name: str) -> str:
             fix="Letters, digits, spaces and - _ . are allowed, at most 80 of them.",
         )
     return name
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        return any((path / sign).exists() for sign in _SIGNS)
+    except OSError:  # a folder that may not be read, a circle of links
+        return False
 
 
 def _when(path: Path) -> float:

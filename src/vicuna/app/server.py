@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-import secrets
+import shutil
 import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+from vicuna.app.gate import Gate, Names
+from vicuna.app.login import LOOPBACK, made_up, password
 from vicuna.app.state import App
 from vicuna.config import WebSettings
 from vicuna.errors import UserError
 
 USER = "vicuna"
 FIRST_PORT, PORTS = 7860, 40
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Events that wait for gradio; those of the model wait in a queue of their own (`room.py`).
+EVENTS = 400
 
 
 def serve(app: App, wait: bool = True) -> Any:
@@ -22,26 +29,33 @@ def serve(app: App, wait: bool = True) -> Any:
     Args:
         wait: until Ctrl-C; else return at once, the server goes on in threads of its own.
 
-    Raises: UserError where the port is busy.
+    Raises: UserError where the port is busy, or the password is weak.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    _place_uploads()
     from starlette.middleware import Middleware
 
-    from vicuna.app.headers import Headers
     from vicuna.app.page import HEAD, build
     from vicuna.app.theme import STYLE, theme
     from vicuna.app.words import Translation
 
     settings = app.settings
+    word = password(settings)
+    gate = app.gate = Gate(
+        Names(settings.host, settings.allowed_hosts),
+        settings.read_only,
+        int(settings.max_upload * (1 << 30)),
+    )
     app.room  # noqa: B018  the model first: what is wrong with it is said before a page opens
     page = build(app)
-    page.queue(default_concurrency_limit=64)
+    # No limit at once: an event that follows an answer only looks (`Room.follow`).
+    page.queue(default_concurrency_limit=None, max_size=EVENTS)
     if settings.share:
         print("warning: --share opens the page to the internet through somebody else's server")
     page.launch(
         server_name=settings.host,
         server_port=free_port(settings),
-        auth=(USER, word) if (word := password(settings)) else None,
+        auth=(USER, word) if word else None,
         share=settings.share,
         inbrowser=settings.open,
         quiet=True,
@@ -53,12 +67,14 @@ def serve(app: App, wait: bool = True) -> Any:
         pwa=False,
         mcp_server=False,
         allowed_paths=[],
-        max_file_size="2gb",
-        app_kwargs={"middleware": [Middleware(Translation), Middleware(Headers)]},
+        max_file_size=gate.upload,
+        app_kwargs={"middleware": [Middleware(Translation)], "lifespan": _behind(gate)},
         head=HEAD,
         theme=theme(),
         css_paths=STYLE,
     )
+    if settings.share:
+        gate.names.add(str(page.share_url))
     _tell(app, page, word)
     if wait:
         page.block_thread()
@@ -68,21 +84,39 @@ def serve(app: App, wait: bool = True) -> Any:
 def _tell(app: App, page: Any, word: str) -> None:
     settings = app.settings
     print(f"The page is open at {page.local_url} (Ctrl-C ends it)")
-    if word:
+    if word and made_up(settings):
         print(f"user: {USER}   password: {word}")
+    elif word:
+        print(f"user: {USER}   password: the one you gave")
     if settings.share:
         print(f"and at {page.share_url}, for everybody on the internet who knows this address")
-    elif not word and settings.host not in _LOOPBACK:
+    elif not word and settings.host not in LOOPBACK:
         print("warning: everybody who reaches this machine can use the page: there is no password")
 
 
-def password(settings: WebSettings) -> str:
-    """What has to be typed before the page opens: what was given; one that is made up where others
-    can reach the page; "" for nothing."""
-    if not settings.auth:
-        return ""
-    reachable = settings.share or settings.host not in _LOOPBACK
-    return settings.password or (secrets.token_urlsafe(9) if reachable else "")
+def _place_uploads() -> None:
+    """A folder for uploads that nobody else reads, gone with this process."""
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="vicuna-web-")
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _behind(gate: Gate) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """What gradio does when its server starts, before the first request: put the gate before all.
+
+    A middleware that gradio is given comes behind its own, which answers other pages itself.
+    """
+
+    @asynccontextmanager
+    async def start(server: Any) -> AsyncIterator[None]:
+        from vicuna.app.headers import Headers
+
+        gate.inner, gate.server = server.middleware_stack, server
+        server.middleware_stack = Headers(gate)
+        yield
+
+    return start
 
 
 def free_port(settings: WebSettings) -> int:
@@ -92,14 +126,13 @@ def free_port(settings: WebSettings) -> int:
     """
     wanted = settings.port
     for port in [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + PORTS):
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((settings.host, port))
-            except OSError as e:
-                reason = e.strerror or str(e)
-                continue
+        try:
+            # Gradio tries a port on this machine's own address, wherever it listens then.
+            for host in dict.fromkeys((settings.host, "127.0.0.1")):
+                _probe(host, port)
+        except OSError as e:
+            reason = e.strerror or str(e)
+            continue
         return port
     which = f"port {wanted}" if wanted else f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
     raise UserError(
@@ -107,3 +140,11 @@ def free_port(settings: WebSettings) -> int:
         where="port",
         fix="Leave out --port for the first free one, or name another.",
     )
+
+
+def _probe(host: str, port: int) -> None:
+    """Raises: OSError where nothing can listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))

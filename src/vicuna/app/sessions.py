@@ -22,6 +22,7 @@ from vicuna.errors import UserError
 from vicuna.generate.chat import Chat
 
 Rating = Literal["up", "down", ""]
+TURNS = 2000  # of a conversation that is loaded
 _NAME = re.compile(r"[0-9a-f]{32}")
 
 
@@ -147,6 +148,8 @@ class Session:
             reasons = ", ".join(sorted({p.reason for p in parsed.problems})) or "no turns"
             raise UserError(f"not a conversation: {reasons}", where="conversation")
         turns = list(parsed.conversation.turns)
+        if len(turns) > TURNS:
+            raise UserError(f"a conversation may have {TURNS} turns", where="conversation")
         system = turns.pop(0).text if turns and turns[0].role == "system" else ""
         if len(turns) % 2:
             turns.pop()
@@ -172,7 +175,7 @@ class Sessions:
 
         Raises: UserError where this is no name that a tab makes up.
         """
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError("this page has no session yet", fix="Load it again.")
         with self._lock:
             session = self._all.setdefault(name, Session(name))

@@ -6,7 +6,6 @@ from small files; weights are read only when it is to answer.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -15,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vicuna.app import foreign
 from vicuna.errors import UserError
 from vicuna.model.adapter_names import META, WEIGHTS
+from vicuna.tables import read_json, read_yaml
 
 DEPTH = 3  # folders below the page's
 MOST = 300
@@ -29,6 +30,7 @@ class Card:
     name: as it is shown. base, template, data, size, changed: "" or 0 where nothing says it.
     log: of the run that it came from; None where there is none.
     mixed: the adapters that it was merged from, with their strengths.
+    problem: why it cannot be read; such a one cannot answer, either.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Card:
     changed: float = 0.0
     log: Path | None = None
     mixed: tuple[tuple[str, float], ...] = field(default=())
+    problem: str = ""
 
 
 class Shelf:
@@ -52,7 +55,7 @@ class Shelf:
     """
 
     def __init__(self, folders: list[Path]) -> None:
-        self.folders = folders
+        self.folders = [folder.resolve() for folder in folders]
         self._added: list[str] = []
         self._lock = threading.Lock()
 
@@ -60,8 +63,9 @@ class Shelf:
         """A card for each adapter, the newest first; those that were added by name before them."""
         with self._lock:
             added = list(self._added)
-        found = {str(p): self._card(p) for folder in self.folders for p in _adapters(folder)}
-        named = {path: self._card(Path(path)) for path in added if Path(path).is_dir()}
+        places = [self._place(p) for folder in self.folders for p in _adapters(folder)]
+        found = {str(p): self._try_card(p, True) for p in places}
+        named = {path: self._try_card(Path(path)) for path in added if Path(path).is_dir()}
         others = {path: Card(path, path) for path in added if path not in named}
         newest = sorted(found.values(), key=lambda c: -c.changed)[:MOST]
         first = [c for path, c in {**named, **others}.items() if path not in found]
@@ -69,11 +73,11 @@ class Shelf:
 
     def paths(self) -> set[str]:
         """What may be loaded."""
-        return {card.path for card in self.cards()}
+        return {card.path for card in self.cards() if not card.problem}
 
     def choices(self) -> list[tuple[str, str]]:
         """(name, path) of each."""
-        return [(card.name, card.path) for card in self.cards()]
+        return [(card.name, card.path) for card in self.cards() if not card.problem]
 
     def get(self, path: str) -> Card:
         """The card of an adapter. Raises: UserError where it is not (any more) on the shelf."""
@@ -99,6 +103,8 @@ class Shelf:
 
         path = str(locate_adapter(adapter).resolve())
         read_adapter(path)
+        if problem := self._try_card(Path(path)).problem:
+            raise UserError(problem, where=path)
         with self._lock:
             if path not in self._added:
                 self._added.append(path)
@@ -125,7 +131,25 @@ class Shelf:
         with self._lock:
             self._added = [p for p in self._added if p != path]
 
+    def _try_card(self, path: Path, kept: bool = False) -> Card:
+        """The card of an adapter; where it cannot be read, one that says so.
+
+        Args:
+            kept: whether links out of the folders are a reason.
+        """
+        try:
+            if kept:
+                foreign.check_links(path, self.folders)
+            return self._card(path)
+        except UserError as e:
+            problem = str(e)
+        except Exception as e:  # its files may hold anything
+            problem = f"it cannot be read: {foreign.text(e, 200) or type(e).__name__}"
+        return Card(foreign.text(path), foreign.text(self._name(path), 200), problem=problem)
+
     def _card(self, path: Path) -> Card:
+        """The card of an adapter. Raises: many kinds where a file holds what nobody expects."""
+        str(path).encode()  # a name that no browser can be sent
         config, meta = _json(path / "adapter_config.json"), _json(path / META)
         run = path.parent if path.name == "adapter" else None
         log = run / "log.jsonl" if run is not None and (run / "log.jsonl").is_file() else None
@@ -136,20 +160,27 @@ class Shelf:
         except OSError:
             size, changed = 0, 0.0
         template = meta.get("template") or {}
-        mixed = [(str(m["adapter"]), float(m["strength"])) for m in meta.get("mixed", [])]
+        mixed = [(m["adapter"], foreign.number(m["strength"])) for m in meta.get("mixed", [])]
+        base = (meta.get("base") or {}).get("name") or _base(config)
         return Card(
             path=str(path),
             name=self._name(run if run is not None else path),
-            base=str((meta.get("base") or {}).get("name") or _base(config)),
-            rank=int(config.get("r") or 0),
-            alpha=float(config.get("lora_alpha") or 0),
-            template=str(template.get("name", "")),
+            base=foreign.text(base, 200),
+            rank=foreign.count(config.get("r") or 0),
+            alpha=foreign.number(config.get("lora_alpha") or 0),
+            template=foreign.text(template.get("name", ""), 100),
             data=tuple(_data(run)) if run is not None else (),
             size=size,
             changed=changed,
             log=log,
-            mixed=tuple((self._name(Path(name)), weight) for name, weight in mixed),
+            mixed=tuple(
+                (self._name(Path(foreign.text(name, 200))), weight) for name, weight in mixed
+            ),
         )
+
+    def _place(self, path: Path) -> Path:
+        """Where an adapter lies; a link that leads out of the folders is left as it is."""
+        return path.resolve() if foreign.within(path, self.folders) else path
 
     def _name(self, path: Path) -> str:
         for folder in self.folders:
@@ -166,18 +197,22 @@ def _adapters(folder: Path, depth: int = DEPTH) -> Iterator[Path]:
     except OSError:
         return
     for place in inside:
-        if any((place / name).is_file() for name in WEIGHTS):
-            yield place.resolve()
+        if _holds_adapter(place):
+            yield place
         elif depth > 1 and place.name != "checkpoints":
             yield from _adapters(place, depth - 1)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _holds_adapter(place: Path) -> bool:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return any((place / name).is_file() for name in WEIGHTS)
+    except OSError:  # a folder that may not be read
+        return False
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A small file's table; {} where there is none. Raises: UserError where it holds no table."""
+    return read_json(path) if path.is_file() else {}
 
 
 def _base(config: dict[str, Any]) -> str:
@@ -186,16 +221,13 @@ def _base(config: dict[str, Any]) -> str:
 
 
 def _data(run: Path) -> list[str]:
-    """Names of the files that a run was trained on."""
-    import yaml
-
+    """Names of the files that a run was trained on; none where nothing says it."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        entries = config.get("dataset") or []
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        entries = read_yaml(run / "config.yaml").get("dataset") or []
+        paths = [e.get("path", "") if isinstance(e, dict) else str(e) for e in entries]
+        return [foreign.text(Path(path).name, 200) for path in paths[:20] if path]
+    except (UserError, ValueError, TypeError, AttributeError):
         return []
-    paths = [e.get("path", "") if isinstance(e, dict) else str(e) for e in entries]
-    return [Path(path).name for path in paths if path]
 
 
 def _at_work(run: Path) -> bool:

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vicuna import config
+from vicuna.app import foreign
 from vicuna.app.sessions import Sessions
 from vicuna.app.shelf import Shelf
 from vicuna.config import AnswerSettings, ModelSettings, WebSettings
 from vicuna.errors import UserError
 
 if TYPE_CHECKING:
+    from vicuna.app.gate import Gate
     from vicuna.app.room import Room
 
 
+PATH = 4096  # characters
 Event = tuple[Callable[..., Any], Any, Any]
 
 
@@ -31,12 +34,14 @@ class App:
     opening: (function, inputs, outputs) of what is done when a browser opens the page, and each
         time it opens the tab; tabs add to it.
     loading: the same of what is done only when it opens the page.
+    gate: what decides who may ask; None while no server is open.
     """
 
     settings: WebSettings
     tab: Any = None
     opening: list[Event] = field(default_factory=list)
     loading: list[Event] = field(default_factory=list)
+    gate: Gate | None = None
 
     @cached_property
     def room(self) -> Room:
@@ -107,7 +112,7 @@ class App:
 
         Raises: UserError where it does not.
         """
-        found = Path(path).expanduser().resolve()
+        found = _path(path)
         if any(found.is_relative_to(folder) for folder in self.adapter_folders + self.data_folders):
             return found
         raise UserError(
@@ -116,9 +121,31 @@ class App:
             fix="Start vicuna web with --adapters or --data and the folder's name.",
         )
 
+    def exists(self, path: str) -> bool:
+        """Whether there is such a path. Raises: UserError where no path can be like that."""
+        return _path(path).exists()
+
+    def listened(self, session: str | None) -> bool:
+        """Whether a browser takes what is answered in one of gradio's sessions."""
+        return self.gate is None or self.gate.listened(session)
+
     def may_write(self) -> None:
         """Raises: UserError where the server was started with --read-only."""
         if self.settings.read_only:
             raise UserError(
                 "this page writes nothing", fix="It was started with --read-only; start it without."
             )
+
+
+def _path(path: str | Path) -> Path:
+    """A path with its links followed. Raises: UserError where none can be like that."""
+    text = str(path)
+    try:
+        if "\0" in text or len(text) > PATH:
+            raise ValueError
+        text.encode()
+        found = Path(text).expanduser().resolve()
+        found.exists()  # a part of it may be too long
+        return found
+    except (OSError, ValueError, RuntimeError):  # a circle of links, a home that is none
+        raise UserError("no path can be like this", where=foreign.text(text, 80)) from None

@@ -9,8 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from vicuna.app import adapters_html, chat_html
-from vicuna.app.acts import acting, told
+from vicuna.app import adapters_html, chat_html, files, foreign
+from vicuna.app.acts import acting, address_of, told
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -111,6 +111,8 @@ class AdaptersTab:
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, words))
         act = found.get("act")
+        if card.problem and act == "use":
+            return self._now(tab, request, chat_html.problem(words("adapters.unreadable")))
         if act == "delete" and not self.app.settings.read_only:
             sure = words("adapters.delete_sure", name=card.name, path=card.path)
             return {
@@ -125,12 +127,13 @@ class AdaptersTab:
             session.mix[card.path] = _strength(found.get("value", ""))
         return self._now(tab, request)
 
-    def try_it(self, tab: str, request: gr.Request) -> Updates:
+    async def try_it(self, tab: str, request: gr.Request) -> Updates:
         """Load the mix now, so that what does not fit is said at once."""
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
         try:
-            self.app.room.choose(session.name, mix).wait()
+            room = self.app.room
+            await room.settled(room.choose(session.name, mix, address_of(request)))
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")
@@ -161,8 +164,12 @@ class AdaptersTab:
         """Add an adapter by path or hub id."""
         where = (where or "").strip()
         try:
-            if not _HUB.fullmatch(where) or (self.app.adapter_folders[0].parent / where).exists():
-                where = str(self.app.inside(where))
+            if not _HUB.fullmatch(where) or self.app.exists(where):
+                folder = self.app.inside(where)
+                foreign.check_links(folder, self.app.adapter_folders + self.app.data_folders)
+                where = str(folder)
+            else:
+                files.may_fetch(self.app, where)
             path = self.app.shelf.add(where)
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))

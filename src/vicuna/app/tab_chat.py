@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from vicuna.app import chat_html, markdown
-from vicuna.app.acts import acting, number, told
+from vicuna.app.acts import acting, address_of, number, told
 from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
 from vicuna.app.probabilities import Said, said
@@ -23,6 +24,7 @@ from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings
 
 Updates = dict[Any, Any]
@@ -64,7 +66,8 @@ class ChatTab:
         with gr.Row(elem_classes="v-ask"):
             self.box = gr.Textbox(
                 placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
-                scale=6, min_width=160, elem_id="chat-box", autofocus=True,
+                max_length=DENSE * self.app.room.context, scale=6, min_width=160,
+                elem_id="chat-box", autofocus=True,
             )  # fmt: skip
             self.send = gr.Button(
                 t("chat.send"), variant="primary", scale=0, min_width=86, elem_id="chat-send"
@@ -95,7 +98,8 @@ class ChatTab:
         self.controls = Controls("chat", several=False)
         with gr.Accordion(t("chat.prompt"), open=False, elem_id="chat-prompt"):
             self.system = gr.Textbox(
-                lines=2, max_lines=8, label=t("chat.system"), info=t("chat.system_info"),
+                lines=2, max_lines=8, max_length=DENSE * self.app.room.context,
+                label=t("chat.system"), info=t("chat.system_info"),
                 elem_id="chat-system",
             )  # fmt: skip
             self.template = gr.Dropdown(
@@ -146,9 +150,10 @@ class ChatTab:
         tab, adapters, strength, system, template, memory, view, *rest = values
         session = self.app.sessions.get(tab)
         if system is not None:
-            session.chat.system = system.strip()
+            session.chat.system = str(system).strip()
         known = self.app.shelf.paths()
-        mix = {a: session.mix.get(a, 1.0) * float(strength) for a in adapters or [] if a in known}
+        by = _number(strength, 1.0)
+        mix = {a: session.mix.get(a, 1.0) * by for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
         try:
             settings = self.controls.settings(rest)
@@ -157,13 +162,13 @@ class ChatTab:
                 raise
             settings = Settings()
         view = view if view in VIEWS else "columns"
-        return session, Ask((), settings, mix, template, int(memory)), view
+        return session, Ask((), settings, mix, template, int(_number(memory, 0.0))), view
 
     async def answer(
         self, request: gr.Request, question: str, *values: Any
     ) -> AsyncIterator[Updates]:
         """Answer a question, showing how the answer grows."""
-        if not (question or "").strip():
+        if not isinstance(question, str) or not question.strip():
             yield {self.box: ""}
             return
         async for update in self._answer(question.strip(), values, request):
@@ -175,29 +180,42 @@ class ChatTab:
         """Answer a question; `cut` is the one that it replaces, with all behind it."""
         words = partial(say, request)
         try:
-            session, ask, view = self.asked(values, strict=True)
+            session, ask, view = await asyncio.to_thread(self.asked, values, True)
+            who = await asyncio.to_thread(self._who, ask, words)
             if session.busy:
                 raise UserError(words("chat.busy"))
             if cut is not None:
                 question = session.cut(cut)
+            said = Chat(session.chat.system).ask(question)
+            check_length(said, self.app.room.context)
+            self._begin(session, replace(ask, turns=session.begin(question)), who, request)
         except UserError as e:
             yield {self.note: chat_html.mistake(e, words)}
             return
-        ask = replace(ask, turns=session.begin(question))
-        asked, who = session.asked, self._who(ask, words)
-        # Kept where it ends, whether or not somebody still looks.
-        session.job = self.app.room.ask(
-            session.name, ask, lambda job: session.end(asked, *_kept(job, who), self._tokens(job))
-        )
         yield {self.box: "", self.note: ""}
-        async for update in self._follow(session, ask, view, words):
+        async for update in self._follow(session, ask, view, request):
             yield update
 
+    def _begin(self, session: Session, ask: Ask, who: str, request: gr.Request) -> None:
+        """Queue a question. Raises: UserError where too many wait; it is forgotten then."""
+        asked = session.asked
+        try:
+            # Kept where it ends, whether or not somebody still looks.
+            session.job = self.app.room.ask(
+                session.name, ask,
+                lambda job: session.end(asked, *_kept(job, who), self._tokens(job)),
+                address_of(request),
+            )  # fmt: skip
+        except UserError:
+            session.end(asked, "", {})
+            raise
+
     async def _follow(
-        self, session: Session, ask: Ask, view: str, words: Any
+        self, session: Session, ask: Ask, view: str, request: gr.Request
     ) -> AsyncIterator[Updates]:
         """Show how what is being computed for a session goes, to its end."""
-        job = session.job
+        words, job = partial(say, request), session.job
+        heard = partial(self.app.listened, request.session_hash)
         assert job is not None
         draw = markdown.Growing()
         question = session.chat.turns[-1].text if session.open_question else ""
@@ -206,7 +224,7 @@ class ChatTab:
             **self._running(True),
         }  # fmt: skip
         try:
-            async for now in self.app.room.follow(job):
+            async for now in self.app.room.follow(job, heard):
                 if session.job is not job:
                     break
                 if isinstance(now, Waiting):
@@ -227,7 +245,7 @@ class ChatTab:
         yield {
             self.box: question if silent else gr.skip(), self.live: "", self.note: problem,
             self.history: self._history(session, words), **self._running(False),
-            self.gauge: self._gauge(session, ask, words),
+            self.gauge: await asyncio.to_thread(self._gauge, session, ask, words),
         }  # fmt: skip
 
     def _tokens(self, job: Job) -> list[Said]:
@@ -252,7 +270,8 @@ class ChatTab:
         return {self.send: gr.update(visible=not on), self.stop: gr.update(visible=on)}
 
     def _gauge(self, session: Session, ask: Ask, words: Any) -> str:
-        """The room that the conversation and its longest next answer take."""
+        """The room that the conversation and its longest next answer take. In a thread: a template
+        is rendered, and may take its time."""
         limit = min(ask.limit or self.app.room.context, self.app.room.context)
         turns = session.chat.all_turns()
         if not session.chat.turns:
@@ -272,7 +291,7 @@ class ChatTab:
         """What a button beside a turn is for."""
         found, words = told(event), partial(say, request)
         try:
-            session, ask, _ = self.asked(values)
+            session, ask, _ = await asyncio.to_thread(self.asked, values)
             if session.busy:
                 raise UserError(words("chat.busy"))
             act, i = found.get("act"), number(found)
@@ -280,7 +299,8 @@ class ChatTab:
                 async for update in self._answer("", values, request, cut=i):
                     yield update
                 return
-            yield {**self._do(act, i, session, words), self.gauge: self._gauge(session, ask, words)}
+            changed = self._do(act, i, session, words)
+            yield {**changed, self.gauge: await asyncio.to_thread(self._gauge, session, ask, words)}
         except UserError as e:
             yield {self.note: chat_html.mistake(e, words)}
 
@@ -329,7 +349,8 @@ class ChatTab:
     def mix(self, tab: str, adapters: list[str]) -> Any:
         """Adapters were chosen: each with the weight it had."""
         session = self.app.sessions.get(tab)
-        session.mix = {a: session.mix.get(a, 1.0) for a in adapters}
+        known = self.app.shelf.paths()
+        session.mix = {a: session.mix.get(a, 1.0) for a in adapters if a in known}
         return gr.update(visible=bool(adapters))
 
     def opened(self, request: gr.Request, *values: Any) -> list[Any]:
@@ -352,11 +373,21 @@ class ChatTab:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
         words = partial(say, request)
         tab, adapters, strength, _, *rest = values
-        session, ask, view = self.asked((tab, adapters, strength, None, *rest))
+        asked = (tab, adapters, strength, None, *rest)
+        session, ask, view = await asyncio.to_thread(self.asked, asked)
         yield {self.history: self._history(session, words), self.system: session.chat.system}
         if session.busy:
-            async for update in self._follow(session, ask, view, words):
+            async for update in self._follow(session, ask, view, request):
                 yield update
+
+
+def _number(value: Any, otherwise: float) -> float:
+    """A number that a browser sent, where it is one."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return otherwise
+    return found if abs(found) < 1e9 else otherwise
 
 
 def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:

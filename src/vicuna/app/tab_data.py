@@ -89,7 +89,7 @@ class DataTab:
                         min_width=200,
                         elem_id="data-template",
                     )
-            with gr.Column(scale=2, min_width=260):
+            with gr.Column(scale=2, min_width=260, visible=not self.app.settings.read_only):
                 self.drop = gr.File(label=t("data.drop"), height=190, elem_id="data-drop")
 
     def _lengths(self) -> None:
@@ -203,11 +203,8 @@ class DataTab:
             path = files.keep(self.app, Path(dropped))
         except UserError as e:
             raise gr.Error(html.toast(e, partial(say, request)), print_exception=False) from e
-        choices = files.listed(self.app)
-        if self.app.settings.read_only:
-            choices = [*choices, (path.name, str(path))]
         return {
-            self.source: gr.update(choices=choices, value=str(path)),
+            self.source: gr.update(choices=files.listed(self.app), value=str(path)),
             self.drop: None,
             self.status: html.note("busy", say(request, "data.reading")),
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from vicuna.app import chat_html, instruct_html, markdown
+from vicuna.app.acts import address_of
 from vicuna.app.controls import Controls
 from vicuna.app.mistakes import in_words
 from vicuna.app.queue import Job
@@ -18,6 +20,7 @@ from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.generate.chat import DENSE, check_length
 
 BASE = ""  # the choice that is no adapter
 MOST = 6  # columns
@@ -58,13 +61,14 @@ class InstructTab:
         self._events()
 
     def _question(self) -> None:
+        longest = DENSE * self.app.room.context
         self.instruction = gr.Textbox(
-            lines=2, max_lines=10, label=t("instruct.instruction"),
+            lines=2, max_lines=10, max_length=longest, label=t("instruct.instruction"),
             placeholder=t("instruct.placeholder"), elem_id="instruct-instruction",
         )  # fmt: skip
         self.material = gr.Textbox(
-            lines=1, max_lines=12, label=t("instruct.input"), info=t("instruct.input_info"),
-            elem_id="instruct-input",
+            lines=1, max_lines=12, max_length=longest, label=t("instruct.input"),
+            info=t("instruct.input_info"), elem_id="instruct-input",
         )  # fmt: skip
         first = [self.app.first] if self.app.first else []
         self.who = gr.CheckboxGroup(
@@ -109,19 +113,22 @@ class InstructTab:
         words = partial(say, request)
         try:
             name = self.app.sessions.get(tab).name
-            if not (instruction or "").strip():
+            if not str(instruction or "").strip():
                 raise UserError(words("instruct.nothing"))
             if self._jobs.get(name):
                 raise UserError(words("chat.busy"))
-            columns = self._begin(name, instruction, material or "", who, values, words)
+            turns = [Turn("user", str(instruction).strip(), str(material or "").strip())]
+            check_length(turns, self.app.room.context)
+            columns = await asyncio.to_thread(self._begin, name, turns, who, values, request)
         except UserError as e:
             yield {self.answers: chat_html.mistake(e, words)}
             return
         buttons = {self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
         yield {self.answers: _grid(columns, words), **buttons}
+        heard = partial(self.app.listened, request.session_hash)
         try:
             for column in columns:
-                async for _ in self._watch(column, words):
+                async for _ in self._watch(column, words, heard):
                     yield {self.answers: _grid(columns, words)}
         finally:
             for column in columns:
@@ -131,28 +138,38 @@ class InstructTab:
         yield {self.answers: _grid(columns, words), **buttons}
 
     def _begin(
-        self, name: str, instruction: str, material: str, who: list[str], values: Any, words: Any
+        self, name: str, turns: list[Turn], who: list[str], values: Any, request: gr.Request
     ) -> list[_Column]:
-        """Queue a request for each column. Raises: UserError for settings that are wrong."""
+        """Queue a request for each column.
+
+        Raises: UserError for settings that are wrong, or where too many wait already.
+        """
+        words, address = partial(say, request), address_of(request)
         settings = self.controls.settings(values)
         known = self.app.shelf.paths()
-        chosen = [a for a in who if a == BASE or a in known] or [BASE]
+        chosen = [a for a in who or [] if a == BASE or a in known] or [BASE]
         if len(chosen) > MOST:
             raise UserError(words("instruct.too_many", most=MOST))
-        turns = [Turn("user", instruction.strip(), material.strip())]
-        columns = []
+        columns: list[_Column] = []
         for adapter in chosen:
             mix = {adapter: 1.0} if adapter else {}
-            job = self.app.room.ask(name, Ask(turns, settings, mix))
+            try:
+                job = self.app.room.ask(name, Ask(turns, settings, mix), address=address)
+            except UserError:
+                for column in columns:
+                    column.job.cancel()
+                raise
             title = self.app.shelf.in_words(mix) or words("chat.base")
             columns.append(_Column(title, job, Waiting(self.app.room.queue.ahead(job))))
         self._jobs[name] = [column.job for column in columns]
         return columns
 
-    async def _watch(self, column: _Column, words: Any) -> AsyncIterator[None]:
+    async def _watch(
+        self, column: _Column, words: Any, heard: Callable[[], bool]
+    ) -> AsyncIterator[None]:
         """Follow a column to its end; what goes wrong is told in it, and the others go on."""
         try:
-            async for now in self.app.room.follow(column.job):
+            async for now in self.app.room.follow(column.job, heard):
                 column.now = now
                 yield
         except UserError as e:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from vicuna.app import charts, run_process
+from vicuna.app import charts, foreign, run_process
 from vicuna.app.charts import Curve
 from vicuna.app.data_html import Say, note, table
 from vicuna.app.mistakes import in_words
@@ -69,7 +69,7 @@ def _numbers(run: Run, say: Say) -> str:
 def _words(run: Run, say: Say) -> str:
     """What is to be said of the state, and what the run warned of."""
     found = ""
-    if run.state == "failed":
+    if run.state in ("failed", "unreadable"):
         found += note("error", *in_words(run.words, say).split("\n", 1))
     elif run.words:
         head, *more = in_words(run.words, say).split("\n", 1)
@@ -79,6 +79,8 @@ def _words(run: Run, say: Say) -> str:
         found += note(kind, say(f"train.{run.state}_words"))
     elif run.state == "running":
         found += f'<p class="v-fine">{escape(say("train.goes_on"))}</p>'
+    if run.log.odd:
+        found += note("warn", say("train.odd_lines", count=run.log.odd))
     newest = [in_words(str(w.get("message", "")), say) for w in run.log.warnings[-WARNINGS:]]
     if run.state == "failed" or (newest and newest[-1].startswith("KeyboardInterrupt")):
         newest = newest[:-1]
@@ -175,6 +177,8 @@ def _answer(sample: dict[str, Any], say: Say) -> str:
 
 def output(run: Run) -> str:
     """The end of what its process printed."""
+    if run.state == "unreadable":
+        return ""
     lines = run_process.tail(run.path).splitlines()[-OUTPUT_LINES:]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -189,10 +193,12 @@ def output_size(run: Run) -> int:
 
 def commands(run: Run) -> str:
     """What to type in a terminal to do the same."""
-    path = shlex.quote(str(run.path))
+    if run.state == "unreadable":
+        return ""
+    path = shlex.quote(foreign.text(run.path))
     lines = []
     if (run.path / RECIPE).is_file():
-        lines.append(f"vicuna train {shlex.quote(str(run.path / RECIPE))}")
+        lines.append(f"vicuna train {shlex.quote(foreign.text(run.path / RECIPE))}")
     if run.state not in ("finished", "running", "starting"):
         lines.append(f"vicuna train --resume {path}")
     if run.has_adapter:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from vicuna.app import train_html
+from vicuna.app.acts import address_of
 from vicuna.app.data_html import note, toast
 from vicuna.app.runs import Run, Runs
 from vicuna.app.state import App
@@ -204,7 +205,7 @@ class Watch:
 
         return run
 
-    def talk_with(self, tab: str, name: str | None, request: gr.Request) -> Any:
+    async def talk_with(self, tab: str, name: str | None, request: gr.Request) -> Any:
         """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
         try:
             path = self.app.shelf.get(
@@ -213,7 +214,8 @@ class Watch:
             session = self.app.sessions.get(tab)
             mix = {path: 1.0}
             # Loaded now, so that an adapter of another base is refused here and not at a question.
-            self.app.room.choose(session.name, mix).wait()
+            room = self.app.room
+            await room.settled(room.choose(session.name, mix, address_of(request)))
         except UserError as e:
             raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
         session.mix.clear()

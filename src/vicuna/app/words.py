@@ -120,7 +120,7 @@ class Translation:
         if scope["type"] != "http" or scope["path"] not in self._PATHS:
             await self._app(scope, receive, send)
             return
-        language = _choose(*_told(scope))
+        language = language_in(scope)
         start: Message = {}
         parts: list[bytes] = []
 
@@ -143,6 +143,11 @@ class Translation:
             await send({"type": "http.response.body", "body": sent})
 
         await self._app(scope, receive, take)
+
+
+def language_in(scope: Mapping[str, Any]) -> str:
+    """The language of the browser behind an ASGI request."""
+    return _choose(*_told(scope))
 
 
 def _told(scope: Mapping[str, Any]) -> tuple[str, str]:

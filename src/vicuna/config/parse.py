@@ -14,6 +14,7 @@ from vicuna.config.common import BARE, SWITCH, Settings
 from vicuna.config.names import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
 from vicuna.paths import exists
+from vicuna.tables import read_yaml
 
 # What a run writes beside its settings into config.yaml; skipped when the file is used as a recipe.
 RUN_KEYS = ("resolved", "environment")
@@ -57,19 +58,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
     Raises: UserError where there is no such file, or it is not a table of settings.
     """
-    import yaml
-
     if not path.is_file():
         raise UserError("no such recipe", where=str(path), fix=_recipes_hint())
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"not valid YAML: {e}", where=str(path)) from e
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError("expected lines of the form key: value", where=str(path))
-    return {str(k): v for k, v in loaded.items() if k not in RUN_KEYS}
+    return {str(k): v for k, v in read_yaml(path).items() if k not in RUN_KEYS}
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vicuna.config.answer import ModelSettings
-from vicuna.config.common import Texts, setting
+from vicuna.config.common import Texts, Words, setting
 
 
 class WebSettings(ModelSettings):
@@ -23,11 +23,19 @@ class WebSettings(ModelSettings):
         "127.0.0.1", "Server", "address to listen on; any other than this machine asks a password"
     )
     port: int = setting(0, "Server", "0: the first free one from 7860 on", ge=0, le=65535)
-    password: str = setting("", "Server", "asked before the page opens; the user's name is vicuna")
+    allowed_hosts: Words = setting(
+        [], "Server", "names under which others know the page: of a proxy, of this machine"
+    )
+    password: str = setting(
+        "", "Server", "asked before the page opens; the user's name is vicuna. Others of this "
+        "machine see what a command was given: $VICUNA_PASSWORD or --password_file keep it"
+    )  # fmt: skip
+    password_file: str = setting("", "Server", "a text file that holds the password")
     auth: bool = setting(
         True, "Server", "--no-auth: no password, also where others can reach the page"
     )
     share: bool = setting(
         False, "Server", "open a public tunnel through a service of the gradio project"
     )
+    max_upload: float = setting(2.0, "Server", "GiB that an uploaded file may have", gt=0, le=1024)
     open: bool = setting(True, "Server", "open the page in the browser")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
+from vicuna.data.sandbox import LimitError, compile_template, render
 from vicuna.data.template_base import Shape, Slot, Template
 from vicuna.errors import UserError
 
 
 class ChatTemplate(Template):
-    """A tokenizer's own (Jinja) chat template, rendered in a sandbox.
+    """A tokenizer's own (Jinja) chat template, rendered in a process of its own (`sandbox.py`).
 
     Its literals are found by rendering it with placeholders; what people wrote never passes through
     Jinja, so it can neither be changed nor taken for special tokens.
@@ -31,7 +30,7 @@ class ChatTemplate(Template):
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
         # Longest first, for patterns; a total order, because it gets into the template's digest.
         self.controls = sorted(set(controls) | {eos_token}, key=lambda t: (-len(t), t))
-        self._compiled = _compile(source)
+        self._compiled = compile_template(source)
         self.end_token, self._tail = self._find_end()
         self._lead = self._find_lead()
         super().__init__()
@@ -47,7 +46,8 @@ class ChatTemplate(Template):
         }
 
     def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        return self._compiled.render(
+        return render(
+            self._compiled,
             messages=messages,
             add_generation_prompt=generate,
             bos_token=self.bos_token,
@@ -76,7 +76,7 @@ class ChatTemplate(Template):
             try:
                 text = self._render(self._messages(shape, answered, merge), not answered)
             except Exception as e:
-                if not merge and shape.system:
+                if not merge and shape.system and not isinstance(e, LimitError):
                     continue
                 raise UserError(
                     f"the tokenizer's chat template cannot render this conversation: {e}",
@@ -157,27 +157,3 @@ _HOLE = re.compile(r"XqZ(system|user|assistant)(\d+)ZqX")
 
 def _hole(kind: str, n: int) -> str:
     return f"XqZ{kind}{n}ZqX"
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str) -> Any:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    env.globals["raise_exception"] = raise_exception
-    env.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
-    try:
-        return env.from_string(source)
-    except TemplateError as e:
-        raise UserError(
-            f"the tokenizer's chat template does not parse: {e}",
-            where="template auto",
-            fix="Choose another one with --template (alpaca, chatml, llama3 ...).",
-        ) from e

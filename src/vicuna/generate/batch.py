@@ -95,8 +95,8 @@ def _answer(
     turns = question.turns
     if system and turns[0].role != "system":
         turns = [Turn("system", system), *turns]
-    fitted = fit(turns, renderer, engine.context_length, settings.max_new_tokens)
     try:
+        fitted = fit(turns, renderer, engine.context_length, settings.max_new_tokens)
         events = decode(engine, fitted.prompt_ids, settings, renderer)
     except UserError as e:  # this record is too long; the next may not be
         return {"output": "", "finish_reason": "error", "error": e.what}

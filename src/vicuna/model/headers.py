@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
+from vicuna.model.counts import check_gguf_counts
 from vicuna.model.gguf_fields import read_tensors
 
 # What the format itself allows as the length of a header.
@@ -149,11 +150,12 @@ def _check_places(
 def check_gguf(path: Path) -> None:
     """Check that all that a GGUF file's header promises lies within the file.
 
-    Raises: UserError where it is cut off, damaged, or no GGUF file.
+    Raises: UserError where it is cut off, damaged, or no GGUF file, or its counts are none.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     fields, tensors, end = read_tensors(path)
+    check_gguf_counts(fields, path)
     align = fields.get("general.alignment", 32)
     if type(align) is not int or not 0 < align <= 1 << 20 or align & (align - 1):
         raise damaged(path, f"its alignment is {align!r}")

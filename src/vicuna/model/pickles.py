@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vicuna.errors import UserError
 
+SHARED = 8  # times that what a file stores may stand for tensors: heads are tied to embeddings
 _WANTED = re.compile(r"GLOBAL:? ([A-Za-z_][\w.]*\.[\w.]+)")
 # What a state dict of any age names without harm.
 _HARMLESS = ("torch.", "collections.OrderedDict")
@@ -57,6 +58,7 @@ def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
         inner = loaded.get("state_dict", loaded.get("model", loaded))
         loaded = inner if isinstance(inner, dict) else loaded
         found = {k: v for k, v in loaded.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        _check_sizes(path, found)
         if found:
             return found
     raise UserError(
@@ -64,6 +66,36 @@ def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
         where=str(path),
         fix="Expected a state dict as torch.save writes it.",
     )
+
+
+def _check_sizes(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are larger than what is stored of them.
+
+    A pickle says how a tensor lies in its storage; with strides of zero one number stands for
+    billions, which take their memory as soon as the tensor is copied.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise _damaged(path, f"{name} is not stored as plain numbers")
+        asked, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if asked > stored:
+            raise _damaged(path, f"{name} would take {asked} bytes, and {stored} are stored")
+    stored = _stored(path)
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
+    if sum(kept.values()) > stored:
+        raise _damaged(path, f"it names {sum(kept.values())} bytes of data, and holds {stored}")
+    # One storage for many names is usual (tied weights); for thousands of them it is a bomb.
+    asked = sum(t.numel() * t.element_size() for t in tensors.values())
+    if asked > SHARED * stored + (1 << 20):
+        raise _damaged(path, f"its tensors would take {asked} bytes, and the file has {stored}")
+
+
+def _stored(path: Path) -> int:
+    """Bytes of data in a file: of its records where it is an archive."""
+    if not zipfile.is_zipfile(path):
+        return path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        return sum(i.file_size for i in archive.infolist() if "/data/" in i.filename)
 
 
 def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.model.counts import check_against
 from vicuna.model.headers import Entry, check_folder, index_of, read_safetensors
 from vicuna.model.pickles import load_pickled
 
@@ -151,13 +152,15 @@ def open_weights(folder: Path) -> Weights:
 
 def check_weights(folder: Path) -> None:
     """Check the weights of a base before another library opens them: headers that do not fit their
-    files, pickles that would run code. Where there are none, that library says what it looked for.
+    files, pickles that would run code, a config of another size. Where there are none, that library
+    says what it looked for.
 
     Raises: UserError naming the file and the fault.
     """
     if not any(p.suffix in (".safetensors", ".bin") for p in folder.iterdir()):
         return
     files, safe = weight_files(folder)
+    check_against(folder, sum(path.stat().st_size for path in files if path.is_file()))
     if not safe:
         for path in files:
             load_pickled(path)
