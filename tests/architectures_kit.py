@@ -85,8 +85,17 @@ _LAYERS = ["linear_attention", "full_attention"] * 2
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         (
-            "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots3_note_text",
-            "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3", "youtu",
+            "axk1",
+            "axk2",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "dots3_note_text",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "longcat_flash",
+            "minicpm3",
+            "youtu",
         ),
         _LATENT,
     ),

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from architectures_kit import NOT_TINY, VOCAB, build, names
 from generate_kit import byte_level, make_renderer
 
+from architectures_kit import NOT_TINY, VOCAB, build, names
 from kit import shake
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs, targets_of
-from vicuna.errors import UserError
 from vicuna.generate.decode import Finished, Settings, decode
 from vicuna.generate.engines.torch import open_engine
 from vicuna.model.adapter import LoraSettings, attach

@@ -184,6 +184,7 @@ class Learner:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         return scores
+
     def _check_frozen(self) -> None:
         """Our own backward gives gradients to adapters alone.
 
