@@ -184,7 +184,7 @@ def test_only_files_inside_of_the_folders_are_read(tmp_path: Path) -> None:
         files.allowed_template(app, str(outside.with_suffix(".yaml")))
     assert files.allowed_model(app, "Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
     assert files.allowed_template(app, "alpaca") == "alpaca"
-    assert len(files.samples()) == 3
+    assert len(files.samples()) == 5
     assert files.allowed(app, str(files.samples()[0])) == [files.samples()[0]]
     names = [name for name, _ in files.listed(app)]
     assert "data/sub/a.jsonl" in names

@@ -87,3 +87,19 @@ def test_long_prompts_are_answered_alone() -> None:
     assert list(groups([short, long, short], 64, 10)) == [[0, 2], [1]]
     assert list(groups([short] * 5, 2, 10)) == [[0, 1], [2, 3], [4]]
     assert list(groups([[1], [2]], 64, 10)) == [[0], [1]]
+
+
+def test_one_answer_ends_where_the_caller_says_and_the_others_go_on() -> None:
+    words = vocabulary(byte_level())
+    renderer = Renderer(find("chatml", words), Encoder(words))
+    engine = open_engine(tiny_llama(400, seed=3, max_position_embeddings=512), 512)
+    prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS]
+    whole = [a.text for a in answer_together(engine, prompts, 24, renderer)]
+    assert all(len(text) > 2 for text in whole)
+
+    def short(number: int, text: str) -> bool:
+        return number % 2 == 0 or not text
+
+    cut = [a.text for a in answer_together(engine, prompts, 24, renderer, go_on=short)]
+    assert cut[::2] == whole[::2]
+    assert all(w.startswith(c) and 0 < len(c) < len(w) for c, w in zip(cut[1::2], whole[1::2]))

@@ -31,6 +31,7 @@ def answer_together(
     longest: int,
     renderer: Renderer,
     cancel: Callable[[], bool] = never,
+    go_on: Callable[[int, str], bool] = lambda _, __: True,
 ) -> list[Answer]:
     """The greedy answers: those of `complete`, up to the rounding of a product of more rows.
 
@@ -38,6 +39,8 @@ def answer_together(
         prompts: token ids, each shorter than the engine's context; at most `engine.max_rows`.
         longest: tokens of the longest answer.
         cancel: asked before each step; once true, answers end with what was said.
+        go_on: asked after each step with a prompt's number and the text of its answer so far; where
+            it says no, that answer ends there ("cancelled").
 
     Raises: UserError where the scores are no numbers.
     """
@@ -53,7 +56,8 @@ def answer_together(
         live, begun = list(range(len(prompts))), False
         while True:
             tokens = _grow(scores, live, waiting, nodes, growers)
-            kept = [k for k, row in enumerate(live) if not nodes[row].reason]
+            open_rows = [k for k, row in enumerate(live) if not nodes[row].reason]
+            kept = [k for k in open_rows if go_on(live[k], nodes[live[k]].text())]
             if not kept:
                 break
             if cancel():
