@@ -108,7 +108,8 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
 def groups(prompts: Sequence[Sequence[int]], rows: int, longest: int) -> Iterator[list[int]]:
     """Which prompts to answer together: at most `rows`, with something in common, and none whose
     rest takes so many steps that reading it at once and answering it alone is quicker."""
-    alone, together = [], []
+    alone: list[int] = []
+    together: list[int] = []
     shared = _shared(prompts)
     for n, prompt in enumerate(prompts):
         (together if shared and len(prompt) - shared <= 2 * longest else alone).append(n)
