@@ -82,6 +82,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> Any:
+    return environment().from_string(source)
+
+
+def environment() -> Any:
+    """Jinja as transformers sets it up. Whoever is not this process may parse with it, no more."""
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -123,7 +128,7 @@ def _compile(source: str) -> Any:
     )
     env.globals["raise_exception"] = raise_exception
     env.filters["tojson"] = tojson
-    return env.from_string(source)
+    return env
 
 
 def _receive(source: BinaryIO) -> dict[str, Any] | None:
