@@ -282,7 +282,9 @@ def of_trainings(say: Heard) -> None:
 def of_plans(say: Heard) -> None:
     job = SimpleNamespace(rows=1024, checkpointing="none", precision="bf16")
     planner: Any = SimpleNamespace(
-        footprint=lambda _: SimpleNamespace(peak=3 << 30), device=SimpleNamespace(memory=4 << 30)
+        footprint=lambda _: SimpleNamespace(peak=3 << 30),
+        device=SimpleNamespace(memory=4 << 30),
+        alone=False,
     )
     for way in choose.CHECKPOINTING:
         small: Any = SimpleNamespace(**{**job.__dict__, "checkpointing": way, "rows": 64})
