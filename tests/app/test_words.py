@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,12 @@ def test_every_text_is_in_both_languages_with_the_same_fields() -> None:
         assert english.strip(), key
         assert chinese.strip(), key
         assert sorted(FIELD.findall(english)) == sorted(FIELD.findall(chinese)), key
+
+
+def test_no_key_stands_twice_in_a_file() -> None:
+    for path in (Path(words.__file__).parent / "texts").glob("*.yaml"):
+        keys = re.findall(r"^([\w.]+):", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert [k for k, n in Counter(keys).items() if n > 1] == [], path.name
 
 
 def test_a_mark_becomes_the_text_of_the_language_inside_json_too() -> None:
