@@ -25,6 +25,7 @@ from vicuna.data.types import Action
 
 # The reasons a user reads. Stable; a detail may follow after ": ".
 BROKEN_JSON = "broken JSON"
+PYTHON = "Python's notation instead of JSON"
 DUPLICATE_KEY = "duplicate key"
 NUMBER = "number taken as text"
 NOT_TEXT = "not text"
@@ -78,6 +79,7 @@ def _decoder(hook: Callable[[list[tuple[str, Any]]], Any]) -> json.JSONDecoder:
 
 
 _FAST = _decoder(_unique)
+_SCAN = _FAST.scan_once  # the value that begins at a place, without looking for blanks around it
 
 
 def parse_json(text: str, note: Note) -> Any:
@@ -89,15 +91,33 @@ def parse_json(text: str, note: Note) -> Any:
     Raises: Unusable where it is not JSON.
     """
     try:
+        value, end = _SCAN(text, 0)
+        if end == len(text):
+            return value
+    except (StopIteration, ValueError, RecursionError, _DuplicateKey):
+        pass  # said below
+    try:
         try:
             return _FAST.decode(text)
         except _DuplicateKey:
             return _decoder(lambda pairs: _keep_last(pairs, note)).decode(text)
     except json.JSONDecodeError as e:
+        if _PRINTED.match(text) and (value := _printed(text)) is not None:
+            note("", PYTHON, "repaired")
+            return value
         words = e.msg.removesuffix(": ")
         raise Unusable("", f"{BROKEN_JSON}: {words} (character {e.pos + 1})") from None
     except RecursionError:
         raise Unusable("", f"{BROKEN_JSON}: nested too deeply") from None
+
+
+_PRINTED = re.compile(r"[\[{\s]+'")
+
+
+def _printed(text: str) -> Any:
+    from vicuna.data.printed import printed  # which has its numbers from here
+
+    return printed(text)
 
 
 def _keep_last(pairs: list[tuple[str, Any]], note: Note) -> dict[str, Any]:

@@ -64,8 +64,12 @@ class Problem(NamedTuple):
 
 @dataclass(slots=True)
 class Parsed:
-    """What a record became: a conversation (None if it was dropped), its format, its problems."""
+    """What a record became: a conversation (None if it was dropped), its format, its problems.
+
+    unused: keys that had a value and decided nothing, those of turns as `messages[].name`.
+    """
 
     conversation: Conversation | None
     format: str
     problems: list[Problem] = field(default_factory=list)
+    unused: tuple[str, ...] = ()

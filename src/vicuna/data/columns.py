@@ -1,0 +1,77 @@
+"""A table's own headers for ours: `columns: {instruction: 问题, output: 答案}` of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vicuna.data import keys
+from vicuna.data.textrules import Unusable, parse_json
+from vicuna.data.types import Problem
+from vicuna.errors import UserError
+
+# (our name, the file's own), sorted; a tuple, because it is part of a cache's key.
+Columns = tuple[tuple[str, str], ...]
+
+LOOKED_AT = 200  # records that a column must show itself in
+
+
+def rename(value: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The record with its own keys under our names; a key that one of ours replaces is kept apart."""
+    stripped = {str(k).strip(): v for k, v in value.items()}
+    ours = {name: stripped[own] for name, own in columns if own in stripped}
+    owned = {own for _, own in columns}
+    rest = {
+        (f"{key} (the file's own)" if key.lower() in ours else key): v
+        for key, v in stripped.items()
+        if key not in owned
+    }
+    return {**ours, **rest}
+
+
+def settled(given: Mapping[str, str]) -> Columns:
+    """What a recipe or the command line gave, checked.
+
+    Raises: UserError where a name is none that records have here.
+    """
+    for name in given:
+        if name.strip().lower() not in keys.KNOWN:
+            near = get_close_matches(name.lower(), sorted(keys.KNOWN), n=1)
+            raise UserError(
+                f"columns.{name}: no format has this name",
+                where="dataset",
+                fix=(f"Did you mean columns.{near[0]}? " if near else "")
+                + "Usual ones: instruction, input, output, system, messages, text (docs/data.md).",
+            )
+    return tuple(sorted((n.strip().lower(), own.strip()) for n, own in given.items()))
+
+
+def check(path: Path, columns: Columns, encoding: str | None) -> None:
+    """Look whether a file has the columns that were named.
+
+    Raises: UserError with the nearest header where one is missing.
+    """
+    from vicuna.data.read import read
+
+    problems: list[Problem] = []
+    seen: dict[str, None] = {}
+    for raw in islice(read(path, problems, encoding), LOOKED_AT):
+        try:
+            value = raw.value
+            value = parse_json(value, lambda *_: None) if isinstance(value, str) else value
+        except Unusable:
+            continue
+        if isinstance(value, dict):
+            seen.update(dict.fromkeys(str(k).strip() for k in value))
+    for name, own in columns:
+        if seen and own not in seen:
+            near = get_close_matches(own, list(seen), n=1, cutoff=0.3)
+            listed = ", ".join(list(seen)[:12]) + (" ..." if len(seen) > 12 else "")
+            raise UserError(
+                f"columns.{name}: there is no column {own!r} in it",
+                where=str(path),
+                fix=(f"Did you mean {near[0]}? " if near else "") + f"It has: {listed}.",
+            )

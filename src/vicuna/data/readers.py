@@ -1,0 +1,429 @@
+"""What was said in a record, format by format.
+
+Each reader takes a `Reading`, marks what it uses, and gives `Said`s in order. What a record's other
+keys mean is the business of `marks`; which reader it is, of `formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vicuna.data import marks, options, preferences
+from vicuna.data.dialogue import POSSIBLE, Spoken, open_dialogue, whole_dialogue
+from vicuna.data.keys import (
+    ALL_TURN_LISTS,
+    ANSWERS,
+
+    MATERIAL,
+    OTHER_TURN_LISTS,
+    PAIRS,
+    PLAIN_QUESTIONS,
+    QUESTIONS,
+    ROLES,
+    SPEAKERS,
+    THOUGHT_ROLES,
+    TOOL_ROLES,
+    TURN_LISTS,
+    WORDS,
+    empty,
+    first,
+    fold,
+)
+from vicuna.data.marks import TOOL, Reading
+from vicuna.data.said import EMPTY_CONVERSATION, NO_ANSWER, OPEN_QUESTION, Said
+from vicuna.data.textrules import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
+from vicuna.data.types import Role
+
+# The reasons a user reads, beside those of `said` and `marks`.
+NOT_A_TURN = "not a turn"
+UNKNOWN_ROLE = "unknown role"
+MORE_ANSWERS = "more answers than questions"
+ONE_TURN = "text instead of a list, taken as one turn"
+DIALOGUE = "dialogue in one text, read as turns"
+PRINTED_LIST = "list as Python prints it, read"
+
+_PLAIN_ALPACA = frozenset(("instruction", "input", "output", "id"))
+
+
+def alpaca(reading: Reading) -> list[Said]:
+    """{instruction, input, output}."""
+    values = reading.values
+    question, material = values["instruction"], values.get("input")
+    answer: Any = values.get("output")
+    if not _PLAIN_ALPACA.issuperset(values):
+        reading.used.update(("instruction", "input", "output"))
+        question, material, answer = _choice(reading, question, material, answer, "output")
+    if isinstance(answer, list):
+        answer = preferences.best(answer, "output", reading)
+    return _asked(question, material, "instruction", "input", answer, "output", reading)
+
+
+def pair(reading: Reading) -> list[Said]:
+    """{prompt, response} and whatever else questions and answers are called."""
+    values = reading.values
+    question_, answer_ = pair_keys(values)
+    question = question_ or first(values, PLAIN_QUESTIONS) or ""
+    material = next((m for m in MATERIAL if m in values and m != question), "")
+    if material and material == answer_:
+        material = ""
+    if (question, answer_) == ("input", "output"):
+        # Also the chat format without its lists; the report keeps this to itself unless the
+        # file has records of that format.
+        reading.note("input", ONE_TURN, "warned")
+    asked, given = reading.take(question), reading.take(material)
+    answer = reading.take(answer_)
+    if isinstance(asked, (list, dict)):
+        return [*_context(asked, question, reading), *_answers(answer, answer_ or "answer", reading)]
+    asked, given, answer = _choice(reading, asked, given, answer, answer_)
+    if isinstance(answer, (list, dict)):
+        before = _asked(asked, given, question, material, "", "", reading)[:-1]
+        return [*before, *_answers(answer, answer_ or "answer", reading)]
+    return _asked(asked, given, question, material, answer, answer_ or "answer", reading)
+
+
+def _choice(
+    reading: Reading, question: Any, material: Any, answer: Any, key: str | None
+) -> tuple[Any, Any, Any]:
+    """Question, material and answer with the options of a multiple choice among them."""
+    if found := options.take(reading):
+        answer = options.answer(reading, key, found)
+        if empty(material):
+            question = options.asked(question, found)
+        elif not (isinstance(question, str) and all(text in question for _, text in found)):
+            material = options.asked(material, found)
+    return question, material, answer
+
+
+def _asked(
+    question: Any,
+    material: Any,
+    field: str,
+    input_field: str,
+    answer: Any,
+    answer_field: str,
+    reading: Reading,
+) -> list[Said]:
+    """A question with its material and its answer; the question may hold a dialogue in one text."""
+    given = Said("assistant", answer, answer_field)
+    if type(question) is str and POSSIBLE.match(question):
+        if said := _dialogue_before(question, material):
+            reading.note(field, DIALOGUE, "repaired")
+            return [*_spoken(said, field), given]
+    return [Said("user", question, field, material, input_field), given]
+
+
+def _dialogue_before(question: str, material: Any) -> Spoken | None:
+    if type(material) is str and material.strip():
+        # BELLE's and others': the dialogue goes on in the input.
+        return open_dialogue(f"{question}\n{material}") if open_dialogue(f"{question}\nUser:x") else None
+    return open_dialogue(question)
+
+
+def _spoken(said: Spoken, field: str, learned: bool = True) -> list[Said]:
+    return [Said(role, words, field, learned=learned) for role, words in said]
+
+
+def _context(value: Any, key: str, reading: Reading) -> Iterator[Said]:
+    """What comes before an answer that was set apart; its own answers are not learned."""
+    if isinstance(value, dict):
+        value = [value]
+    for said in items(value, key, reading):
+        yield said._replace(learned=False) if said.role == "assistant" else said
+
+
+def _answers(value: Any, key: str, reading: Reading) -> list[Said]:
+    """An answer as text, as a turn, as a list of turns, or as the best of several."""
+    if looks_like_turns(value):
+        return list(items(value, key, reading))
+    if isinstance(value, list):
+        value = preferences.best(value, key, reading)
+    return [preferences.answer(value, key, reading)]
+
+
+def chat(reading: Reading) -> Iterator[Said]:
+    """{input: [questions], output: [answers]}: the 2023 project's."""
+    questions = _one_or_many(reading, "input")
+    answers = _one_or_many(reading, "output")
+    if len(answers) > len(questions):
+        raise Unusable("output", f"{MORE_ANSWERS}: {len(answers)} and {len(questions)}")
+    if not answers:
+        raise Unusable("output", NO_ANSWER if questions else EMPTY_CONVERSATION)
+    for i, (question, answer) in enumerate(zip(questions, answers)):
+        yield Said("user", question, f"input[{i}]")
+        yield Said("assistant", answer, f"output[{i}]")
+    if left := len(questions) - len(answers):
+        reading.note("input", f"{OPEN_QUESTION}: {left} of {len(questions)}", "repaired")
+
+
+def _one_or_many(reading: Reading, key: str) -> list[Any]:
+    value = reading.take(key)
+    if isinstance(value, str) and (many := as_list(value)) is not None:
+        value = many
+    if value is None or isinstance(value, list):
+        return value or []
+    if isinstance(value, (bool, dict)):
+        raise Unusable(key, f"{NOT_TEXT}: {kind(value)}")
+    reading.note(key, ONE_TURN, "repaired")
+    return [value]
+
+
+def turn_list(reading: Reading) -> Iterator[Said]:
+    """{conversations: [{from, value} ...]}, {messages: [{role, content} ...]} and their relatives."""
+    values = reading.values
+    key = turns_key(values) or ""
+    found = as_list(reading.take(key), reading, key)
+    if not found:
+        raise Unusable(key, EMPTY_CONVERSATION)
+    if "instruction" in values and not empty(values["instruction"]):
+        # Beside a list of turns an instruction is what holds for all of them.
+        yield Said("system", reading.take("instruction"), "instruction")
+    yield from items(found, key, reading)
+
+
+def history(reading: Reading) -> Iterator[Said]:
+    """{history: [{input, output} | [question, answer] ...], input, output}; saved chats."""
+    values = reading.values
+    yield from items(as_list(reading.take("history")) or [], "history", reading)
+    question, answer = pair_keys(values)
+    if "instruction" in values:
+        question = "instruction"
+        answer = answer or first(values, ANSWERS)
+    question = question or first(values, QUESTIONS)
+    if not question or (values[question] is None and values.get(answer or "") is None):
+        return
+    material = "input" if question != "input" else ""
+    asked, given = reading.take(question), reading.take(material)
+    yield Said("user", asked, question, given, material)
+    if answer:
+        value = reading.take(answer)
+        yield from _answers(value, answer, reading)
+
+
+def preference(reading: Reading) -> list[Said]:
+    """A question and the better of its answers; what comes before that answer is context."""
+    values = reading.values
+    key = preferences.chosen_key(values)
+    two = None if key else preferences.two_keys(values)
+    if two:
+        key = preferences.better(reading, two)
+    elif not key:
+        key = preferences.list_key(values)
+    assert key is not None
+    value = reading.take(key)
+    as_turns = as_list(value)
+    if looks_like_turns(as_turns):
+        answers = list(items(as_turns, key, reading))
+    elif as_turns is not None:
+        answers = [preferences.answer(preferences.best(as_turns, key, reading), key, reading)]
+    else:
+        answers = [preferences.answer(value, key, reading)]
+        said = whole_dialogue(value, expected=True) if type(value) is str else None
+        if said:
+            answers = _spoken(said, key)
+    before = list(_before(reading, key))
+    if any(s.role == "user" for s in answers):  # the question is in it, too
+        before = [s for s in before if s.role == "system"]
+    last = len(answers) - 1
+    while last > 0 and answers[last].role != "assistant":
+        last -= 1
+    answers = [
+        s._replace(learned=s.learned and i == last) if s.role == "assistant" else s
+        for i, s in enumerate(answers)
+    ]
+    return [*before, *answers]
+
+
+def _before(reading: Reading, answer: str) -> Iterator[Said]:
+    """The question of a preference, and what came before it."""
+    values = reading.values
+    if turns := turns_key({k: v for k, v in values.items() if k != answer}):
+        yield from _context(as_list(reading.take(turns)) or [], turns, reading)
+        return
+    if "history" in values and (earlier := as_list(values["history"])):
+        reading.used.add("history")
+        yield from _context(earlier, "history", reading)
+    names = [q for q in ("instruction", *QUESTIONS, "history") if q in values and q != answer]
+    if not names:
+        return
+    question = names[0]
+    value = reading.take(question)
+    asked = as_list(value) if not isinstance(value, dict) else [value]
+    if looks_like_turns(asked):
+        yield from _context(asked, question, reading)
+        return
+    material = next((m for m in MATERIAL if m in values and m not in (question, answer)), "")
+    given = reading.take(material)
+    if type(value) is str and (said := _dialogue_before(value, given)):
+        yield from _spoken(said, question, learned=False)
+        return
+    yield Said("user", value, question, given, material)
+
+
+def dialogue(reading: Reading) -> list[Said]:
+    """A dialogue in one text: `Human: … Assistant: …`, or what a template wrote."""
+    found = dialogue_key(reading.values)
+    assert found is not None
+    key, said = found
+    reading.used.add(key)
+    system = reading.take("prefix")
+    return [*([Said("system", system, "prefix")] if system else []), *_spoken(said, key)]
+
+
+_DIALOGUES = ("plain_text", "text", *TURN_LISTS, *OTHER_TURN_LISTS, "content", "prompt")
+
+
+def dialogue_key(values: dict[str, Any]) -> tuple[str, Spoken] | None:
+    """The key of a text that is a dialogue, and who says what in it."""
+    for key in _DIALOGUES:
+        value = values.get(key)
+        if type(value) is str and len(value) > 8:
+            if said := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
+                return key, said
+    return None
+
+
+# Turns
+
+
+def turns_key(values: dict[str, Any]) -> str | None:
+    """The key of a list of turns."""
+    for key in TURN_LISTS:
+        if key in values and as_list(values[key]) is not None:
+            return key
+    for key in OTHER_TURN_LISTS:
+        if key in values and looks_like_turns(as_list(values[key])):
+            return key
+    return None
+
+
+def has_turns(values: dict[str, Any]) -> bool:
+    return not ALL_TURN_LISTS.isdisjoint(values)
+
+
+def looks_like_turns(found: Any) -> bool:
+    """Whether this is a list whose first entry says who speaks, or who asks and answers."""
+    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
+        return False
+    lower = {str(k).strip().lower() for k in found[0]}
+    if not lower.isdisjoint(SPEAKERS):
+        return True
+    return any(q in lower and a in lower for q, a in PAIRS)
+
+
+def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[Any] | None:
+    """A list, also where a table's cell holds one as JSON text or as Python prints it."""
+    if isinstance(value, str) and value[:1] == "[":
+        text, value = value, parse_list(value)
+        if value is None and len(text) < 1 << 20:
+            from vicuna.data.printed import printed
+
+            value = printed(text)
+            if value is not None and reading is not None:
+                reading.note(key, PRINTED_LIST, "repaired")
+    return value if isinstance(value, list) else None
+
+
+def pair_keys(r: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The names of question and answer: a usual couple, or any question with any answer."""
+    for question, answer in PAIRS:
+        if question in r and answer in r:
+            return question, answer
+    question_, answer_ = first(r, QUESTIONS), first(r, ANSWERS)
+    if question_ and answer_ == question_:
+        answer_ = next((a for a in ANSWERS if a in r and a != question_), None)
+    return (question_, answer_) if question_ and answer_ else (None, None)
+
+
+def items(found: list[Any], key: str, reading: Reading) -> Iterator[Said]:
+    """Turns as {from, value}, as {question, answer}, or as [question, answer]."""
+    thought: Any = None
+    for i, item in enumerate(found):
+        where = f"{key}[{i}]"
+        if type(item) is dict and len(item) == 2:  # nearly all of them
+            speaker, words = ("from", "value") if "from" in item else ("role", "content")
+            if words in item and speaker in item and type(item[words]) is str:
+                if (role := ROLES.get(item[speaker])) and thought is None:
+                    yield Said(role, item[words], f"{where}.{words}")
+                    continue
+        if isinstance(item, (list, tuple)) and len(item) == 2:
+            yield Said("user", item[0], f"{where}[0]")
+            yield Said("assistant", item[1], f"{where}[1]")
+            continue
+        if not isinstance(item, dict):
+            raise Unusable(where, f"{NOT_A_TURN}: {kind(item)}")
+        item, _ = fold(item, reading.note)
+        speaker_ = first(item, SPEAKERS)
+        if not speaker_:
+            yield from _couple(item, where, reading)
+            continue
+        said = _one(item, speaker_, where, reading)
+        if said.learned and said.field == "":  # a thought that stands by itself
+            thought = said.thought if thought is None else f"{thought}\n{said.thought}"
+            continue
+        if thought is not None and said.role == "assistant":
+            said = said._replace(thought=said.thought or thought)
+            thought = None
+        yield said
+
+
+def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Said:
+    """One turn; a `Said` without a field where it only holds the thought of what follows."""
+    name = item[speaker]
+    if isinstance(name, dict):  # ChatGPT's author
+        name = name.get("role")
+    words = first(item, WORDS) or "content"
+    field = f"{where}.{words}"
+    value, part_thought = marks.joined(item.get(words), field, reading)
+    taken = {speaker, words}
+    if words == "content" and "text" in item:  # Claude's exports have both
+        taken.add("text")
+    channel = item.get("channel")
+    if isinstance(channel, str) and channel in ("analysis", "final"):
+        taken.add("channel")
+    elif channel == "commentary" or item.get("recipient") not in (None, "", "all"):
+        raise Unusable(where, TOOL)
+    if item.get("recipient") == "all":
+        taken.add("recipient")
+    thinks = isinstance(name, str) and name.strip().lower() in THOUGHT_ROLES
+    if thinks or channel == "analysis":
+        return Said("assistant", None, "", thought=marks.thinking(value))
+    beside = None if len(item) == len(taken) else marks.turn(item, taken, where, reading)
+    role = role_of(name, f"{where}.{speaker}")
+    if beside is None:
+        return Said(role, value, field, thought=part_thought)
+    if role != "assistant":
+        return Said(role, value, field)
+    return Said(role, value, field, thought=beside.thought or part_thought, learned=beside.learned)
+
+
+def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said]:
+    """A question and its answer in one object."""
+    question, answer = pair_keys(item)
+    if not question or not answer:
+        raise Unusable(where, NOT_A_TURN)
+    taken = {question, answer}
+    material = "input" if "input" in item and question == "instruction" else ""
+    system = first(item, ("system", "system_prompt"))
+    taken.update(k for k in (material, system) if k)
+    beside = None if len(item) == len(taken) else marks.turn(item, taken, where, reading)
+    if system and not empty(item[system]):
+        yield Said("system", item[system], f"{where}.{system}")
+    yield Said("user", item[question], f"{where}.{question}", item.get(material), material)
+    (said,) = _answers(item[answer], f"{where}.{answer}", reading)
+    if beside is not None:
+        said = said._replace(thought=beside.thought or said.thought, learned=beside.learned)
+    yield said
+
+
+def role_of(name: Any, field: str) -> Role:
+    """Raises: Unusable where nobody is called so, or a tool is."""
+    if not isinstance(name, str) or isinstance(name, Number):
+        raise Unusable(field, f"{UNKNOWN_ROLE}: {kind(name)}")
+    role = ROLES.get(name) or ROLES.get(lower := name.strip().lower())
+    if role:
+        return role
+    reason = TOOL if lower in TOOL_ROLES else UNKNOWN_ROLE
+    raise Unusable(field, f"{reason}: {shorten(name, 40)}")
+
+
