@@ -14,7 +14,7 @@ from vicuna.app.mistakes import in_words
 from vicuna.data.encode import NO_TARGET
 from vicuna.data.lengths import Lengths
 from vicuna.data.preview import Span, spans, tokens
-from vicuna.data.report import DataReport
+from vicuna.data.report import NOT_USED, OWN_NAMES, DataReport
 from vicuna.data.types import Action, Problem
 
 # A text of the page in the language of whoever asks: `words.say` with its request.
@@ -69,6 +69,9 @@ def _notes(found: DataReport, say: Say) -> list[str]:
         for words in file.notes():
             text = say("data.no_rows") if words.endswith(": no rows") else words
             text = say("data.no_usable_rows") if words == "no usable rows" else text
+            for head, key in ((NOT_USED, "data.not_used"), (OWN_NAMES, "data.own_names")):
+                if words.startswith(f"{head}: "):
+                    text = say(key, names=words.removeprefix(f"{head}: "))
             lines.append(f"{Path(file.path).name}: {text}")
     return lines
 

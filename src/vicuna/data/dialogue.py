@@ -72,11 +72,12 @@ _FAMILIES = (
     _family(r"\[INST\]", r"\[/INST\]"),
     _family(_bracketed(_USER), _bracketed(_BOT), r"<\|system\|>|<system>:?"),
     _family(
-        rf"{_PLACE}#{{2,3}}[ \t]*(?:{_USER}|Instruction|指令|Question|问题){_COLON}",
-        rf"{_PLACE}#{{2,3}}[ \t]*(?:{_BOT}|Response|Answer|输出|回答|答案){_COLON}",
-        rf"{_PLACE}#{{2,3}}[ \t]*(?:System|system){_COLON}",
+        rf"#{{2,3}}[ \t]*(?:{_USER}|Instruction|指令|Question|问题){_COLON}",
+        rf"#{{2,3}}[ \t]*(?:{_BOT}|Response|Answer|输出|回答|答案){_COLON}",
+        rf"#{{2,3}}[ \t]*(?:System|system){_COLON}",
     ),
     _family(rf"{_PLACE}(?:{_USER}){_COLON}", rf"{_PLACE}(?:{_BOT}){_COLON}", rf"^System{_COLON}"),
+    _family(rf"^\[Round[ \t]*\d+\]\s*问{_COLON}", rf"^答{_COLON}"),
     _family(
         rf"^(?:\[Round[ \t]*\d+\]\s*)?(?:问|提问|问题|Q|Question){_COLON}",
         rf"^(?:答|回答|答案|A|Answer){_COLON}",
@@ -90,7 +91,7 @@ _ENDS = re.compile(
 _BEFORE = re.compile(_BEGIN)
 _SYS = re.compile(r"\A\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 # Where a preamble may stand, only marks that nobody writes in prose count.
-_RENDERED = re.compile(r"^(?:USER|###[ \t]*(?:Human|User|Instruction|指令))[:：]|\bUSER: .*\bASSISTANT:", re.M)
+_RENDERED = re.compile(r"^USER[:：]|###[ \t]*(?:Human|User|Instruction|指令)[:：]|\bUSER: .*\bASSISTANT:", re.M)
 _PREAMBLE = 1000  # characters
 _ALPACA = ("Below is an instruction", "下面是一条指令", "以下是一个描述任务的指令")
 # What can begin a dialogue at all: one look rules out nearly every text.

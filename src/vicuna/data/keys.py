@@ -34,7 +34,7 @@ PAIRS = tuple(
             "instruction/response instruction/completion input/output context/target input/target "
             "source/target ask/answer q/a human/assistant user/assistant user/bot human/gpt "
             "human/bot question/response query/output prompt/output prompt/answer input/response "
-            "input/answer input/content 问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
+            "input/answer input/content inputs/targets inputs/outputs 问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
         )
     )
 )
@@ -80,6 +80,8 @@ LEARNED = names(
     "compute_loss calculate_loss calc_loss output_with_loss supervise supervised learn learnable "
     "use_for_training include_in_loss 权重 训练"
 )
+# Parts of an answer that are in the loss, by their place in it: more than a turn can carry.
+PARTIAL = names("train_detail training_detail no_loss_spans loss_spans train_spans token_weights")
 # ... or no.
 MASKED = names(
     "mask masked is_masked mask_loss masked_loss ignore ignored ignore_loss is_ignored no_loss "
@@ -145,10 +147,11 @@ _SHAPES = names(
 KNOWN = frozenset(
     (*ALL_TURN_LISTS, *SPEAKERS, *WORDS, *SYSTEMS, *MATERIAL, *QUESTIONS, *ANSWERS, *CHOSEN)
     + (*REJECTED, *THOUGHTS, *MEDIA, *TOOLS, *LEARNED, *MASKED, *GOOD, *BAD, *RANKS, *SCORES)
-    + (*OPTIONS, *OPTION_ANSWERS, *_SHAPES)
+    + (*OPTIONS, *OPTION_ANSWERS, *PARTIAL, *_SHAPES)
 )
 MEANINGFUL = frozenset(
     (*SYSTEMS, *THOUGHTS, *MEDIA, *TOOLS, *LEARNED, *MASKED, *GOOD, *BAD, *RANKS, *SCORES)
+    + PARTIAL
 )
 
 

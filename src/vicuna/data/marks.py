@@ -168,6 +168,8 @@ _PLAIN_TURN = frozenset(("name", "timestamp", "time", "created_at", "updated_at"
 
 def _learned(key: str, value: Any, note: Note) -> bool | list[bool] | None:
     """What a weight, mask or label says: learn it, or not; None where it says neither."""
+    if key in keys.PARTIAL:
+        raise Unusable(key, f"{MASK_ODD}: {key}")
     if key in keys.LEARNED:
         if isinstance(value, (list, tuple)):
             marks = [_weight(v) for v in value]

@@ -44,8 +44,10 @@ def chosen_key(values: dict[str, Any]) -> str | None:
         value = values.get(key)
         if isinstance(value, (list, dict)) and value:
             return key
-        if isinstance(value, str) and value.strip() and says(value) is None:
-            return key
+        if isinstance(value, str) and value.strip():
+            worse = any(k in values for k in keys.REJECTED)
+            if worse or value.strip().lower() not in ("true", "false", "yes", "no", "0", "1"):
+                return key
     if "chosen" in values and "rejected" in values and values["chosen"] is None:
         return "chosen"
     return None

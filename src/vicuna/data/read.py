@@ -1,23 +1,26 @@
 """The records of one file, streamed: bytes -> text -> `Raw`, whatever the file is called.
 
-The content decides the format: JSONL, one JSON array, JSON objects one after another, CSV or TSV,
-Parquet, plain text, each also gzipped and in any usual encoding of Chinese. No file is ever loaded
-whole; what cannot be used becomes a `Problem`, and the rest of the file is still read.
+The content decides the format: JSONL, one JSON array, JSON objects one after another, an object that
+holds them (`json_shapes.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain text, those
+of text also compressed and in any usual encoding. Anything else is named for what it is (`kinds.py`).
+No file is ever loaded whole; what cannot be used becomes a `Problem`, and the rest is still read.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from vicuna.data.json_values import DECODER, LIMIT, json_values, unfinished
+from vicuna.data import kinds
+from vicuna.data.json_values import DECODER, json_values, unfinished
+from vicuna.data.printed import printed
 from vicuna.data.sources import digest, expand
-from vicuna.data.text import BLANK, CUT, MARK, Text, lines, magic
+from vicuna.data.tables import arrow, delimiter_of, parquet, rows
+from vicuna.data.text import BLANK, CUT, MARK, Text, head, lines
 from vicuna.data.types import Problem, Raw
 
 __all__ = ["digest", "expand", "read"]
@@ -25,9 +28,10 @@ __all__ = ["digest", "expand", "read"]
 HEAD = 1 << 20  # characters that the layout is decided on
 PARAGRAPH = 1 << 20  # characters of one paragraph of plain text
 
+_JSON = (".json", ".jsonl", ".ndjson")
 _OPEN = re.compile(rf"[{BLANK}\[]*")
 
-Layout = Literal["lines", "values", "csv", "tsv", "text"]
+Layout = Literal["lines", "values", "table", "text"]
 
 
 def read(path: Path, problems: list[Problem], encoding: str | None = None) -> Iterator[Raw]:
@@ -45,11 +49,18 @@ def read(path: Path, problems: list[Problem], encoding: str | None = None) -> It
     Raises: UserError where the file cannot be opened or the encoding is unknown. Content raises
         nothing.
     """
-    if magic(path) == b"PAR1":
-        yield from _parquet(path, problems)
+    text = Text(path, encoding, problems)
+    kind = kinds.kind_of(head(path, kinds.HEAD), path)
+    if kind == "parquet":
+        yield from parquet(path, problems)
+        return
+    if kind == "arrow":
+        yield from arrow(path, problems)
+        return
+    if kind != "text" and not (kind == kinds.BINARY and encoding):
+        problems.append(Problem(1, "", kind, "dropped"))
         return
     known = len(problems)
-    text = Text(path, encoding, problems)
     line = 0
     for raw in _records(path, text, problems):
         line = raw.line
@@ -61,13 +72,18 @@ def read(path: Path, problems: list[Problem], encoding: str | None = None) -> It
 def _records(path: Path, text: Text, problems: list[Problem]) -> Iterator[Raw]:
     """The records of a text file of any layout."""
     blocks = iter(text)
-    head, size = [], 0
+    first, size = [], 0
     for block in blocks:
-        head.append(block)
+        first.append(block)
         if (size := size + len(block)) >= HEAD:
             break
-    start = "".join(head)
-    layout = _layout(path.name.lower().removesuffix(".gz"), start)
+    start = "".join(first)
+    name = _bare_name(path)
+    if reason := kinds.text_kind(start, name):
+        if not name.endswith(".txt") or reason == kinds.LFS:
+            problems.append(Problem(1, "", reason, "dropped"))
+            return iter(())
+    layout = _layout(name, start)
     texts = chain([start], blocks)
     if layout == "lines":
         return _json_lines(texts, text, problems)
@@ -75,24 +91,38 @@ def _records(path: Path, text: Text, problems: list[Problem]) -> Iterator[Raw]:
         return json_values(texts, text, problems)
     if layout == "text":
         return _paragraphs(texts, text, problems)
-    return _table(texts, text, problems, "," if layout == "csv" else "\t")
+    return rows(texts, text, problems, delimiter_of(start, name))
+
+
+def _bare_name(path: Path) -> str:
+    """The name of a file in lower case, without the endings of compression."""
+    name = path.name.lower()
+    for ending in (".gz", ".bz2", ".xz", ".zst"):
+        name = name.removesuffix(ending)
+    return name
 
 
 def _layout(name: str, head: str) -> Layout:
     """How the records lie in a text, from its beginning and, where that is not JSON, its name."""
-    for ending, layout in ((".csv", "csv"), (".tsv", "tsv"), (".txt", "text")):
-        if name.endswith(ending) and not _starts_with_object(head):
-            return layout  # type: ignore[return-value]
+    if not _starts_with_object(head):
+        if name.endswith((".csv", ".tsv", ".tab", ".psv", ".xls", ".xlsx")):
+            return "table"
+        if name.endswith(".txt"):
+            return "text"
     head = head.lstrip(BLANK)
     first, _, after = head.partition("\n")
     following = after.lstrip(BLANK)[:1]
     if head[:1] not in ("{", "["):
-        return "lines"
+        return "table" if not name.endswith(_JSON) and delimiter_of(head, "") else "lines"
     try:
         _, end = DECODER.raw_decode(first)
     except (ValueError, RecursionError):
+        if head[0] == "{" and not following and printed(first.strip()):
+            return "lines"
         return "lines" if head[0] == following == "{" else "values"
     if first[end:].strip(BLANK):  # `{..}{..}` or `{..},`: not JSONL, but a row of values
+        return "values"
+    if not following:  # one value: a record, or what holds them all
         return "values"
     return "lines" if head[0] == "{" or following == "[" else "values"
 
@@ -131,47 +161,7 @@ def _cut_off(record: str) -> bool:
     return record.endswith(MARK)
 
 
-# Tables and plain text
-
-
-def _table(
-    texts: Iterable[str], text: Text, problems: list[Problem], delimiter: str
-) -> Iterator[Raw]:
-    """The rows of a CSV file under the names of its first row."""
-    csv.field_size_limit(LIMIT)  # the default of 128 KiB is less than one long conversation
-    ended: list[bool] = []
-    # The reader asks for a line behind the last one only where a quote is still open.
-    rows = csv.reader(chain(lines(texts), _noting(ended)), delimiter=delimiter)
-    header: list[str] | None = None
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as e:
-            problems.append(Problem(line, "", f"not valid CSV: {e}", "dropped"))
-            continue
-        if row is None:
-            return
-        if not any(row):
-            continue
-        if ended:
-            reason = "a quote opens here and is not closed, the rest of the file is lost"
-            problems.append(Problem(line, "", reason, "dropped"))
-        elif MARK in "".join(row):
-            text.drop(line)
-        elif header is None:
-            header = [name.strip() for name in row]
-        elif any(row[len(header) :]):
-            reason = f"more fields than the {len(header)} of the header"
-            problems.append(Problem(line, "", reason, "dropped"))
-        else:
-            yield Raw(line, {k: v for k, v in zip(header, row) if k})
-
-
-def _noting(asked: list[bool]) -> Iterator[str]:
-    """No lines, and a note that one was asked for."""
-    asked.append(True)
-    yield from ()
+# Plain text
 
 
 def _paragraphs(texts: Iterable[str], text: Text, problems: list[Problem]) -> Iterator[Raw]:
@@ -196,37 +186,3 @@ def _paragraphs(texts: Iterable[str], text: Text, problems: list[Problem]) -> It
                 begin, size = number, 0
             held.append(line.rstrip("\r\n"))
             size += len(line)
-
-
-def _parquet(path: Path, problems: list[Problem]) -> Iterator[Raw]:
-    """The rows of a Parquet file, a small batch in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for record in _rows(batch):
-                    row += 1
-                    if record is None:
-                        problems.append(Problem(row, "", "row cannot be read", "dropped"))
-                    else:
-                        yield Raw(row, record)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        reason = f"damaged Parquet file: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
-        problems.append(Problem(row + 1, "", reason, "dropped"))
-
-
-def _rows(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch; None for one that Python has no value for (a string not in UTF-8)."""
-    try:
-        yield from batch.to_pylist()
-        return
-    except (ValueError, OverflowError):
-        pass
-    for i in range(batch.num_rows):
-        try:
-            yield batch.slice(i, 1).to_pylist()[0]
-        except (ValueError, OverflowError):
-            yield None

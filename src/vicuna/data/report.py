@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vicuna.data.checks import NO_CHINESE
-from vicuna.data.formats import ONE_TURN
+from vicuna.data.formats import ONE_TURN, UNKNOWN_FORMAT
 from vicuna.data.types import Action, Parsed, Problem
 
 if TYPE_CHECKING:
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # Below this share, rows without Chinese (numbers, code, a translation) are what one expects.
 WORTH_SAYING = 0.05
+NOT_USED = "columns not used"
+OWN_NAMES = "no column has a name that is known here"
+COLUMNS = 100  # names that are counted one by one
+MORE_COLUMNS = "and others"
 PLACES = 3  # examples of a reason in the table
 _SHARE = re.compile(r"(\d+) of (\d+) records have no Chinese text")
 _ORDER: tuple[Action, ...] = ("dropped", "repaired", "warned")
@@ -36,6 +40,8 @@ class FileReport:
         self.path = path
         self.formats: dict[str, int] = {}
         self.records = self.used = self.repaired = self.dropped = 0
+        self.unused: dict[str, int] = {}  # column: used records that have it
+        self.said: list[str] = []  # notes of whoever found the file
         self._parsed = 0  # records that became a conversation, dropped later or not
         self._lines = array("q")
         self._words = array("I")  # index into the distinct (field, reason, action)
@@ -51,8 +57,16 @@ class FileReport:
         else:
             self.used += 1
             self._parsed += 1
+            if parsed.unused:
+                self._count_unused(dict.fromkeys(parsed.unused, 1))
         if parsed.problems:
             self._add_problems(parsed)
+
+    def _count_unused(self, found: dict[str, int]) -> None:
+        for name, count in found.items():
+            if name not in self.unused and len(self.unused) >= COLUMNS:
+                name = MORE_COLUMNS
+            self.unused[name] = self.unused.get(name, 0) + count
 
     def _add_problems(self, parsed: Parsed) -> None:
         repaired = None
@@ -103,6 +117,7 @@ class FileReport:
         self.repaired += other.repaired
         self.dropped += other.dropped
         self._parsed += other._parsed
+        self._count_unused(other.unused)
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
         for line, count in other._repaired_at.items():
@@ -156,9 +171,28 @@ class FileReport:
         if not self.records:
             return [f"{self.path}: no rows"]
         notes = [] if self.used else ["no usable rows"]
+        if not self.used and (hint := self._headers()):
+            notes.append(hint)
+        if self.unused:
+            ranked = sorted(self.unused.items(), key=lambda item: -item[1])
+            named = ", ".join(f"{name} ({count:,})" for name, count in ranked)
+            notes.append(f"{NOT_USED}: {named}")
+        notes += self.said
         if share := self._share():
             notes.append(share)
         return notes
+
+    def _headers(self) -> str:
+        """What to do where no record has a name that is known here."""
+        names = [f for f, reason, _ in self._table if reason == UNKNOWN_FORMAT and f]
+        if not names or set(self.formats) != {"unknown"}:
+            return ""
+        own = [name.strip() for name in names[0].split(",")]
+        one, two = own[0], own[1] if len(own) > 1 else "..."
+        return (
+            f"{OWN_NAMES}: {names[0]}; say what they are: "
+            f"{self.path}@columns.instruction={one},columns.output={two}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -169,8 +203,10 @@ class FileReport:
             "used": self.used,
             "repaired": self.repaired,
             "dropped": self.dropped,
+            "unused": dict(self.unused),
             "problems": [p._asdict() for p in self._said()],
             "notes": self.notes(),
+            **({"said": self.said} if self.said else {}),
         }
 
     @classmethod
@@ -181,6 +217,8 @@ class FileReport:
         report.records, report.used = data["records"], data["used"]
         report.repaired, report.dropped = data["repaired"], data["dropped"]
         report._parsed = report.used
+        report.unused = dict(data.get("unused", {}))
+        report.said = list(data.get("said", []))
         for note in data["notes"]:
             if share := _SHARE.fullmatch(note):
                 report._parsed = int(share[2])

@@ -1,30 +1,32 @@
 """A file as text, streamed: unpacked, decoded, and cut into lines.
 
-The encoding is detected where none is given. Nothing here fails on content: bytes that do not
-decode become MARK in the text, and a broken gzip ends it.
+The encoding is detected where none is given (`encodings.py`). Nothing here fails on content: bytes
+that do not decode become MARK in the text, and broken compressed data end it.
 """
 
 from __future__ import annotations
 
-import codecs
+import bz2
 import io
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+from vicuna.data.encodings import MARK, check, decoder, guess
 from vicuna.data.types import Problem
 from vicuna.errors import UserError
+
+__all__ = ["BLANK", "BUFFER", "CUT", "MARK", "SAMPLE", "Text", "head", "lines", "magic", "unpacked"]
 
 BUFFER = 1 << 18  # bytes read at once
 SAMPLE = 1 << 20  # bytes that the encoding is decided on
 
 BLANK = " \t\r\n\ufeff"  # the BOM too: files with BOMs get concatenated
 CUT = "file is cut off here"
-# Stands for bytes that do not decode. A lone surrogate: no valid file decodes to it, so it marks
-# the records to drop, and the text around it stays readable.
-MARK = "\udcff"
-codecs.register_error("vicuna.mark", lambda e: (MARK, e.end))  # type: ignore[attr-defined]
+Fault = Callable[[str], None]
 
 
 class Text:
@@ -38,14 +40,8 @@ class Text:
         self.given = encoding is not None
         self.encoding = encoding or "UTF-8"
         self.fault = ""
-        try:
-            self.decoder = _decoder(self.encoding)
-        except (LookupError, ValueError) as e:
-            raise UserError(
-                f"unknown encoding {encoding!r}",
-                where=str(path),
-                fix="Name one that Python knows, such as utf-8, gb18030, big5 or utf-16.",
-            ) from e
+        check(self.encoding, str(path))
+        self.decoder = decoder(self.encoding)
 
     def __iter__(self) -> Iterator[str]:
         texts = self._decode(self._unpack())
@@ -57,27 +53,10 @@ class Text:
         self.problems.append(Problem(line, "", f"bytes that are not {self.encoding}", "dropped"))
 
     def _unpack(self) -> Iterator[bytes]:
-        packed = magic(self.path)[:2] == b"\x1f\x8b"
-        yield from self._inflate(_blocks(self.path)) if packed else _blocks(self.path)
+        return unpacked(self.path, self._spoilt)
 
-    def _inflate(self, blocks: Iterable[bytes]) -> Iterator[bytes]:
-        """Gunzip one or several members. The gzip module would lose what comes before a fault."""
-        engine = zlib.decompressobj(wbits=31)
-        for block in blocks:
-            while block:
-                if engine.eof:  # another member, or the zeros that tapes pad with
-                    if not (block := block.lstrip(b"\0")):
-                        break
-                    engine = zlib.decompressobj(wbits=31)
-                try:
-                    yield engine.decompress(block, max(BUFFER, 1024))
-                except zlib.error:
-                    self.fault = "gzip data are damaged here"
-                    return
-                block = engine.unused_data if engine.eof else engine.unconsumed_tail
-        yield engine.flush()
-        if not engine.eof:
-            self.fault = CUT
+    def _spoilt(self, fault: str) -> None:
+        self.fault = fault
 
     def _decode(self, blocks: Iterator[bytes]) -> Iterator[str]:
         """Text, in the encoding given or in the one that the first non-ASCII megabyte tells."""
@@ -89,8 +68,8 @@ class Text:
                 held, first = b"", False
             elif len(held) >= SAMPLE and not held[:-3].isascii():  # more than a cut character
                 break
-        if not self.given and (name := _guess(held, first)) != "UTF-8":
-            self.encoding, self.decoder = name, _decoder(name)
+        if not self.given and (name := guess(held, first)) != "UTF-8":
+            self.encoding, self.decoder = name, decoder(name)
             self.problems.append(Problem(1, "", f"encoding is {name}, decoded", "warned"))
         for block in chain([held], blocks):
             yield self.decoder.decode(block)
@@ -123,25 +102,90 @@ def _unreadable(path: Path, error: OSError) -> UserError:
     )
 
 
-def _decoder(encoding: str) -> codecs.IncrementalDecoder:
-    """A decoder that puts MARK for what it cannot decode."""
-    return codecs.getincrementaldecoder(encoding)(errors="vicuna.mark")
+# Compressed files
 
 
-def _guess(sample: bytes, first: bool) -> str:
-    """The encoding of bytes, which may end within a character; `first`: the file begins here.
+def unpacked(path: Path, spoilt: Fault) -> Iterator[bytes]:
+    """The bytes of a file, unpacked where it is compressed (.gz, .bz2, .xz, .zst).
 
-    A damaged UTF-8 file stays UTF-8: its characters outnumber its faults, while GB18030 read as
-    UTF-8 is mostly faults.
+    Args:
+        spoilt: told what is wrong with the compressed data, which end there.
     """
-    if first and sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "UTF-16"
-    for name, tolerated in (("UTF-8", 1.0), ("GB18030", 0.05)):
-        text = _decoder(name).decode(sample)
-        faults = text.count(MARK)
-        if not faults or faults < tolerated * (sum(c > "\x7f" for c in text) - faults):
-            return name
-    return "UTF-8"
+    begin = magic(path)
+    blocks = _blocks(path)
+    if begin[:2] == b"\x1f\x8b":
+        return _inflate(blocks, spoilt)
+    if begin[:3] == b"BZh":
+        return _expand(blocks, bz2.BZ2Decompressor, "bzip2", spoilt)
+    if begin == b"\xfd7zX":
+        return _expand(blocks, lzma.LZMADecompressor, "xz", spoilt)
+    if begin == b"\x28\xb5\x2f\xfd":
+        return _zstd(path, spoilt)
+    return blocks
+
+
+def head(path: Path, size: int) -> bytes:
+    """The first bytes of a file, unpacked."""
+    found = b""
+    for block in unpacked(path, lambda _: None):
+        found += block
+        if len(found) >= size:
+            break
+    return found[:size]
+
+
+def _inflate(blocks: Iterable[bytes], spoilt: Fault) -> Iterator[bytes]:
+    """Gunzip one or several members. The gzip module would lose what comes before a fault."""
+    engine = zlib.decompressobj(wbits=31)
+    for block in blocks:
+        while block:
+            if engine.eof:  # another member, or the zeros that tapes pad with
+                if not (block := block.lstrip(b"\0")):
+                    break
+                engine = zlib.decompressobj(wbits=31)
+            try:
+                yield engine.decompress(block, max(BUFFER, 1024))
+            except zlib.error:
+                spoilt("gzip data are damaged here")
+                return
+            block = engine.unused_data if engine.eof else engine.unconsumed_tail
+    yield engine.flush()
+    if not engine.eof:
+        spoilt(CUT)
+
+
+def _expand(
+    blocks: Iterable[bytes], make: Callable[[], Any], name: str, spoilt: Fault
+) -> Iterator[bytes]:
+    """Unpack one or several streams of bzip2 or xz, so much at a time."""
+    engine = make()
+    for block in blocks:
+        while True:
+            if engine.eof:
+                if not (block := block.lstrip(b"\0")):
+                    break
+                engine = make()
+            try:
+                yield engine.decompress(block, max(BUFFER, 1024))
+            except (OSError, lzma.LZMAError, ValueError):
+                spoilt(f"{name} data are damaged here")
+                return
+            block = engine.unused_data if engine.eof else b""
+            if engine.needs_input if not engine.eof else not block:
+                break
+    if not engine.eof:
+        spoilt(CUT)
+
+
+def _zstd(path: Path, spoilt: Fault) -> Iterator[bytes]:
+    import pyarrow as pa
+
+    try:
+        with pa.CompressedInputStream(pa.OSFile(str(path)), "zstd") as stream:
+            while block := stream.read(BUFFER):
+                yield bytes(block)
+    except (OSError, pa.ArrowException):
+        spoilt("zstd data are damaged here")
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:
