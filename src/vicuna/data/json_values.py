@@ -1,5 +1,7 @@
 """JSON values one after another out of a stream of text: an array's elements, or bare objects.
 
+An object that is no record itself and holds them is opened (`json_shapes.py`).
+
 Values are only delimited, by decoding them once in C; the parser that follows decodes them again,
 in other processes. A broken value costs itself and not the rest of the file.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
 
 from vicuna.data.text import BLANK, CUT, MARK, Text
 from vicuna.data.types import Problem, Raw
@@ -35,7 +38,7 @@ def unfinished(error: json.JSONDecodeError) -> bool:
     return bool(_TAIL.fullmatch(tail.rstrip(BLANK + MARK)))
 
 
-class _Window:
+class Window:
     """A window that slides over a text; `line` is the line that `pos` stands on."""
 
     def __init__(self, texts: Iterable[str]) -> None:
@@ -72,10 +75,35 @@ class _Window:
                 return ""
 
 
+class Shape(Protocol):
+    """What `json_shapes.open_shape` made of an object that holds records.
+
+    records: those that were found at once. listed: whether the window now stands in a list of more.
+    """
+
+    records: list[Raw]
+    listed: bool
+
+    def row(self, value: str) -> str | dict[str, Any]:
+        """A record from an element of the list."""
+
+    def close(self, window: Window, problems: list[Problem]) -> None:
+        """Pass what stands behind the list."""
+
+
+def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
+    """The records inside the object that begins here; None where it is a record itself."""
+    from vicuna.data import json_shapes  # which needs the window
+
+    return json_shapes.open_shape(window, problems)
+
+
 def json_values(texts: Iterable[str], text: Text, problems: list[Problem]) -> Iterator[Raw]:
     """The elements of an array, or objects one after another."""
-    window = _Window(texts)
+    window = Window(texts)
     inside = comma = bare = cut = False
+    opened: Shape | None = None
+    first = True
     line = 1  # of the last text that was not blank
     while char := window.next():
         line = window.line
@@ -91,15 +119,29 @@ def json_values(texts: Iterable[str], text: Text, problems: list[Problem]) -> It
             if comma:
                 problems.append(Problem(line, "", "trailing comma before ]", "repaired"))
             inside = comma = False
-        else:
+            if opened:
+                window.to(window.pos + 1)
+                opened.close(window, problems)
+                opened = None
+                continue
+        elif first and char == "{" and not inside and (opened := open_shape(window, problems)):
+            first = False
+            yield from opened.records
+            if not opened.listed:
+                opened = None
+                continue
+            inside = True  # the window stands behind the bracket of the list
             comma = False
+            continue
+        else:
+            comma = first = False
             value = _value(window, problems)
             if value is None:
                 cut = problems[-1].reason == CUT
             elif MARK in value:
                 text.drop(line)
             else:
-                yield Raw(line, value)
+                yield Raw(line, opened.row(value) if opened else value)
             line = window.line
             continue
         window.to(window.pos + 1)
@@ -107,7 +149,7 @@ def json_values(texts: Iterable[str], text: Text, problems: list[Problem]) -> It
         problems.append(Problem(line, "", CUT, "dropped"))
 
 
-def _value(window: _Window, problems: list[Problem]) -> str | None:
+def _value(window: Window, problems: list[Problem]) -> str | None:
     """The text of the JSON value that begins here; None, after a problem, if it is broken."""
     while True:
         try:
@@ -136,7 +178,7 @@ def _value(window: _Window, problems: list[Problem]) -> str | None:
         return None
 
 
-def _pass_broken(window: _Window) -> None:
+def _pass_broken(window: Window) -> None:
     """Pass a broken value: to where its brackets are balanced, or where another like it begins.
 
     The first is exact unless a bracket or a quote is missing; then a following element that opens

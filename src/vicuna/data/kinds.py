@@ -71,6 +71,7 @@ _BEGINNINGS = (
     (b"MZ\x90\0", PROGRAM),
     (b"version https://git-lfs.github.com/spec", LFS),
 )
+_WORDS = (b"LZIP", b"MSCF", b"ORC", b"RIFF", b"OggS", b"fLaC", b"ID3", b"GIF8", b"GGUF", b"FEA1")
 _TEXT_BEGINNINGS = (
     ("<!doctype html", WEB_PAGE),
     ("<html", WEB_PAGE),
@@ -93,7 +94,8 @@ def kind_of(head: bytes, path: Path) -> Kind | str:
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08"):
         return _zipped(path)
     for beginning, reason in _BEGINNINGS:
-        if head.startswith(beginning) and (len(beginning) > 3 or b"\0" in head[:64]):
+        # Words that a text may begin with count only where what follows is no text.
+        if head.startswith(beginning) and (beginning not in _WORDS or b"\0" in head[:64]):
             return reason
     if head[257:262] == b"ustar":
         return ARCHIVE

@@ -115,7 +115,7 @@ def unpacked(path: Path, spoilt: Fault) -> Iterator[bytes]:
     blocks = _blocks(path)
     if begin[:2] == b"\x1f\x8b":
         return _inflate(blocks, spoilt)
-    if begin[:3] == b"BZh":
+    if begin[:3] == b"BZh" and begin[3:4].isdigit():
         return _expand(blocks, bz2.BZ2Decompressor, "bzip2", spoilt)
     if begin == b"\xfd7zX":
         return _expand(blocks, lzma.LZMADecompressor, "xz", spoilt)
