@@ -243,7 +243,7 @@ def preview(context: typer.Context) -> None:
 def convert(context: typer.Context) -> None:
     """Write any data format as another."""
     words = _words(context, "ConvertSettings", "vicuna data convert FILE --to messages --output F")
-    from vicuna.data.commands import convert as run
+    from vicuna.data.convert import convert as run
 
     raise typer.Exit(run(words))
 

@@ -19,7 +19,8 @@ from vicuna.app.data_look import Look, Looks, Wish
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import WebSettings
-from vicuna.data import checks, formats, read, sources, textrules
+from vicuna.data import checks, kinds, read, sources, textrules
+from vicuna.data import reasons as said
 from vicuna.errors import UserError
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
@@ -146,11 +147,11 @@ def test_a_look_is_told_as_it_goes_kept_and_made_anew_where_the_file_changed(
 def test_every_reason_has_its_words_in_chinese() -> None:
     reasons = [
         value
-        for module in (formats, checks, textrules)
+        for module in (said, checks, textrules, kinds)
         for name, value in vars(module).items()
         if name.isupper()
         and isinstance(value, str)
-        and re.fullmatch(r"[a-z'][\w ,'()\\+]{5,}", value)
+        and re.fullmatch(r"[A-Za-z'][\w ,'()\\+;-]{5,}", value)
     ] + [read.CUT, "too long: 9 tokens", "nothing to learn", "exact duplicate: of line 3"]
     assert len(reasons) > 25
     left = [r for r in reasons if data_html.reason_words(r, ZH) == r]

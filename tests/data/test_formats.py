@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import formats, textrules
-from vicuna.data import said as said_module
+from vicuna.data import reasons, textrules
 from vicuna.data.formats import parse
 from vicuna.data.types import Parsed, Problem, Raw
 
@@ -94,8 +93,8 @@ def test_text_is_one_assistant_turn() -> None:
     assert parsed.conversation is not None
     assert (parsed.conversation.kind, parsed.conversation.line) == ("text", 7)
     assert turns(parsed) == [("assistant", f"{Q}\n{A}")]
-    assert dropped(of({"text": " "})) == ("text", formats.EMPTY_TEXT)
-    assert dropped(of({"text": None})) == ("text", formats.NO_TEXT)
+    assert dropped(of({"text": " "})) == ("text", reasons.EMPTY_TEXT)
+    assert dropped(of({"text": None})) == ("text", reasons.NO_TEXT)
 
 
 def test_input_of_an_instruction_stays_apart() -> None:
@@ -105,7 +104,7 @@ def test_input_of_an_instruction_stays_apart() -> None:
     assert turns(of({"instruction": Q, "context": "材料", "response": A}))[0] == ("user", Q)
     moved = of(alpaca(instruction="", input=Q))
     assert turns(moved)[0] == ("user", Q)
-    assert brief(moved) == [("input", formats.QUESTION_FROM_INPUT, "repaired")]
+    assert brief(moved) == [("input", reasons.QUESTION_FROM_INPUT, "repaired")]
 
 
 def test_system_turn() -> None:
@@ -128,7 +127,7 @@ def test_history_in_both_shapes() -> None:
         "info": {},
     }
     assert turns(of(saved)) == whole
-    assert dropped(of({"history": [], "info": {}}))[1] == formats.EMPTY_CONVERSATION
+    assert dropped(of({"history": [], "info": {}}))[1] == reasons.EMPTY_CONVERSATION
 
 
 def test_content_in_parts_is_joined() -> None:
@@ -136,14 +135,14 @@ def test_content_in_parts_is_joined() -> None:
     value = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": A}]}
     assert pair(value) == ("天空\n为何蓝？", A)
     parts.append({"type": "image_url", "image_url": "x"})  # type: ignore[dict-item]
-    assert dropped(of(value)) == ("messages[0].content", said_module.MEDIA)
+    assert dropped(of(value)) == ("messages[0].content", reasons.MEDIA)
 
 
 def test_unknown_format_names_the_keys() -> None:
-    assert dropped(of({"标题": "一", "url": "x"})) == ("标题, url", formats.UNKNOWN_FORMAT)
+    assert dropped(of({"标题": "一", "url": "x"})) == ("标题, url", reasons.UNKNOWN_FORMAT)
     assert len(dropped(of({f"key{i}": i for i in range(99)}))[0]) <= 60
     for value in (3, "文", None, [], [1, 2], True):
-        assert dropped(of(value))[1] == formats.UNKNOWN_FORMAT
+        assert dropped(of(value))[1] == reasons.UNKNOWN_FORMAT
 
 
 def test_a_single_answer_in_a_list_is_that_answer() -> None:
@@ -154,13 +153,13 @@ def test_a_single_answer_in_a_list_is_that_answer() -> None:
 
 
 def test_missing_and_null_answers() -> None:
-    assert dropped(of({"instruction": Q, "input": ""})) == ("output", formats.NO_ANSWER)
-    assert dropped(of(alpaca(output=None))) == ("output", formats.NO_ANSWER)
-    assert dropped(of({"question": Q})) == ("answer", formats.NO_ANSWER)
-    assert dropped(of(alpaca(instruction=None))) == ("instruction", formats.NO_QUESTION)
+    assert dropped(of({"instruction": Q, "input": ""})) == ("output", reasons.NO_ANSWER)
+    assert dropped(of(alpaca(output=None))) == ("output", reasons.NO_ANSWER)
+    assert dropped(of({"question": Q})) == ("answer", reasons.NO_ANSWER)
+    assert dropped(of(alpaca(instruction=None))) == ("instruction", reasons.NO_QUESTION)
     assert of({"instruction": Q, "output": A}).problems == []
     assert of(alpaca(input=None)).problems == []
-    assert dropped(parse(Raw(1, alpaca(output=float("nan"))))) == ("output", formats.NO_ANSWER)
+    assert dropped(parse(Raw(1, alpaca(output=float("nan"))))) == ("output", reasons.NO_ANSWER)
 
 
 @pytest.mark.parametrize("number", ["42", "3.10", "-0.5e3", "9" * 5000])
@@ -181,36 +180,36 @@ def test_numbers_of_tables_and_what_is_no_text() -> None:
 def test_wrapped_records_are_unwrapped() -> None:
     parsed = of([alpaca()])
     assert turns(parsed) == [("user", Q), ("assistant", A)]
-    assert brief(parsed) == [("[0]", formats.WRAPPED, "repaired")]
+    assert brief(parsed) == [("[0]", reasons.WRAPPED, "repaired")]
 
 
 def test_leading_answer_is_dropped() -> None:
     parsed = of(said("gpt", A2, "human", Q, "gpt", A))
     assert turns(parsed) == [("user", Q), ("assistant", A)]
-    assert brief(parsed) == [("conversations[0].value", formats.LEADING_ANSWER, "repaired")]
+    assert brief(parsed) == [("conversations[0].value", reasons.LEADING_ANSWER, "repaired")]
 
 
 def test_neighbours_of_one_role_are_merged() -> None:
     parsed = of(said("human", Q, "human", Q2, "gpt", A, "gpt", A2))
     assert turns(parsed) == [("user", f"{Q}\n{Q2}"), ("assistant", f"{A}\n{A2}")]
-    assert [p.reason for p in parsed.problems] == [formats.MERGED] * 2
+    assert [p.reason for p in parsed.problems] == [reasons.MERGED] * 2
 
 
 def test_open_question_is_dropped() -> None:
     parsed = of(said("human", Q, "gpt", A, "human", Q2))
     assert turns(parsed) == [("user", Q), ("assistant", A)]
-    assert brief(parsed) == [("conversations[2].value", formats.OPEN_QUESTION, "repaired")]
-    assert dropped(of(said("human", Q)))[1] == formats.NO_ANSWER
+    assert brief(parsed) == [("conversations[2].value", reasons.OPEN_QUESTION, "repaired")]
+    assert dropped(of(said("human", Q)))[1] == reasons.NO_ANSWER
 
 
 @pytest.mark.parametrize(
     ("role", "reason"),
     [
-        ("bing", formats.UNKNOWN_ROLE),
-        (None, formats.UNKNOWN_ROLE),
-        ("function_call", formats.TOOL_ROLE),
-        ("observation", formats.TOOL_ROLE),
-        ("Tool", formats.TOOL_ROLE),
+        ("bing", reasons.UNKNOWN_ROLE),
+        (None, reasons.UNKNOWN_ROLE),
+        ("function_call", reasons.TOOL),
+        ("observation", reasons.TOOL),
+        ("Tool", reasons.TOOL),
     ],
 )
 def test_other_roles_drop_the_record(role: Any, reason: str) -> None:
@@ -221,14 +220,14 @@ def test_other_roles_drop_the_record(role: Any, reason: str) -> None:
 def test_tool_calls_drop_the_record() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
     value = {"messages": [{"role": "user", "content": Q}, call]}
-    assert dropped(of(value)) == ("messages[1]", formats.TOOL_ROLE)
+    assert dropped(of(value)) == ("messages[1]", reasons.TOOL)
 
 
 def test_empty_conversations() -> None:
-    assert dropped(of({"conversations": []})) == ("conversations", formats.EMPTY_CONVERSATION)
-    assert dropped(of({"input": [], "output": []})) == ("output", formats.EMPTY_CONVERSATION)
-    assert dropped(of(said("gpt", A)))[1] == formats.NO_QUESTION
-    assert dropped(of({"conversations": [Q, A]})) == ("conversations[0]", formats.NOT_A_TURN)
+    assert dropped(of({"conversations": []})) == ("conversations", reasons.EMPTY_CONVERSATION)
+    assert dropped(of({"input": [], "output": []})) == ("output", reasons.EMPTY_CONVERSATION)
+    assert dropped(of(said("gpt", A)))[1] == reasons.NO_QUESTION
+    assert dropped(of({"conversations": [Q, A]})) == ("conversations[0]", reasons.NOT_A_TURN)
 
 
 def test_a_megabyte_in_one_line() -> None:
@@ -243,7 +242,7 @@ def test_mixed_formats_are_told_apart_record_by_record() -> None:
 def test_duplicate_keys_keep_the_last_value_and_say_so() -> None:
     parsed = parse(Raw(3, f'{{"instruction": "{Q}", "output": "待补充", "output": "{A}"}}'))
     assert turns(parsed)[1] == ("assistant", A)
-    assert parsed.problems == [Problem(3, "output", formats.DUPLICATE_KEY, "repaired")]
+    assert parsed.problems == [Problem(3, "output", textrules.DUPLICATE_KEY, "repaired")]
 
 
 @pytest.mark.parametrize(
@@ -256,12 +255,12 @@ def test_broken_json(text: str) -> None:
 
 @pytest.mark.parametrize("answer", ["", "  \n", "\u200b\ufeff", "　"])
 def test_empty_answers(answer: str) -> None:
-    assert dropped(of(alpaca(output=answer))) == ("output", formats.EMPTY_ANSWER)
+    assert dropped(of(alpaca(output=answer))) == ("output", reasons.EMPTY_ANSWER)
 
 
 @pytest.mark.parametrize("answer", ["<无输出>", "<nooutput>", "TODO", "N/A", "null", " NaN "])
 def test_placeholder_answers(answer: str) -> None:
-    assert dropped(of(alpaca(output=answer))) == ("output", formats.PLACEHOLDER_ANSWER)
+    assert dropped(of(alpaca(output=answer))) == ("output", reasons.PLACEHOLDER_ANSWER)
 
 
 @pytest.mark.parametrize("words", ["<无输入>", "<noinput>", "无输入", "N/A", "None", "null", "nan"])
@@ -319,21 +318,21 @@ def test_line_ends_and_outer_white_space_are_silent() -> None:
 def test_uneven_chat() -> None:
     fewer = of({"input": [Q, Q2], "output": [A]})
     assert turns(fewer) == [("user", Q), ("assistant", A)]
-    assert brief(fewer) == [("input", formats.OPEN_QUESTION, "repaired")]
-    assert dropped(of({"input": [Q], "output": [A, A2]})) == ("output", formats.MORE_ANSWERS)
-    assert dropped(of({"input": [Q], "output": []})) == ("output", formats.NO_ANSWER)
+    assert brief(fewer) == [("input", reasons.OPEN_QUESTION, "repaired")]
+    assert dropped(of({"input": [Q], "output": [A, A2]})) == ("output", reasons.MORE_ANSWERS)
+    assert dropped(of({"input": [Q], "output": []})) == ("output", reasons.NO_ANSWER)
     strings = of({"input": Q, "output": A})
     assert turns(strings) == [("user", Q), ("assistant", A)]
-    assert brief(strings) == [("input", formats.ONE_TURN, "warned")]
+    assert brief(strings) == [("input", reasons.ONE_TURN, "warned")]
     mixed = of({"input": [Q], "output": A})
-    assert brief(mixed) == [("output", formats.ONE_TURN, "repaired")]
+    assert brief(mixed) == [("output", reasons.ONE_TURN, "repaired")]
 
 
 @pytest.mark.parametrize("empty", ["", None, " ", "<无输出>"])
 def test_a_later_empty_answer_cuts_the_chat(empty: Any) -> None:
     parsed = of({"input": [Q, Q2, Q], "output": [A, empty, A2]})
     assert turns(parsed) == [("user", Q), ("assistant", A)]
-    assert brief(parsed) == [("output[1]", formats.CUT, "repaired")]
+    assert brief(parsed) == [("output[1]", reasons.CUT, "repaired")]
     assert dropped(of({"input": [Q, Q2], "output": [empty, A]}))[0] == "output[0]"
     cut = of(said("human", Q, "gpt", A, "human", "", "gpt", A2))
     assert turns(cut) == [("user", Q), ("assistant", A)]

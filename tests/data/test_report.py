@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vicuna.data import checks, formats
+from vicuna.data import checks, reasons
 from vicuna.data.report import DataReport, FileReport
 from vicuna.data.types import Action, Conversation, Parsed, Problem, Turn
 
@@ -126,7 +126,7 @@ def test_share_without_chinese() -> None:
 
 def test_text_instead_of_a_list_matters_only_beside_chats() -> None:
     report = FileReport("a.jsonl")
-    report.add(parsed(1, "warned", name="pair", reason=formats.ONE_TURN))
+    report.add(parsed(1, "warned", name="pair", reason=reasons.ONE_TURN))
     assert report.problems == []
     report.add(parsed(2, name="chat"))
     assert [p.line for p in report.problems] == [1]

@@ -85,6 +85,7 @@ def _entry(entry: Any) -> str:
         for k, usual in (("weight", 1), ("max_samples", 0))
         if entry.get(k, usual) != usual
     ]
+    options += [f"columns.{name}={own}" for name, own in (entry.get("columns") or {}).items()]
     return str(entry["path"]) + (f"@{','.join(options)}" if options else "")
 
 

@@ -15,7 +15,14 @@ from vicuna.config.data import (
     PreviewSettings,
 )
 from vicuna.config.names import OLD_NAMES
-from vicuna.config.parse import RUN_KEYS, build, builtin_recipes, parse, read_recipe
+from vicuna.config.parse import (
+    RUN_KEYS,
+    build,
+    builtin_recipes,
+    dataset_entries,
+    parse,
+    read_recipe,
+)
 from vicuna.config.quantize import (
     DownloadSettings,
     ExportSettings,
@@ -61,6 +68,7 @@ __all__ = [
     "WebSettings",
     "build",
     "builtin_recipes",
+    "dataset_entries",
     "parse",
     "read_recipe",
 ]

@@ -11,17 +11,21 @@ from vicuna.paths import exists
 
 
 class DatasetEntry(BaseModel):
-    """One source of data: a file, folder, glob or hub id; how often, and how much of it."""
+    """One source of data: a file, folder, glob or hub id; how often, and how much of it.
+
+    columns: what the source's own names stand for: {instruction: 问题, output: 答案}.
+    """
 
     model_config = ConfigDict(extra="forbid")
     path: str
     weight: float = Field(1.0, gt=0)
     max_samples: int = Field(0, ge=0)
+    columns: dict[str, str] = Field(default_factory=dict)
 
 
-def _entry(value: Any) -> Any:
-    """`path` or `path@weight=2,max_samples=100` from the command line: what follows the last @ are
-    options if they look so and no path is meant."""
+def entry(value: Any) -> Any:
+    """`path` or `path@weight=2,max_samples=100,columns.output=答案` from the command line: what
+    follows the last @ are options if they look so and no path is meant."""
     if not isinstance(value, str):
         return value
     path, at, options = value.rpartition("@")
@@ -30,7 +34,11 @@ def _entry(value: Any) -> Any:
     fields: dict[str, Any] = {"path": path}
     for option in options.split(","):
         key, _, given = option.partition("=")
-        fields[key.strip()] = given.strip()
+        name, dot, column = key.strip().partition(".")
+        if dot and name == "columns":
+            fields.setdefault("columns", {})[column.strip()] = given.strip()
+        else:
+            fields[key.strip()] = given.strip()
     return fields
 
 
@@ -39,7 +47,7 @@ def _are_options(text: str) -> bool:
     keys = [option.partition("=")[::2] for option in text.split(",")]
     known = [name for name in DatasetEntry.model_fields if name != "path"]
     return all(
-        given and difflib.get_close_matches(key.strip(), known, n=1, cutoff=0.5)
+        given and difflib.get_close_matches(key.strip().partition(".")[0], known, n=1, cutoff=0.5)
         for key, given in keys
     )
 
@@ -47,7 +55,7 @@ def _are_options(text: str) -> bool:
 def _entries(value: Any) -> Any:
     if value is None:
         return []
-    return [_entry(v) for v in value] if isinstance(value, list) else [_entry(value)]
+    return [entry(v) for v in value] if isinstance(value, list) else [entry(value)]
 
 
 def _words(value: Any) -> Any:

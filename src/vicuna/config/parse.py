@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vicuna.config.common import BARE, SWITCH, Settings
+from vicuna.config.common import BARE, SWITCH, DatasetEntry, Datasets, Settings
 from vicuna.config.names import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
 from vicuna.paths import exists
@@ -51,6 +51,18 @@ def build(cls: type[M], values: dict[str, Any], mistakes: Sequence[str] = ()) ->
     if found:
         raise SettingsError(found)
     return settings
+
+
+class _Sources(BaseModel):
+    file: Datasets
+
+
+def dataset_entries(words: Sequence[str]) -> list[DatasetEntry]:
+    """Files, folders, globs and hub ids of a command line, with their options behind an @.
+
+    Raises: SettingsError naming every mistake.
+    """
+    return build(_Sources, {"file": list(words)}).file
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -157,6 +157,26 @@ def question_hash(conversation: Conversation) -> int:
     return _hash64(" ".join(f"{first.text}\n{first.input}".split()))
 
 
+def prompt_hash(conversation: Conversation) -> int:
+    """A 64-bit hash of all that comes before the last answer: what siblings have in common."""
+    parts = [f"{t.role}\x1f{t.text}\x1f{t.input}" for t in conversation.turns[:-1]]
+    return _hash64("\x1e".join(parts))
+
+
+def outranked(prompts: np.ndarray, merits: np.ndarray) -> np.ndarray:
+    """Which answers have a better one to the same question.
+
+    Args:
+        prompts: uint64 (n,), `prompt_hash`. merits: float64 (n,), more is better.
+
+    Returns: bool (n,).
+    """
+    _, group = np.unique(prompts, return_inverse=True)
+    best = np.full(group.max(initial=-1) + 1, -np.inf)
+    np.maximum.at(best, group, merits)
+    return np.asarray(merits < best[group])
+
+
 def _hash64(text: str) -> int:
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")

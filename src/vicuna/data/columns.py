@@ -20,7 +20,7 @@ LOOKED_AT = 200  # records that a column must show itself in
 
 
 def rename(value: dict[str, Any], columns: Columns) -> dict[str, Any]:
-    """The record with its own keys under our names; a key that one of ours replaces is kept apart."""
+    """The record with its own keys under our names; a key that ours replaces is kept apart."""
     stripped = {str(k).strip(): v for k, v in value.items()}
     ours = {name: stripped[own] for name, own in columns if own in stripped}
     owned = {own for _, own in columns}

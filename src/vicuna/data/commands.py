@@ -1,23 +1,19 @@
-"""`vicuna data check | stats | preview | convert`: look at data before training on it."""
+"""`vicuna data check | stats | preview`: look at data before training on it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from vicuna import config
-from vicuna.config import DatasetEntry, DataSettings
+from vicuna.config import DataSettings
 from vicuna.config.parse import T
-from vicuna.data import dataset, formats
+from vicuna.data import dataset
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example
 from vicuna.data.lengths import CUTOFFS, Lost
 from vicuna.data.preview import spans
-from vicuna.data.read import read
-from vicuna.data.sources import expand
 from vicuna.data.template import Renderer, find
-from vicuna.data.types import Conversation, Problem
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 
 
@@ -44,7 +40,7 @@ def renderer_for(settings: DataSettings) -> Renderer:
 def check(words: Sequence[str]) -> int:
     """Exit code 0 where every file has usable records, 2 where one has none."""
     settings, files = _parse(config.DataCommandSettings, words)
-    entries = [DatasetEntry(path=f) for f in files]
+    entries = config.dataset_entries(files)
     _, report = dataset.load(entries, settings, renderer_for(settings))
     if settings.json_output:
         print(json.dumps(report.to_json(), ensure_ascii=False))
@@ -63,7 +59,7 @@ def stats(words: Sequence[str]) -> int:
     whole = settings.model_copy(update={"cutoff_len": 1 << 30, "overlong": "drop"})
     results = []
     for name in files:
-        found, _ = dataset.load([DatasetEntry(path=name)], whole, renderer)
+        found, _ = dataset.load(config.dataset_entries([name]), whole, renderer)
         if not len(found):
             raise UserError("no usable records", where=name, fix="vicuna data check says why.")
         tokens, characters = _answer_lengths(found, renderer)
@@ -139,7 +135,7 @@ def preview(words: Sequence[str]) -> int:
     """Print examples token by token: green is learned, reversed is a control token."""
     settings, files = _parse(config.PreviewSettings, words)
     renderer = renderer_for(settings)
-    entries = [DatasetEntry(path=f) for f in files]
+    entries = config.dataset_entries(files)
     found, _ = dataset.load(entries, settings, renderer)
     if settings.start >= len(found):
         raise UserError(f"there are only {len(found)} usable examples", where="start")
@@ -168,78 +164,3 @@ def _coloured(example: Example, renderer: Renderer) -> Any:
         style += ["dim"] if span.silent else []
         text.append(span.text, " ".join(style))
     return text
-
-
-def convert(words: Sequence[str]) -> int:
-    """Write all usable records of the files in one format."""
-    from pathlib import Path
-
-    settings, files = _parse(config.ConvertSettings, words)
-    if not settings.output:
-        raise SettingsError(["output is missing: give the file to write (--output new.jsonl)"])
-    output = Path(settings.output)
-    if output.exists() and not settings.force:
-        raise UserError("the file exists", where=str(output), fix="Add --force to replace it.")
-    aside = output.with_name(f".{output.name}.part")
-    written = dropped = 0
-    with aside.open("w", encoding="utf-8") as out:
-        for path in (p for name in files for p in expand(name)):
-            problems: list[Problem] = []
-            for raw in read(path, problems, settings.encoding or None):
-                conversation = formats.parse(raw).conversation
-                if conversation is None:
-                    dropped += 1
-                    continue
-                line = json.dumps(as_format(conversation, settings.to), ensure_ascii=False)
-                out.write(line + "\n")
-                written += 1
-            dropped += sum(p.action == "dropped" for p in problems)
-    if not written:
-        aside.unlink()
-        raise UserError("no usable records", where=", ".join(files), fix="See vicuna data check.")
-    aside.rename(output)
-    print(f"{written:,} records written to {output}, {dropped:,} dropped")
-    return 0
-
-
-def as_format(conversation: Conversation, to: str) -> dict[str, Any]:
-    """A conversation as a record of another format.
-
-    Formats of one turn (alpaca, pair) take a longer conversation's last turn and put what came
-    before into `history`, so that nothing is lost.
-    """
-    if conversation.kind == "text":
-        return {"text": conversation.turns[-1].text}
-    turns = conversation.turns
-    system = turns[0].text if turns[0].role == "system" else ""
-    pairs = [(q, a) for q, a in pairwise(turns) if q.role == "user" and a.role == "assistant"]
-
-    def said(q: Any) -> str:
-        return f"{q.text}\n{q.input}" if q.input and q.text else q.text or q.input
-
-    record: dict[str, Any] = {"system": system} if system else {}
-    history = [{"input": said(q), "output": a.text} for q, a in pairs[:-1]]
-    question, answer = pairs[-1]
-    if to == "messages":
-        messages = [{"role": "system", "content": system}] if system else []
-        for q, a in pairs:
-            messages.append({"role": "user", "content": said(q)})
-            messages.append({"role": "assistant", "content": a.text})
-        return {"messages": messages}
-    if to == "sharegpt":
-        said_by = [{"from": "system", "value": system}] if system else []
-        for q, a in pairs:
-            said_by += [{"from": "human", "value": said(q)}, {"from": "gpt", "value": a.text}]
-        return {"conversations": said_by}
-    if to == "chat":
-        return {
-            **record,
-            "input": [said(q) for q, _ in pairs],
-            "output": [a.text for _, a in pairs],
-        }
-    if to == "history" or history:
-        return {**record, "history": history, "input": said(question), "output": answer.text}
-    if to == "alpaca":
-        fields = {"instruction": question.text, "input": question.input, "output": answer.text}
-        return {**record, **fields}
-    return {**record, "prompt": said(question), "response": answer.text}

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import numpy as np
 
 from vicuna.config import DatasetEntry, DataSettings
-from vicuna.data import checks
+from vicuna.data import checks, columns, encodings
 from vicuna.data.encode import Example
 from vicuna.data.lengths import CUTOFFS, Lengths
 from vicuna.data.order import Group, Order, split_validation
 from vicuna.data.prepare import Recipe, prepare_file
 from vicuna.data.report import DataReport, FileReport
-from vicuna.data.sources import expand
+from vicuna.data.sources import expand_noting
 from vicuna.data.store import Store
 from vicuna.data.template import Renderer
 from vicuna.errors import UserError
@@ -90,7 +90,12 @@ class Dataset:
         return groups
 
 
-def recipe_for(settings: DataSettings, renderer: Renderer, max_samples: int = 0) -> Recipe:
+def recipe_for(
+    settings: DataSettings,
+    renderer: Renderer,
+    max_samples: int = 0,
+    own_columns: columns.Columns = (),
+) -> Recipe:
     """What decides how records become examples under these settings."""
     return Recipe(
         vocabulary=renderer.encoder.vocabulary,
@@ -99,7 +104,22 @@ def recipe_for(settings: DataSettings, renderer: Renderer, max_samples: int = 0)
         split_at=settings.cutoff_len if settings.overlong == "split" else 0,
         max_samples=max_samples or settings.max_samples,
         encoding=settings.encoding,
+        columns=own_columns,
     )
+
+
+def check_sources(entries: Sequence[DatasetEntry], encoding: str) -> None:
+    """Look whether all sources are there and have the columns that were named for them.
+
+    Raises: UserError.
+    """
+    if encoding:
+        encodings.check(encoding, "encoding")
+    for entry in entries:
+        named = columns.settled(entry.columns)
+        for path in expand_noting(entry.path, []):
+            if named:
+                columns.check(path, named, encoding or None)
 
 
 def load(
@@ -115,12 +135,16 @@ def load(
 
     Raises: UserError where a source does not exist or, with `strict`, a record is bad.
     """
+    check_sources(entries, settings.encoding)
     sources: list[Source] = []
     for n, entry in enumerate(entries):
-        for path in expand(entry.path):
-            recipe = recipe_for(settings, renderer, entry.max_samples)
+        notes: list[str] = []
+        own = columns.settled(entry.columns)
+        for path in expand_noting(entry.path, notes):
+            recipe = recipe_for(settings, renderer, entry.max_samples, own)
             store = prepare_file(path, recipe, lambda k, p=path: say(f"{p.name}: {k:,} records"))  # type: ignore[misc]
             report = FileReport.from_json({**store.report, "path": str(path)})
+            report.said, notes = [*report.said, *notes], []
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)
             _warn_duplicates(store, report)
             if settings.strict:
@@ -139,6 +163,9 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
         good &= ~long
     elif overlong == "cut":
         good &= ~lost
+    outranked = set(store.report.get("outranked", ()))
+    if outranked:
+        good &= ~np.isin(index["record"], list(outranked))
     used = set(index["record"][good].tolist())
     seen: set[int] = set()
     for i in np.flatnonzero(~good | long):
@@ -146,7 +173,9 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
         if record in seen:
             continue
         seen.add(record)
-        if good[i]:
+        if record in outranked:
+            report.drop_used(line, "", "there is a better answer to the same question")
+        elif good[i]:
             report.warn(line, "", f"cut to cutoff_len: {n} tokens")
         elif record in used:
             report.warn(line, "", f"a turn is too long: {n} tokens")

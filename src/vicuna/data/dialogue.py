@@ -46,7 +46,8 @@ _COLON = r"[ \t]*[:：]"
 _PLACE = r"(?:^|(?<=[\s>。？！?!.]))"
 _USER = _words("Human human HUMAN User user USER 用户 人类")
 _BOT = _words(
-    "Assistant assistant ASSISTANT Bot bot BOT AI MOSS Moss GPT ChatGPT Belle BELLE 助手 助理 机器人"
+    "Assistant assistant ASSISTANT Bot bot BOT AI MOSS Moss GPT ChatGPT Belle BELLE "
+    "助手 助理 机器人"
 )
 _COUNT = r"(?:[ \t]*\d+)?"
 _REMARK = r"(?:[ \t]*[(（][^()（）\n]{0,60}[)）])?"
@@ -86,16 +87,20 @@ _FAMILIES = (
 )
 _ENDS = re.compile(
     r"(?:\s|<eo[a-z]>|</?s>|<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|<\|endoftext\|>"
-    r"|<\|end_of_text\|>|<\|begin_of_text\|>|<\|end_of_sentence\|>|<eos>|</chat>|\[Round[ \t]*\d+\])+\Z"
+    r"|<\|end_of_text\|>|<\|begin_of_text\|>|<\|end_of_sentence\|>|<eos>|</chat>"
+    r"|\[Round[ \t]*\d+\])+\Z"
 )
-_BEFORE = re.compile(_BEGIN)
 _SYS = re.compile(r"\A\s*<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 # Where a preamble may stand, only marks that nobody writes in prose count.
-_RENDERED = re.compile(r"^USER[:：]|###[ \t]*(?:Human|User|Instruction|指令)[:：]|\bUSER: .*\bASSISTANT:", re.M)
+_RENDERED = re.compile(
+    r"^USER[:：]|###[ \t]*(?:Human|User|Instruction|指令)[:：]|\bUSER: .*\bASSISTANT:", re.M
+)
 _PREAMBLE = 1000  # characters
 _ALPACA = ("Below is an instruction", "下面是一条指令", "以下是一个描述任务的指令")
 # What can begin a dialogue at all: one look rules out nearly every text.
-POSSIBLE = re.compile(r"\s*(?:[\[<#]|[Hh]uman|human|HUMAN|User|user|USER|System|用户|人类|问|提问|Q)")
+POSSIBLE = re.compile(
+    r"\s*(?:[\[<#]|[Hh]uman|human|HUMAN|User|user|USER|System|用户|人类|问|提问|Q)"
+)
 
 
 def open_dialogue(text: str) -> Spoken | None:
@@ -155,7 +160,7 @@ def _split(text: str, plain: bool) -> Spoken | None:
 
 
 def _by(family: _Family, text: str, forced: bool = False) -> Spoken | None:
-    """The turns between the marks of one family; None where a speaker is not followed by the other."""
+    """The turns between the marks of one family; None where the speakers do not take turns."""
     marks = list(family.mark.finditer(text))
     said: Spoken = []
     for i, mark in enumerate(marks):

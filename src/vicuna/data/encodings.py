@@ -26,8 +26,10 @@ _BOMS = (
 )
 _FAULTS = 0.05  # of a multi-byte encoding's characters, so many may be damaged
 _VERY_COMMON = {
-    "GB18030": "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之，。？、",
-    "Big5": "的一是不了在人有我他這個們中來上大為和國地到以說時要就出會可也你對生能而子那得於著下自之，。？、",
+    "GB18030": "的一是不了在人有我他这个们中来上大为和国地到以说时"
+    "要就出会可也你对生能而子那得于着下自之，。？、",
+    "Big5": "的一是不了在人有我他這個們中來上大為和國地到以說時"
+    "要就出會可也你對生能而子那得於著下自之，。？、",
     "Shift_JIS": "のにはをたがでてとしれさいるもなすあっかりこ、。ー",
     "EUC-JP": "のにはをたがでてとしれさいるもなすあっかりこ、。ー",
     "EUC-KR": "이다는의에을를가고하지은한로도기사서어나인",
@@ -45,9 +47,10 @@ _KANA = re.compile("[\u3041-\u30fe]")
 _PRIVATE = re.compile("[\ue000-\uf8ff]")
 _HALF_KANA = re.compile("[\uff61-\uff9f]")
 _HIGH_RUN = re.compile(rb"[\x80-\xff]+")
-# What people write: ASCII and its neighbours, Cyrillic, kana, the common Chinese characters, Hangul.
+# What people write: ASCII and its neighbours, Cyrillic, kana, common Chinese characters, Hangul.
 _WRITTEN = re.compile(
-    "[\t\n\r -~\u00a0-\u024f\u0400-\u04ff\u2010-\u2027\u3000-\u30ff\u4e00-\u9fa5\uac00-\ud7a3\uff00-\uffef]"
+    "[\t\n\r -~\u00a0-\u024f\u0400-\u04ff\u2010-\u2027\u3000-\u30ff\u4e00-\u9fa5"
+    "\uac00-\ud7a3\uff00-\uffef]"
 )
 # A high byte as Western text has it: beside a letter, or a sign such as € £ ° “ –.
 _PLACED = re.compile(

@@ -11,17 +11,21 @@ from typing import Any
 
 from vicuna.data import marks
 from vicuna.data.keys import empty
-from vicuna.data.marks import TOOL, Reading
+from vicuna.data.marks import Reading
 from vicuna.data.readers import role_of
-from vicuna.data.said import EMPTY_CONVERSATION, MEDIA, Said
+from vicuna.data.reasons import (
+    EMPTY_CONVERSATION,
+    LABEL_STUDIO,
+    MEDIA,
+    ONLY_TEXT_PAIR,
+    PASSAGES,
+    SEGMENTS,
+    TOKEN_IDS,
+    TOOL,
+    TREE_MESSAGE,
+)
+from vicuna.data.said import Said
 from vicuna.data.textrules import Unusable, shorten
-
-TREE_MESSAGE = "one message of an OpenAssistant tree (take the file of trees, or join the messages)"
-TOKEN_IDS = "token ids instead of text (give the texts they were made from)"
-SEGMENTS = "axolotl's segments without a template (write them as messages)"
-PASSAGES = "SQuAD's passages with many questions (write one question and answer a record)"
-ONLY_TEXT_PAIR = "a question with passages to rank, not an answer (this trains retrieval, not chat)"
-LABEL_STUDIO = "an annotation task of Label Studio (export it as JSON-MIN or CSV)"
 
 _MOSS_BEGIN = re.compile(r"\A\s*<\|[^|<>]{1,30}\|>\s*[:：]?\s*")
 _MOSS_END = re.compile(r"(?:\s|<eo[a-z]>)+\Z")
@@ -136,7 +140,9 @@ _ABOUT = (
 
 def _newest(mapping: dict[str, Any]) -> str:
     """The end of the branch that was written last: the last child of each last child."""
-    roots = [k for k, n in mapping.items() if isinstance(n, dict) and n.get("parent") not in mapping]
+    roots = [
+        k for k, n in mapping.items() if isinstance(n, dict) and n.get("parent") not in mapping
+    ]
     node = roots[-1] if roots else next(iter(mapping))
     seen: set[str] = set()
     while node not in seen:
@@ -154,9 +160,9 @@ def _message(message: dict[str, Any], where: str, reading: Reading) -> Iterator[
         yield from _fragments(message["fragments"], where)
         return
     about = message.get("metadata") or {}
-    if about.get("is_visually_hidden_from_conversation") or about.get("is_user_system_message"):
-        if not _hidden_words(message):
-            return
+    hidden = about.get("is_visually_hidden_from_conversation")
+    if (hidden or about.get("is_user_system_message")) and not _hidden_words(message):
+        return
     author = message.get("author") or {}
     name = author.get("role") if isinstance(author, dict) else author
     content = message.get("content") or {}

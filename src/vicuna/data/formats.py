@@ -29,35 +29,19 @@ from vicuna.data import columns as own_columns
 from vicuna.data import exports, marks, preferences, readers
 from vicuna.data.columns import Columns
 from vicuna.data.keys import ALL_TURN_LISTS, ANSWERS, HARMLESS, PLAIN_QUESTIONS, first, fold
-from vicuna.data.marks import TOOL as TOOL_ROLE
 from vicuna.data.marks import Reading
 from vicuna.data.printed import printed
 from vicuna.data.readers import (
-    MORE_ANSWERS,
-    NOT_A_TURN,
-    ONE_TURN,
-    UNKNOWN_ROLE,
     as_list,
     looks_like_turns,
     pair_keys,
 )
+from vicuna.data.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
 from vicuna.data.said import (
-    CUT,
-    EMPTY_ANSWER,
-    EMPTY_CONVERSATION,
-    EMPTY_QUESTION,
-    LEADING_ANSWER,
-    MERGED,
-    NO_ANSWER,
-    NO_QUESTION,
-    OPEN_QUESTION,
-    PLACEHOLDER_ANSWER,
-    QUESTION_FROM_INPUT,
     Said,
     converse,
 )
 from vicuna.data.textrules import (
-    DUPLICATE_KEY,
     Note,
     Unusable,
     clean,
@@ -68,18 +52,7 @@ from vicuna.data.textrules import (
 )
 from vicuna.data.types import Action, Conversation, Parsed, Problem, Raw, Turn
 
-# The reasons a user reads, beside those of the modules above. Stable; a detail may follow after ": ".
-UNKNOWN_FORMAT = "unknown format"
-WRAPPED = "record wrapped in a list"
-INSIDE = "record taken out of a field"
-NO_TEXT = "no text"
-EMPTY_TEXT = "empty text"
-
-__all__ = [
-    *("CUT", "DUPLICATE_KEY", "EMPTY_ANSWER", "EMPTY_CONVERSATION", "EMPTY_QUESTION", "LEADING_ANSWER", "MERGED"),
-    *("MORE_ANSWERS", "NOT_A_TURN", "NO_ANSWER", "NO_QUESTION", "ONE_TURN", "OPEN_QUESTION"),
-    *("PLACEHOLDER_ANSWER", "QUESTION_FROM_INPUT", "TOOL_ROLE", "UNKNOWN_ROLE", "parse"),
-]
+__all__ = ["parse", "recognised"]
 
 _READERS: dict[str, Callable[[Reading], Iterable[Said]]] = {
     "alpaca": readers.alpaca,
@@ -129,9 +102,11 @@ def parse(raw: Raw, columns: Columns = ()) -> Parsed:
             conversation = Conversation(turns, raw.line, "text")
         else:
             said = list(_READERS[name](reading))
+            merit = None
             if not _PLAIN.issuperset(reading.values):
                 said = marks.record(reading, said)
-            conversation = Conversation(converse(said, note), raw.line)
+                merit = marks.merit(reading.values)
+            conversation = Conversation(converse(said, note), raw.line, "chat", merit)
     except Unusable as e:
         return Parsed(None, name, [_problem(raw.line, e.field, e.reason, "dropped")])
     unused = () if name == "alpaca" and _ALPACA.issuperset(reading.values) else reading.unused()
@@ -187,7 +162,7 @@ def _object(value: Any, note: Note, columns: Columns) -> Reading:
 
 
 def _inside(reading: Reading) -> Reading:
-    """The record that stands in one field of an object: {"id": 1, "data": {…}}, or a table's cell."""
+    """The record that stands in one field: {"id": 1, "data": {…}}, or a table's cell."""
     found: dict[str, dict[str, Any]] = {}
     for key, value in reading.values.items():
         if isinstance(value, str) and value[:1] == "{":
@@ -217,9 +192,8 @@ def _detect(r: dict[str, Any]) -> str:
     """The format's name, by the keys."""
     if "instruction" in r and "output" in r and _ALPACA.issuperset(r) and r["instruction"]:
         return "alpaca"  # the plainest, and most of them
-    if not _SPECIAL.isdisjoint(r):
-        if name := _special(r):
-            return name
+    if not _SPECIAL.isdisjoint(r) and (name := _special(r)):
+        return name
     turns = readers.turns_key(r) if readers.has_turns(r) else None
     if turns:
         return "messages" if turns == "messages" else "sharegpt"

@@ -20,15 +20,10 @@ from vicuna.data import formats
 from vicuna.data.json_values import DECODER, LIMIT, Window
 from vicuna.data.keys import ALL_TURN_LISTS
 from vicuna.data.readers import looks_like_turns
+from vicuna.data.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT
 from vicuna.data.text import BLANK
 from vicuna.data.textrules import Number, shorten
 from vicuna.data.types import Problem, Raw
-
-LIST_INSIDE = "records taken out of a list inside"
-BY_ID = "records taken from under their ids"
-COLUMNS = "records put together from columns"
-SPLIT = "records put together from rows and their columns"
-OTHER_LIST = "another list inside, not read"
 
 _TRAIN = ("train", "training", "train_data", "training_data", "train_set", "data")
 _TEST = ("test", "validation", "valid", "val", "dev", "eval", "test_data", "val_data", "test_set")
@@ -161,9 +156,9 @@ def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
             return _too_large(window, line, problems)
         held[key] = found[0]
         offset = found[1] - window.pos
-    if char != "}" or formats.recognised(held) and not _columnar(held):
+    if char != "}" or (formats.recognised(held) and not _columnar(held)):
         return None
-    return _whole(window, offset, line, held, problems)
+    return _whole(window, offset, line, problems)
 
 
 def _too_large(window: Window, line: int, problems: list[Problem]) -> None:
@@ -227,7 +222,7 @@ def _opened(
 
 
 def _by_id(window: Window, offset: int, problems: list[Problem]) -> Shape | None:
-    """Records under their ids: the first value and the second are records, and the whole is none."""
+    """Records under their ids: the values are records, and the whole is none."""
     start = window.pos + offset
     first = _peek(window, start)
     if first is None or not isinstance(first[0], dict) or not formats.recognised(first[0]):
@@ -263,9 +258,7 @@ def _skip(buf: str, at: int) -> int:
     return at
 
 
-def _whole(
-    window: Window, offset: int, line: int, held: dict[str, Any], problems: list[Problem]
-) -> Shape | None:
+def _whole(window: Window, offset: int, line: int, problems: list[Problem]) -> Shape | None:
     """An object read whole: columns, or a list deeper inside."""
     text = window.buf[window.pos : window.pos + offset + 1]
     value = json.loads(text, parse_int=Number, parse_float=Number, strict=False)
@@ -328,9 +321,9 @@ def _inside(value: Any, depth: int) -> tuple[str, list[dict[str, Any]]]:
         return "", []
     for key in sorted(value, key=lambda k: (k.lower() not in _TRAIN, k.lower() in _TEST)):
         inner = value[key]
-        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
-            if formats.recognised(inner[0]):
-                return key, inner
+        objects = isinstance(inner, list) and inner and isinstance(inner[0], dict)
+        if objects and formats.recognised(inner[0]):
+            return key, inner
         name, found = _inside(inner, depth - 1)
         if not found and isinstance(inner, dict):
             name, found = "", _from_columns(inner) or _from_split(inner)

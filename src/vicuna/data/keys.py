@@ -34,7 +34,8 @@ PAIRS = tuple(
             "instruction/response instruction/completion input/output context/target input/target "
             "source/target ask/answer q/a human/assistant user/assistant user/bot human/gpt "
             "human/bot question/response query/output prompt/output prompt/answer input/response "
-            "input/answer input/content inputs/targets inputs/outputs 问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
+            "input/answer input/content inputs/targets inputs/outputs "
+            "问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
         )
     )
 )
@@ -50,9 +51,9 @@ CHOSEN = names(
     "positive_response winner_response 优选 优选回答 更优回答"
 )
 REJECTED = names(
-    "rejected rejected_response response_rejected rejected_answer rejected_messages rejected_output "
-    "non_preferred_output dispreferred bad_response bad_answer worse_response negative_response "
-    "loser_response 拒绝 拒选回答 较差回答"
+    "rejected rejected_response response_rejected rejected_answer rejected_messages "
+    "rejected_output non_preferred_output dispreferred bad_response bad_answer worse_response "
+    "negative_response loser_response 拒绝 拒选回答 较差回答"
 )
 
 # What the words of an answer were thought up with.
@@ -75,10 +76,10 @@ TOOLS = names(
 # Whether an answer is in the loss: true says yes ...
 LEARNED = names(
     "weight loss_weight sample_weight turn_weight weights loss_weights train trainable training "
-    "do_train is_train is_trained to_train train_on train_on_turn train_turn train_this in_training "
-    "loss loss_scale loss_mask train_mask in_loss with_loss has_loss need_loss use_loss enable_loss "
-    "compute_loss calculate_loss calc_loss output_with_loss supervise supervised learn learnable "
-    "use_for_training include_in_loss 权重 训练"
+    "do_train is_train is_trained to_train train_on train_on_turn train_turn train_this "
+    "in_training loss loss_scale loss_mask train_mask in_loss with_loss has_loss need_loss "
+    "use_loss enable_loss compute_loss calculate_loss calc_loss output_with_loss supervise "
+    "supervised learn learnable use_for_training include_in_loss 权重 训练"
 )
 # Parts of an answer that are in the loss, by their place in it: more than a turn can carry.
 PARTIAL = names("train_detail training_detail no_loss_spans loss_spans train_spans token_weights")
@@ -124,7 +125,8 @@ _USERS = names(
     "human user prompter questioner usr customer client 问 用户 人类 提问 提问者 客户 顾客 患者"
 )
 _ASSISTANTS = names(
-    "gpt assistant bot model chatgpt gpt4 gpt-4 ai chatbot claude 答 助手 助理 机器人 模型 回答 客服"
+    "gpt assistant bot model chatgpt gpt4 gpt-4 ai chatbot claude "
+    "答 助手 助理 机器人 模型 回答 客服"
 )
 ROLES: dict[str, Role] = {
     **dict.fromkeys(_USERS, "user"),
@@ -150,8 +152,7 @@ KNOWN = frozenset(
     + (*OPTIONS, *OPTION_ANSWERS, *PARTIAL, *_SHAPES)
 )
 MEANINGFUL = frozenset(
-    (*SYSTEMS, *THOUGHTS, *MEDIA, *TOOLS, *LEARNED, *MASKED, *GOOD, *BAD, *RANKS, *SCORES)
-    + PARTIAL
+    (*SYSTEMS, *THOUGHTS, *MEDIA, *TOOLS, *LEARNED, *MASKED, *GOOD, *BAD, *RANKS, *SCORES) + PARTIAL
 )
 
 

@@ -20,13 +20,9 @@ from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.keys import empty
-from vicuna.data.said import MEDIA, NOT_LEARNED, Said
+from vicuna.data.reasons import BAD_ANSWER, MASK_ODD, MEDIA, NOT_LEARNED, TOOL, WEIGHT
+from vicuna.data.said import Said
 from vicuna.data.textrules import NOT_TEXT, Note, Number, Unusable, kind, shorten
-
-TOOL = "tool call"
-BAD_ANSWER = "marked as a bad answer"
-WEIGHT = "weight taken as 1"
-MASK_ODD = "loss mask not understood"
 
 _YES = frozenset(("true", "yes", "y", "1", "on", "good", "chosen", "correct", "right", "positive"))
 _YES |= {"accepted", "thumbs_up", "thumbsup", "up", "like", "liked", "upvote", "safe", "是", "好"}
@@ -129,6 +125,15 @@ def record(reading: Reading, said: list[Said]) -> list[Said]:
     return said
 
 
+def merit(values: dict[str, Any]) -> float | None:
+    """How good a record's answer is said to be, against others to its question; more is better."""
+    for names, sign in ((keys.RANKS, -1.0), (keys.SCORES, 1.0)):
+        for key in names:
+            if (number := number_of(values.get(key))) is not None:
+                return sign * number
+    return None
+
+
 def turn(item: dict[str, Any], taken: Iterable[str], where: str, reading: Reading) -> Said | None:
     """Honour the keys of a turn beside its speaker and words (`taken`).
 
@@ -209,7 +214,9 @@ def _reason(key: str) -> str:
 
 
 def _brief(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    return (
+        json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
+    )
 
 
 def _masked(said: list[Said], learned: list[bool], key: str) -> list[Said]:
@@ -219,7 +226,9 @@ def _masked(said: list[Said], learned: list[bool], key: str) -> list[Said]:
     for places in (answers, spoken, list(range(len(said)))):
         if len(places) == len(learned):
             masks = dict(zip(places, learned))
-            return [s._replace(learned=s.learned and masks.get(i, True)) for i, s in enumerate(said)]
+            return [
+                s._replace(learned=s.learned and masks.get(i, True)) for i, s in enumerate(said)
+            ]
     raise Unusable(key, f"{MASK_ODD}: {len(learned)} entries for {len(answers)} answers")
 
 

@@ -11,10 +11,8 @@ from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.marks import Reading, number_of
+from vicuna.data.reasons import NO_SUCH_OPTION, OPTION_NUMBER
 from vicuna.data.textrules import Unusable, parse_list
-
-OPTION_NUMBER = "number of an option, counted from 0, taken as its letter"
-NO_SUCH_OPTION = "no such option"
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KEY = re.compile(r"(?:option|choice|opt|op|选项|选择)?[_ ]?([a-h1-8])(?:选项)?")

@@ -14,12 +14,9 @@ from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.marks import Reading, joined, number_of, says, thinking
+from vicuna.data.reasons import BEST, FIRST, NO_WINNER
 from vicuna.data.said import Said
 from vicuna.data.textrules import NOT_TEXT, Unusable, kind, names, parse_list
-
-BEST = "best of several answers"
-FIRST = "first of several answers"
-NO_WINNER = "several answers, and it is not said which is better"
 
 _TWO = (
     *(("response_0", "response_1"), ("response_a", "response_b"), ("answer_a", "answer_b")),

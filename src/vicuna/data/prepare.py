@@ -25,6 +25,7 @@ import numpy as np
 
 from vicuna.cache import cache_dir, file_hash, whole_folder
 from vicuna.data import checks, formats
+from vicuna.data.columns import Columns
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Vocabulary
 from vicuna.data.read import read
 from vicuna.data.report import FileReport
@@ -35,7 +36,7 @@ from vicuna.data.types import Conversation, Problem, Raw, Turn
 from vicuna.interrupts import children_spared
 
 # Counts up when anything here changes what a record becomes.
-FORMAT = 2
+FORMAT = 10
 CHUNK = 512
 # Below this, starting worker processes costs more than it saves.
 SMALL = 8 << 20
@@ -52,6 +53,7 @@ class Recipe:
     split_at: int = 0  # split conversations longer than this many tokens; 0 never
     max_samples: int = 0
     encoding: str = ""
+    columns: Columns = ()  # the file's own names for ours
 
     def key(self, content: str) -> str:
         """The name of the result for a file of this content."""
@@ -64,6 +66,7 @@ class Recipe:
             self.split_at,
             self.max_samples,
             self.encoding,
+            self.columns,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -78,8 +81,12 @@ class Batch:
     lines: np.ndarray
     exact: np.ndarray
     near: np.ndarray
+    ranked: np.ndarray  # RANKED, of records with a score or rank
     report: FileReport
 
+
+# A record of the batch, the hash of what it answers, and how good its answer is said to be.
+RANKED = np.dtype([("record", np.int64), ("prompt", np.uint64), ("merit", np.float64)])
 
 Progress = Callable[[int], None]
 
@@ -104,12 +111,16 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
     writer = StoreWriter(folder)
     exact: list[np.ndarray] = []
     near: list[np.ndarray] = []
+    ranked: list[np.ndarray] = []
     found: list[Problem] = []
-    done = 0
+    done = records = 0
     for batch in _work_through(path, read(path, found, recipe.encoding or None), recipe):
         writer.add(batch.ids, batch.labels, batch.index, batch.lines)
         exact.append(batch.exact)
         near.append(batch.near)
+        batch.ranked["record"] += records
+        ranked.append(batch.ranked)
+        records += len(batch.lines)
         report.merge(batch.report)
         done += batch.report.records
         progress(done)
@@ -118,8 +129,18 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
     writer.finish(
         np.concatenate(exact) if exact else np.zeros(0, np.uint64),
         np.concatenate(near) if near else np.zeros((0, checks.SIGNATURE), np.uint32),
-        report.to_json(),
+        {**report.to_json(), "outranked": _outranked(ranked)},
     )
+
+
+def _outranked(ranked: list[np.ndarray]) -> list[int]:
+    """The records with a better answer to the same question in the file."""
+    rows = np.concatenate(ranked) if ranked else np.zeros(0, RANKED)
+    if not len(rows):
+        return []
+    worse = checks.outranked(rows["prompt"], rows["merit"])
+    found: list[int] = rows["record"][worse].tolist()
+    return found
 
 
 def _work_through(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:
@@ -213,7 +234,7 @@ class Work:
         report = FileReport(path)
         conversations: list[Conversation] = []
         for raw in chunk:
-            parsed = formats.parse(raw)
+            parsed = formats.parse(raw, self.recipe.columns)
             if parsed.conversation is not None:
                 parsed.problems += checks.warnings(parsed.conversation)
                 conversations.append(parsed.conversation)
@@ -229,6 +250,7 @@ class Work:
             np.array(lines, np.int32),
             exact,
             near,
+            _ranked(conversations),
             report,
         )
 
@@ -240,9 +262,12 @@ class Work:
         rendered = []
         owners: list[int] = []
         for n, conversation in enumerate(conversations):
+            before = len(rendered)
             for segments in template.examples(conversation, self.recipe.train_turns):
                 rendered.append(segments)
                 owners.append(n)
+            if len(rendered) == before:  # its last answer is not to be learned
+                report.drop_used(conversation.line, "", "nothing to learn")
         encoded = self.renderer.encoder.encode_many(rendered, end)
         examples: list[Example] = []
         records: list[int] = []
@@ -306,6 +331,15 @@ class Work:
         part = Conversation(turns, conversation.line)
         segments = self.renderer.template.examples(part, self.recipe.train_turns)
         return self.renderer.encoder.encode_many(segments, self.renderer.end_id)
+
+
+def _ranked(conversations: Sequence[Conversation]) -> np.ndarray:
+    rows = [
+        (n, checks.prompt_hash(c), c.merit)
+        for n, c in enumerate(conversations)
+        if c.merit is not None
+    ]
+    return np.array(rows, RANKED)
 
 
 def _windows(example: Example, limit: int) -> list[Example]:

@@ -1,4 +1,4 @@
-"""Values as Python, numpy and pandas print them, where JSON belongs: {'a': None}, [{...}\\n {...}]."""
+"""Values as Python, numpy and pandas print them, where JSON belongs: {'a': None}, no commas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def printed(text: str) -> Any:
     """The value of a text that Python printed; None where it is none."""
     if len(text) > LIMIT:
         return None
-    for form in (text, _NAN.sub("None", text), _GAP.sub(",", _ARRAY.sub("", _NAN.sub("None", text)))):
+    for form in (
+        text,
+        _NAN.sub("None", text),
+        _GAP.sub(",", _ARRAY.sub("", _NAN.sub("None", text))),
+    ):
         try:
             return _plain(ast.literal_eval(form.strip()))
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):

@@ -1,9 +1,10 @@
 """The records of one file, streamed: bytes -> text -> `Raw`, whatever the file is called.
 
-The content decides the format: JSONL, one JSON array, JSON objects one after another, an object that
-holds them (`json_shapes.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain text, those
-of text also compressed and in any usual encoding. Anything else is named for what it is (`kinds.py`).
-No file is ever loaded whole; what cannot be used becomes a `Problem`, and the rest is still read.
+The content decides the format: JSONL, one JSON array, JSON objects one after another, an object
+that holds them (`json_shapes.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain
+text; those of text also compressed and in any usual encoding. Anything else is named for what it is
+(`kinds.py`). No file is ever loaded whole; what cannot be used becomes a `Problem`, and the rest is
+still read.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ def _records(path: Path, text: Text, problems: list[Problem]) -> Iterator[Raw]:
             break
     start = "".join(first)
     name = _bare_name(path)
-    if reason := kinds.text_kind(start, name):
-        if not name.endswith(".txt") or reason == kinds.LFS:
-            problems.append(Problem(1, "", reason, "dropped"))
-            return iter(())
+    reason = kinds.text_kind(start, name)
+    if reason and (not name.endswith(".txt") or reason == kinds.LFS):
+        problems.append(Problem(1, "", reason, "dropped"))
+        return iter(())
     layout = _layout(name, start)
     texts = chain([start], blocks)
     if layout == "lines":

@@ -14,7 +14,6 @@ from vicuna.data.dialogue import POSSIBLE, Spoken, open_dialogue, whole_dialogue
 from vicuna.data.keys import (
     ALL_TURN_LISTS,
     ANSWERS,
-
     MATERIAL,
     OTHER_TURN_LISTS,
     PAIRS,
@@ -30,18 +29,24 @@ from vicuna.data.keys import (
     first,
     fold,
 )
-from vicuna.data.marks import TOOL, Reading
-from vicuna.data.said import EMPTY_CONVERSATION, NO_ANSWER, OPEN_QUESTION, Said
+from vicuna.data.marks import Reading
+from vicuna.data.reasons import (
+    DIALOGUE,
+    EMPTY_CONVERSATION,
+    MORE_ANSWERS,
+    NO_ANSWER,
+    NOT_A_TURN,
+    ONE_TURN,
+    OPEN_QUESTION,
+    PRINTED_LIST,
+    TOOL,
+    UNKNOWN_ROLE,
+)
+from vicuna.data.said import Said
 from vicuna.data.textrules import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
 from vicuna.data.types import Role
 
 # The reasons a user reads, beside those of `said` and `marks`.
-NOT_A_TURN = "not a turn"
-UNKNOWN_ROLE = "unknown role"
-MORE_ANSWERS = "more answers than questions"
-ONE_TURN = "text instead of a list, taken as one turn"
-DIALOGUE = "dialogue in one text, read as turns"
-PRINTED_LIST = "list as Python prints it, read"
 
 _PLAIN_ALPACA = frozenset(("instruction", "input", "output", "id"))
 
@@ -74,7 +79,10 @@ def pair(reading: Reading) -> list[Said]:
     asked, given = reading.take(question), reading.take(material)
     answer = reading.take(answer_)
     if isinstance(asked, (list, dict)):
-        return [*_context(asked, question, reading), *_answers(answer, answer_ or "answer", reading)]
+        return [
+            *_context(asked, question, reading),
+            *_answers(answer, answer_ or "answer", reading),
+        ]
     asked, given, answer = _choice(reading, asked, given, answer, answer_)
     if isinstance(answer, (list, dict)):
         before = _asked(asked, given, question, material, "", "", reading)[:-1]
@@ -106,17 +114,21 @@ def _asked(
 ) -> list[Said]:
     """A question with its material and its answer; the question may hold a dialogue in one text."""
     given = Said("assistant", answer, answer_field)
-    if type(question) is str and POSSIBLE.match(question):
-        if said := _dialogue_before(question, material):
-            reading.note(field, DIALOGUE, "repaired")
-            return [*_spoken(said, field), given]
+    possible = type(question) is str and POSSIBLE.match(question)
+    if possible and (said := _dialogue_before(question, material)):
+        reading.note(field, DIALOGUE, "repaired")
+        return [*_spoken(said, field), given]
     return [Said("user", question, field, material, input_field), given]
 
 
 def _dialogue_before(question: str, material: Any) -> Spoken | None:
     if type(material) is str and material.strip():
         # BELLE's and others': the dialogue goes on in the input.
-        return open_dialogue(f"{question}\n{material}") if open_dialogue(f"{question}\nUser:x") else None
+        return (
+            open_dialogue(f"{question}\n{material}")
+            if open_dialogue(f"{question}\nUser:x")
+            else None
+        )
     return open_dialogue(question)
 
 
@@ -169,7 +181,7 @@ def _one_or_many(reading: Reading, key: str) -> list[Any]:
 
 
 def turn_list(reading: Reading) -> Iterator[Said]:
-    """{conversations: [{from, value} ...]}, {messages: [{role, content} ...]} and their relatives."""
+    """{conversations: [{from, value} ...]}, {messages: [{role, content} ...]}, their relatives."""
     values = reading.values
     key = turns_key(values) or ""
     found = as_list(reading.take(key), reading, key)
@@ -277,9 +289,10 @@ def dialogue_key(values: dict[str, Any]) -> tuple[str, Spoken] | None:
     """The key of a text that is a dialogue, and who says what in it."""
     for key in _DIALOGUES:
         value = values.get(key)
-        if type(value) is str and len(value) > 8:
-            if said := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
-                return key, said
+        if type(value) is not str or len(value) <= 8:
+            continue
+        if said := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
+            return key, said
     return None
 
 
@@ -343,7 +356,9 @@ def items(found: list[Any], key: str, reading: Reading) -> Iterator[Said]:
         if type(item) is dict and len(item) == 2:  # nearly all of them
             speaker, words = ("from", "value") if "from" in item else ("role", "content")
             if words in item and speaker in item and type(item[words]) is str:
-                if (role := ROLES.get(item[speaker])) and thought is None:
+                name = item[speaker]
+                role = ROLES.get(name) if type(name) is str else None
+                if role and thought is None:
                     yield Said(role, item[words], f"{where}.{words}")
                     continue
         if isinstance(item, (list, tuple)) and len(item) == 2:
@@ -425,5 +440,3 @@ def role_of(name: Any, field: str) -> Role:
         return role
     reason = TOOL if lower in TOOL_ROLES else UNKNOWN_ROLE
     raise Unusable(field, f"{reason}: {shorten(name, 40)}")
-
-

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vicuna.data.checks import NO_CHINESE
-from vicuna.data.formats import ONE_TURN, UNKNOWN_FORMAT
+from vicuna.data.reasons import ONE_TURN, UNKNOWN_FORMAT
 from vicuna.data.types import Action, Parsed, Problem
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WORTH_SAYING = 0.05
 NOT_USED = "columns not used"
 OWN_NAMES = "no column has a name that is known here"
-COLUMNS = 100  # names that are counted one by one
+COUNTED = 100  # names that are counted one by one
 MORE_COLUMNS = "and others"
 PLACES = 3  # examples of a reason in the table
 _SHARE = re.compile(r"(\d+) of (\d+) records have no Chinese text")
@@ -64,7 +64,7 @@ class FileReport:
 
     def _count_unused(self, found: dict[str, int]) -> None:
         for name, count in found.items():
-            if name not in self.unused and len(self.unused) >= COLUMNS:
+            if name not in self.unused and len(self.unused) >= COUNTED:
                 name = MORE_COLUMNS
             self.unused[name] = self.unused.get(name, 0) + count
 

@@ -5,6 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from vicuna.data.reasons import (
+    CUT,
+    EMPTY_ANSWER,
+    EMPTY_CONVERSATION,
+    EMPTY_QUESTION,
+    LEADING_ANSWER,
+    MEDIA,
+    MERGED,
+    NO_ANSWER,
+    NO_QUESTION,
+    NOT_LEARNED,
+    OPEN_QUESTION,
+    PLACEHOLDER_ANSWER,
+    QUESTION_FROM_INPUT,
+    SYSTEM_LEFT_OUT,
+    SYSTEM_MOVED,
+)
 from vicuna.data.textrules import (
     PLACEHOLDER_INPUT,
     Note,
@@ -16,21 +33,6 @@ from vicuna.data.textrules import (
 from vicuna.data.types import Role, Turn
 
 # The reasons a user reads, beside those of `textrules`. Stable; a detail may follow after ": ".
-NO_ANSWER = "no answer"
-EMPTY_ANSWER = "empty answer"
-PLACEHOLDER_ANSWER = "placeholder answer"
-NO_QUESTION = "no question"
-EMPTY_QUESTION = "empty question"
-QUESTION_FROM_INPUT = "question taken from the input"
-EMPTY_CONVERSATION = "empty conversation"
-SYSTEM_MOVED = "system turn moved to the front"
-SYSTEM_LEFT_OUT = "system turn at the end left out"
-LEADING_ANSWER = "leading assistant turn dropped"
-MERGED = "turns of the same role merged"
-OPEN_QUESTION = "question without an answer dropped"
-CUT = "conversation cut here"
-MEDIA = "image, audio or video"
-NOT_LEARNED = "marked as not to be learned"
 
 # Marks that stand for what a text model cannot see. The first kind is a mark wherever it stands;
 # the second may also be talked about, so it counts where a text begins or ends with it, or on a
@@ -189,4 +191,3 @@ def _merged(one: Turn, two: Turn) -> Turn:
         _joined(one.thought, two.thought),
         one.supervised and two.supervised,
     )
-

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import glob
+import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from vicuna.cache import file_hash
 from vicuna.errors import UserError
 from vicuna.paths import user_path
 
+_PACKED = tuple(
+    f"{ending}{packed}"
+    for ending in (".json", ".jsonl", ".csv", ".tsv")
+    for packed in (".gz", ".bz2", ".xz", ".zst")
+)
 ENDINGS = (
-    *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz"),
-    *(".csv", ".tsv", ".parquet", ".txt"),
+    *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt"),
+    *_PACKED,
+)
+# Data that cannot be read as they are: in a folder they are named, never passed over (`kinds.py`).
+NAMED = (
+    *(".xlsx", ".xls", ".ods", ".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".7z", ".rar"),
+    *(".sqlite", ".sqlite3", ".db", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".orc", ".avro"),
 )
 # They stand beside data and describe them.
-NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "requirements.txt")
+NOT_DATA = (
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"),
+    "requirements.txt",
+)
+_SPLITS = ("train", "training")
 
 digest = file_hash
 
@@ -32,15 +48,26 @@ def expand(source: str) -> list[Path]:
 
     Raises: UserError where nothing is there, with the way out.
     """
+    return expand_noting(source, [])
+
+
+def expand_noting(source: str, notes: list[str]) -> list[Path]:
+    """`expand`; what of the source is left out, and why, is appended to `notes`."""
     path = user_path(source)
     if path.is_dir():
-        return _in_folder(path, source)
+        return _in_folder(path, source, notes)
     if path.exists():
+        if path.name.lower() in NOT_DATA and any(path.parent.glob("*.arrow")):
+            raise UserError(
+                "this file describes an Arrow data set and is not the data",
+                where=source,
+                fix=f"Give its folder: {path.parent}.",
+            )
         return [path]
     if re.search(r"[*?\[]", source):
         return _matching(path, source)
     if _is_hub_id(source):
-        return _in_folder(_download(source), source)
+        return _in_folder(_download(source), source, notes)
     raise _missing(path, source)
 
 
@@ -49,14 +76,20 @@ def known(path: Path) -> bool:
     return path.name.lower().endswith(ENDINGS) and path.name.lower() not in NOT_DATA
 
 
-def _in_folder(folder: Path, source: str) -> list[Path]:
-    """All files with known endings below a folder."""
-    files = [
+def _in_folder(folder: Path, source: str, notes: list[str]) -> list[Path]:
+    """All files with known endings below a folder; of a saved data set its own files."""
+    every = [
         path
         for path in sorted(folder.rglob("*"))
-        if known(path)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    left_out = _left_out(every, notes)
+    files = [
+        path
+        for path in every
+        if (known(path) or path.name.lower().endswith(NAMED))
+        and not any(path.is_relative_to(other) for other in left_out)
     ]
     if not files:
         raise UserError(
@@ -66,6 +99,34 @@ def _in_folder(folder: Path, source: str) -> list[Path]:
             "A file named alone may have any.",
         )
     return files
+
+
+def _left_out(every: list[Path], notes: list[str]) -> list[Path]:
+    """What `datasets.save_to_disk` left beside the data: other splits, and its cache."""
+    found: list[Path] = []
+    for path in every:
+        if path.name == "dataset_dict.json":
+            splits = _described(path).get("splits")
+            splits = [s for s in splits or [] if (path.parent / str(s)).is_dir()]
+            chosen = next((s for s in splits if s in _SPLITS), splits[0] if splits else "")
+            others = [s for s in splits if s != chosen]
+            found += [path.parent / s for s in others]
+            if others:
+                notes.append(f"of the splits {chosen} is read, not {', '.join(others)}")
+        elif path.name == "state.json":
+            entries = _described(path).get("_data_files")
+            own = {e.get("filename") for e in entries or [] if isinstance(e, dict)}
+            arrows = list(path.parent.glob("*.arrow")) if own else []
+            found += [p for p in arrows if p.name not in own]
+    return found
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _matching(pattern: Path, source: str) -> list[Path]:

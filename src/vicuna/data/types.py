@@ -41,12 +41,13 @@ class Conversation:
 
     `turns` is an optional system turn, then user and assistant in strict alternation, ending with
     the assistant. For `kind == "text"` (continued pre-training) it is one assistant turn and no
-    template is applied.
+    template is applied. merit: its score or rank among answers to one question, more is better.
     """
 
     turns: list[Turn]
     line: int = 0
     kind: Literal["chat", "text"] = "chat"
+    merit: float | None = None
 
 
 class Problem(NamedTuple):

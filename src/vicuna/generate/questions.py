@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vicuna.data.formats import OPEN_QUESTION, parse
+from vicuna.data.formats import parse
 from vicuna.data.read import read
+from vicuna.data.reasons import OPEN_QUESTION
 from vicuna.data.types import Problem, Raw, Turn
 
 # Put where an answer is missing, so that the record parses as training data; never seen by a model.

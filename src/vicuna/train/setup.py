@@ -16,7 +16,6 @@ import torch
 
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
-from vicuna.data import sources
 from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
@@ -90,8 +89,7 @@ def _build(
             fix="Add --resume to go on with it, or choose another --output_dir.",
         )
     # Data that is not there is told before a base of many gigabytes is fetched.
-    for source in [*settings.dataset, *settings.val_dataset]:
-        sources.expand(source.path)
+    datasets.check_sources([*settings.dataset, *settings.val_dataset], settings.encoding)
     folder = locate(settings.model)
     vocabulary = load_vocabulary(folder)
     encoder = Encoder(vocabulary)
