@@ -111,7 +111,7 @@ def record(reading: Reading, said: list[Said]) -> list[Said]:
         elif key in keys.TOOLS:
             if not isinstance(value, Number) and not isinstance(value, (bool, int, float)):
                 raise Unusable(key, f"{TOOL}: {key}")
-        elif key in keys.SYSTEMS:
+        elif key in keys.SYSTEMS and said:  # plain text has no place for one
             used.add(key)
             said = [Said("system", joined(value, key, reading)[0], key), *said]
         elif key in keys.THOUGHTS:
@@ -198,10 +198,16 @@ def _learned(key: str, value: Any, note: Note) -> bool | list[bool] | None:
         return None if marked is None else not marked
     if key in keys.GOOD:
         return says(value)
+    if key in _FLAGS and str(value).lower() in ("true", "false"):
+        return (str(value).lower() == "true") == _FLAGS[key]
     if key in keys.BAD:
         marked = says(value)
         return None if marked is None else not marked
     return None
+
+
+# The names of better and worse answers may be flags of one answer as well.
+_FLAGS = {**dict.fromkeys(keys.CHOSEN, True), **dict.fromkeys(keys.REJECTED, False)}
 
 
 def _weight(value: Any) -> bool | None:
@@ -210,7 +216,8 @@ def _weight(value: Any) -> bool | None:
 
 
 def _reason(key: str) -> str:
-    return BAD_ANSWER if key in keys.GOOD or key in keys.BAD else NOT_LEARNED
+    judged = key in keys.GOOD or key in keys.BAD or key in _FLAGS
+    return BAD_ANSWER if judged else NOT_LEARNED
 
 
 def _brief(value: Any) -> str:
