@@ -381,7 +381,12 @@ def test_options_belong_to_the_question(given: dict[str, Any], answer: str) -> N
 
 
 def test_options_of_other_shapes() -> None:
-    inside = {"instruction": "选择。", "input": "哪种是水果？", "options": ["白菜", "苹果"], "output": "B"}
+    inside = {
+        "instruction": "选择。",
+        "input": "哪种是水果？",
+        "options": ["白菜", "苹果"],
+        "output": "B",
+    }
     assert turns(of(inside))[0].input == "哪种是水果？\nA. 白菜\nB. 苹果"
     there = {"question": "哪种？\nA. 白菜\nB. 苹果", "options": ["白菜", "苹果"], "answer": "B"}
     assert texts(there)[0] == "哪种？\nA. 白菜\nB. 苹果"
@@ -419,7 +424,10 @@ def test_a_dialogue_in_one_text(text: str) -> None:
     assert parsed.format == "dialogue"
     assert [t.text for t in turns(parsed)] == WHOLE
     cut = text[: text.rindex(A2)]
-    for record in ({"instruction": cut, "input": "", "output": A2}, {"prompt": cut, "response": A2}):
+    for record in (
+        {"instruction": cut, "input": "", "output": A2},
+        {"prompt": cut, "response": A2},
+    ):
         assert texts(record) == WHOLE, record
         assert [p.reason for p in of(record).problems] == [reasons.DIALOGUE]
 
@@ -443,7 +451,11 @@ def test_a_question_that_only_quotes_a_dialogue_stays(text: str) -> None:
 
 
 def test_plain_text_stays_plain() -> None:
-    for text in ("小说里写着 Human: 和 Assistant: 两个词。", "问：一加一？\n答：二。", "User: 只有一句"):
+    for text in (
+        "小说里写着 Human: 和 Assistant: 两个词。",
+        "问：一加一？\n答：二。",
+        "User: 只有一句",
+    ):
         assert of({"text": text}).format == "text"
 
 
@@ -523,8 +535,8 @@ def test_records_inside_a_field() -> None:
         {"conversation": json.dumps(talk)},
         {"cell": json.dumps(talk["messages"])},
         {"messages": str(talk["messages"])},
-        {"messages": "[{'content': '%s', 'role': 'user'}\n {'content': '%s', 'role': 'assistant'}]" % (Q, A)},
-    ):  # fmt: skip
+        {"messages": str(talk["messages"]).replace("}, {", "}\n {")},
+    ):
         assert texts(record) == [Q, A], record
         assert [p.action for p in of(record).problems] == ["repaired"]
 

@@ -70,7 +70,7 @@ def check(encoding: str, where: str) -> None:
     try:
         info = codecs.lookup(encoding)
         if getattr(info, "_is_text_encoding", True):
-            decoder(encoding).decode(b"abc", final=False)
+            decoder(encoding).decode("abc".encode(encoding), final=True)
             return
     except (LookupError, ValueError, UnicodeError, NotImplementedError, AssertionError):
         pass
@@ -79,6 +79,15 @@ def check(encoding: str, where: str) -> None:
         where=where,
         fix="Name one that Python knows, such as utf-8, gb18030, big5, cp1252 or utf-16.",
     )
+
+
+def settled(encoding: str, begin: bytes) -> str:
+    """An encoding that was named, for a file that begins so: UTF-16 and 32 without their mark."""
+    name = codecs.lookup(encoding).name
+    if name not in ("utf-16", "utf-32") or begin.startswith(tuple(bom for bom, _ in _BOMS)):
+        return encoding
+    wide = _wide(begin).lower()
+    return wide if wide.startswith(name) else f"{name}-le"
 
 
 def guess(sample: bytes, first: bool) -> str:

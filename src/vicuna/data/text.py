@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.encodings import MARK, check, decoder, guess
+from vicuna.data.encodings import MARK, check, decoder, guess, settled
 from vicuna.data.types import Problem
 from vicuna.errors import UserError
 
@@ -41,6 +41,8 @@ class Text:
         self.encoding = encoding or "UTF-8"
         self.fault = ""
         check(self.encoding, str(path))
+        if encoding:
+            self.encoding = settled(encoding, head(path, 1 << 12))
         self.decoder = decoder(self.encoding)
 
     def __iter__(self) -> Iterator[str]:
