@@ -14,6 +14,7 @@ from generate_kit import byte_level, make_renderer
 
 from vicuna import config
 from vicuna.data import dataset, prepare
+from vicuna.data.encode import NEXT_TOKEN
 from vicuna.data.lengths import Lengths
 from vicuna.data.pack import targets_of
 from vicuna.data.template import Renderer
@@ -168,3 +169,65 @@ def test_strict_stops_at_an_overlong_record(tmp_path: Path, renderer: Renderer) 
     path = write(tmp_path / "a.jsonl", [SHORT, LONG])
     with pytest.raises(UserError, match=r"a\.jsonl:2: too long"):
         load(path, renderer, cutoff_len=128, strict=True)
+
+
+def test_of_answers_to_one_question_the_best_is_used(tmp_path: Path, renderer: Renderer) -> None:
+    def answer(text: str, question: str = "问", **more: object) -> dict[str, object]:
+        return {"prompt": question, "response": text, **more}
+
+    ranked = [answer("差", rank=1), answer("好", rank=0), answer("独", "别的", rank=5)]
+    scored = [answer("七分", score=7), answer("九分", score=9), answer("也九分", score=9.0)]
+    for name, records, lost in (("r", ranked, [1]), ("s", scored, [1]), ("n", [*scored[:1]], [])):
+        path = write(tmp_path / f"{name}.jsonl", records)
+        found, report = load(path, renderer)
+        assert len(found) == len(records) - len(lost)
+        dropped = [p for p in report["problems"] if p["action"] == "dropped"]
+        assert [p["line"] for p in dropped] == lost
+        assert all("better answer" in p["reason"] for p in dropped)
+        assert report["unused"] == {"rank" if name == "r" else "score": len(records)}
+
+
+def test_an_answer_that_is_not_learned(tmp_path: Path, renderer: Renderer) -> None:
+    def said(*weights: int) -> dict[str, object]:
+        turns: list[dict[str, object]] = []
+        for i, weight in enumerate(weights):
+            turns.append({"role": "user", "content": f"问{i}"})
+            turns.append({"role": "assistant", "content": f"答{i}", "weight": weight})
+        return {"messages": turns}
+
+    path = write(tmp_path / "a.jsonl", [said(0, 1), said(1, 0), said(0)])
+    for turns, used, reasons in (("all", 2, 1), ("last", 1, 2)):
+        found, report = load(path, renderer, train_turns=turns)
+        assert (len(found), report["used"]) == (used, used)
+        assert report["records"] == report["used"] + report["dropped"] == 3
+        assert sum(p["action"] == "dropped" for p in report["problems"]) == reasons
+    example = load(path, renderer)[0][0]
+    learned = example.ids[1:][example.labels[:-1] == NEXT_TOKEN]
+    taught = renderer.encoder.decode(learned.tolist())
+    assert "答1" in taught
+    assert "答0" not in taught
+
+
+def test_what_was_not_used_is_said(tmp_path: Path, renderer: Renderer) -> None:
+    more = {"topic": "天文", "images": [], "note": ""}
+    path = write(tmp_path / "a.jsonl", [{**SHORT, **more}, SHORT, {**SHORT, "score": 1}])
+    for _ in range(2):  # made, and from the cache
+        _, report = load(path, renderer)
+        assert report["unused"] == {"topic": 1, "score": 1}
+        assert "columns not used: topic (1), score (1)" in report["notes"]
+
+
+def test_columns_are_part_of_the_cache(tmp_path: Path, renderer: Renderer) -> None:
+    path = write(tmp_path / "a.jsonl", [{"q": "问", "a1": "答", "a2": "别"}])
+    settings = config.build(config.DataSettings, {})
+    ids = []
+    for own in ("a1", "a2"):
+        (entry,) = config.dataset_entries([f"{path}@columns.instruction=q,columns.output={own}"])
+        found, report = dataset.load([entry], settings, renderer)
+        assert report.files[0].used == 1
+        ids.append(found[0].ids.tolist())
+    assert ids[0] != ids[1]
+    assert (
+        dataset.load([config.DatasetEntry(path=str(path))], settings, renderer)[1].files[0].used
+        == 0
+    )
