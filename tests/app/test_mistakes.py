@@ -35,7 +35,7 @@ from vicuna.app.shelf import Shelf
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import TrainSettings, WebSettings
-from vicuna.data import dataset, sandbox, sources, text
+from vicuna.data import columns, dataset, sandbox, sources, text
 from vicuna.data.chat_template import ChatTemplate
 from vicuna.data.template import find
 from vicuna.data.types import Turn
@@ -206,6 +206,13 @@ def of_files(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch
     say(sources.expand, str(folder / "bare" / "x.jsonl"))
     say(sources.expand, str(folder / "bare"))
     say(text.Text, folder, "klingon", [])
+    (folder / "set").mkdir()
+    (folder / "set" / "data.arrow").touch()
+    (folder / "set" / "state.json").touch()
+    say(sources.expand, str(folder / "set" / "state.json"))
+    (folder / "table.csv").write_text("问,答\n一,二\n", encoding="utf-8")
+    say(columns.check, folder / "table.csv", (("output", "回答"),), None)
+    say(columns.settled, {"outptu": "答"})
     say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).what)
     say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).fix)
     empty: Any = type("Empty", (), {"sources": [], "__len__": lambda _: 0})()

@@ -38,10 +38,12 @@ class Wish:
     model: str
     template: str = "auto"
     cutoff: int = 2048
+    encoding: str = ""
 
     def settings(self) -> DataSettings:
         """Raises: SettingsError."""
         given = {"model": self.model, "template": self.template, "cutoff_len": self.cutoff}
+        given["encoding"] = self.encoding
         return config.build(DataSettings, given)
 
     def marks(self) -> tuple[object, ...]:
@@ -53,7 +55,7 @@ class Wish:
             about = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
         except OSError as e:
             raise UserError("the file is not there any more", where=str(e.filename)) from e
-        return (*about, self.model, self.template, self.cutoff)
+        return (*about, self.model, self.template, self.cutoff, self.encoding)
 
 
 @dataclass

@@ -7,6 +7,7 @@ and what happens on their events.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
 
+# Those that are met; any other can be typed.
+ENCODINGS = ("utf-8", "gb18030", "big5", "utf-16", "cp1252", "shift_jis", "euc-kr")
 CUTOFF = 2048
 ALL = "all"
 Updates = dict[Any, Any]
@@ -89,6 +92,15 @@ class DataTab:
                         min_width=200,
                         elem_id="data-template",
                     )
+                    self.encoding = gr.Dropdown(
+                        [(t("data.encoding_auto"), ""), *ENCODINGS],
+                        value="",
+                        label=t("data.encoding"),
+                        info=t("data.encoding_help"),
+                        allow_custom_value=True,
+                        min_width=160,
+                        elem_id="data-encoding",
+                    )
             with gr.Column(scale=2, min_width=260, visible=not self.app.settings.read_only):
                 self.drop = gr.File(label=t("data.drop"), height=190, elem_id="data-drop")
 
@@ -144,7 +156,10 @@ class DataTab:
     def _events(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         tab = self.app.tab
-        chosen = [tab, self.source, self.model, self.template, self.wish, self.borders]
+        chosen = [
+            *(tab, self.source, self.model, self.template, self.encoding),
+            *(self.wish, self.borders),
+        ]
         found = [
             *(self.wish, self.status, self.report, self.details, self.train),
             *(self.cutoff, self.chart, self.lost, self.example, self.count, self.tokens),
@@ -156,8 +171,8 @@ class DataTab:
         kept.success(self.look, chosen, found, **quiet)
         # What is chosen while another data set is read does not wait for it: `look` ends the other.
         gr.on(
-            [self.source.input, self.model.input, self.template.input], self.look, chosen, found,
-            trigger_mode="multiple", **quiet,
+            [self.source.input, self.model.input, self.template.input, self.encoding.input],
+            self.look, chosen, found, trigger_mode="multiple", **quiet,
         )  # fmt: skip
         gr.on(
             [self.cutoff.input, self.cutoff.release],
@@ -215,6 +230,7 @@ class DataTab:
         source: str | None,
         model: str,
         template: str,
+        encoding: str | None,
         before: Wish | None,
         borders: bool,
         request: gr.Request,
@@ -242,6 +258,7 @@ class DataTab:
                 files.allowed_model(self.app, model or ""),
                 files.allowed_template(self.app, template or ""),
                 before.cutoff if before else CUTOFF,
+                (encoding or "").strip(),
             )
             for step in self.looks.watch(wish):
                 if session.looks != mine:
@@ -314,7 +331,7 @@ class DataTab:
             return {self.page: gr.skip()}
         session = self.app.sessions.get(tab)
         looks = session.looks
-        look = self.looks.get(Wish(wish.files, wish.model, wish.template, int(cutoff)))
+        look = self.looks.get(replace(wish, cutoff=int(cutoff)))
         if session.looks != looks:  # another data set was chosen meanwhile
             return {self.page: gr.skip()}
         return {
