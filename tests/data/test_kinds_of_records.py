@@ -108,6 +108,14 @@ def test_no_key_of_a_turn_is_passed_over_in_silence(shape: str) -> None:
     assert of({"messages": [user(Q), bot([part])]}).unused == ("messages[].content[].somebody",)
 
 
+def test_marks_where_they_mean_nothing_are_counted() -> None:
+    for key, value in (("train", True), ("reasoning", "想。")):
+        assert of({"messages": [user(Q, **{key: value}), bot(A)]}).unused == (f"messages[].{key}",)
+    for label in (0, 1, "正面"):
+        parsed = of({"text": A, "label": label})
+        assert (parsed.format, parsed.unused) == ("text", ("label",))
+
+
 def test_empty_values_are_no_columns() -> None:
     for empty in (None, "", [], {}, "[]", "null", " "):
         for key in ("somebody", "images", "tools", "tool_calls", "rejected_response"):
@@ -204,6 +212,8 @@ PREFERENCES = [
     },
     {"messages": [user(Q)], "chosen": bot(A), "rejected": bot(BAD)},
     {"messages": [user(Q), bot(A)], "rejected_response": BAD},
+    {"messages": [user(Q), bot("旧的。")], "chosen": bot(A), "rejected": bot(BAD)},
+    {"question": Q, "response_j": A, "response_k": BAD},
     {"chosen": f"\n\nHuman: {Q}\n\nAssistant: {A}", "rejected": f"\n\nHuman: {Q}\n\nAssistant: x"},
     {"prompt": f"\n\nHuman: {Q}\n\nAssistant:", "chosen": A, "rejected": BAD},
     {"prompt": Q, "response_0": BAD, "response_1": A, "better_response_id": 1},

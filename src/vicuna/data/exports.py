@@ -33,8 +33,10 @@ _TURN_NAME = re.compile(r"turn_?(\d+)", re.IGNORECASE)
 
 
 # A record of a form of this module, or one that it refuses, has one of these.
-KEYS = ("parent_id", "input_ids", "token_ids", "segments", "paragraphs", "qas", "pos")
-KEYS += ("positive_passages", "annotations", "mapping", "chat", "prompt")
+KEYS = (
+    *("parent_id", "input_ids", "token_ids", "segments", "paragraphs", "qas", "pos"),
+    *("positive_passages", "annotations", "mapping", "chat", "prompt"),
+)
 
 
 def refusal(values: dict[str, Any]) -> str | None:

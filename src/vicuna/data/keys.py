@@ -34,7 +34,8 @@ PAIRS = tuple(
             "instruction/response instruction/completion input/output context/target input/target "
             "source/target ask/answer q/a human/assistant user/assistant user/bot human/gpt "
             "human/bot question/response query/output prompt/output prompt/answer input/response "
-            "input/answer input/content inputs/targets inputs/outputs "
+            "input/answer input/content inputs/targets inputs/outputs problem/solution "
+            "problem/answer question/solution question/correct_answer question/best_answer src/tgt "
             "问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
         )
     )
@@ -48,12 +49,12 @@ PLAIN_QUESTIONS = names("prompt question query 问题 指令")
 CHOSEN = names(
     "chosen chosen_response response_chosen chosen_answer preferred preferred_response "
     "preferred_output accepted accepted_response good_response good_answer better_response "
-    "positive_response winner_response 优选 优选回答 更优回答"
+    "positive_response winner_response response_j 优选 优选回答 更优回答"
 )
 REJECTED = names(
     "rejected rejected_response response_rejected rejected_answer rejected_messages "
     "rejected_output non_preferred_output dispreferred bad_response bad_answer worse_response "
-    "negative_response loser_response 拒绝 拒选回答 较差回答"
+    "negative_response loser_response response_k 拒绝 拒选回答 较差回答"
 )
 
 # What the words of an answer were thought up with.

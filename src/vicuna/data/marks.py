@@ -116,6 +116,8 @@ def record(reading: Reading, said: list[Said]) -> list[Said]:
             said = [Said("system", joined(value, key, reading)[0], key), *said]
         elif key in keys.THOUGHTS:
             said = _with_thought(said, value, key, reading)
+        elif not said and key in keys.GOOD and not isinstance(value, bool):
+            continue  # beside plain text a label is a class
         elif (learned := _learned(key, value, reading.note)) is not None:
             used.add(key)
             if isinstance(learned, list):

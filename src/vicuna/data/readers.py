@@ -14,6 +14,7 @@ from vicuna.data.dialogue import POSSIBLE, Spoken, open_dialogue, whole_dialogue
 from vicuna.data.keys import (
     ALL_TURN_LISTS,
     ANSWERS,
+    LEARNED,
     MATERIAL,
     OTHER_TURN_LISTS,
     PAIRS,
@@ -22,6 +23,7 @@ from vicuna.data.keys import (
     ROLES,
     SPEAKERS,
     THOUGHT_ROLES,
+    THOUGHTS,
     TOOL_ROLES,
     TURN_LISTS,
     WORDS,
@@ -39,6 +41,7 @@ from vicuna.data.reasons import (
     ONE_TURN,
     OPEN_QUESTION,
     PRINTED_LIST,
+    REPLACED,
     TOOL,
     UNKNOWN_ROLE,
 )
@@ -225,7 +228,7 @@ def preference(reading: Reading) -> list[Said]:
     value = reading.take(key)
     as_turns = as_list(value)
     if looks_like_turns(as_turns):
-        answers = list(items(as_turns, key, reading))
+        answers = list(items(as_turns or [], key, reading))
     elif as_turns is not None:
         answers = [preferences.answer(preferences.best(as_turns, key, reading), key, reading)]
     else:
@@ -236,6 +239,8 @@ def preference(reading: Reading) -> list[Said]:
     before = list(_before(reading, key))
     if any(s.role == "user" for s in answers):  # the question is in it, too
         before = [s for s in before if s.role == "system"]
+    while before and before[-1].role == "assistant":  # one of the two, or neither
+        reading.note(before.pop().field, REPLACED, "repaired")
     last = len(answers) - 1
     while last > 0 and answers[last].role != "assistant":
         last -= 1
@@ -405,10 +410,14 @@ def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Sa
         return Said("assistant", None, "", thought=marks.thinking(value))
     beside = None if len(item) == len(taken) else marks.turn(item, taken, where, reading)
     role = role_of(name, f"{where}.{speaker}")
+    if role != "assistant":
+        for key in item:  # questions are never learned, and nobody thinks them up
+            flag = key in LEARNED and item[key] is True
+            if flag or (key in THOUGHTS and not empty(item[key])):
+                reading.leave(f"{where.split('[')[0]}[].{key}")
+        return Said(role, value, field)
     if beside is None:
         return Said(role, value, field, thought=part_thought)
-    if role != "assistant":
-        return Said(role, value, field)
     return Said(role, value, field, thought=beside.thought or part_thought, learned=beside.learned)
 
 

@@ -36,6 +36,7 @@ PRINTED_LIST = "list as Python prints it, read"
 
 # Preferences.
 BEST = "best of several answers"
+REPLACED = "answer before the chosen one left out"
 FIRST = "first of several answers"
 NO_WINNER = "several answers, and it is not said which is better"
 

@@ -79,7 +79,8 @@ def _decoder(hook: Callable[[list[tuple[str, Any]]], Any]) -> json.JSONDecoder:
 
 
 _FAST = _decoder(_unique)
-_SCAN = _FAST.scan_once  # the value that begins at a place, without looking for blanks around it
+# The value that begins at a place, without looking for blanks around it.
+_SCAN = _FAST.scan_once  # type: ignore[attr-defined]
 
 
 def parse_json(text: str, note: Note) -> Any:
