@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from typing import Any
 
 from vicuna.data.textrules import Number
@@ -25,7 +26,10 @@ def printed(text: str) -> Any:
         _GAP.sub(",", _ARRAY.sub("", _NAN.sub("None", text))),
     ):
         try:
-            return _plain(ast.literal_eval(form.strip()))
+            with warnings.catch_warnings():  # of odd backslashes, which are the data's business
+                warnings.simplefilter("ignore")
+                value = ast.literal_eval(form.strip())
+            return _plain(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None
