@@ -153,7 +153,8 @@ def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
             return shape
         found = _peek(window, window.pos + offset)
         if found is None:
-            return _too_large(window, line, problems)
+            _say_too_large(window, line, problems)
+            return None
         held[key] = found[0]
         offset = found[1] - window.pos
     if char != "}" or (formats.recognised(held) and not _columnar(held)):
@@ -161,11 +162,10 @@ def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
     return _whole(window, offset, line, problems)
 
 
-def _too_large(window: Window, line: int, problems: list[Problem]) -> None:
+def _say_too_large(window: Window, line: int, problems: list[Problem]) -> None:
     if len(window.buf) - window.pos >= LIMIT:
         reason = "one object of more than 32 million characters (write one record a line)"
         problems.append(Problem(line, "", reason, "dropped"))
-    return None
 
 
 def _list(

@@ -26,7 +26,7 @@ import numpy as np
 from vicuna.cache import cache_dir, file_hash, whole_folder
 from vicuna.data import checks, formats
 from vicuna.data.columns import Columns
-from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Vocabulary
+from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Segment, Vocabulary
 from vicuna.data.read import read
 from vicuna.data.report import FileReport
 from vicuna.data.store import Store, StoreWriter, index_rows
@@ -259,7 +259,7 @@ class Work:
     ) -> tuple[list[Example], list[int]]:
         """Examples, and which conversation each comes from."""
         template, end = self.renderer.template, self.renderer.end_id
-        rendered = []
+        rendered: list[list[Segment]] = []
         owners: list[int] = []
         for n, conversation in enumerate(conversations):
             before = len(rendered)
