@@ -241,14 +241,15 @@ def test_a_tables_own_names(tmp_path: Path) -> None:
         {"path": str(path), "columns": {"instruction": "用户提问", "output": "客服回答"}}
     )
     own = columns.settled(entry.columns)
-    columns.check(path, own, None)
+    seen = columns.keys_of(read(path, []))
+    columns.check(path, own, seen)
     (raw,) = read(path, [])
     parsed = parse(raw, own)
     assert parsed.conversation is not None
     assert [t.text for t in parsed.conversation.turns] == ["几点上班？", "早上九点。"]
     assert parsed.unused == ("部门",)
     with pytest.raises(UserError, match="Did you mean 用户提问"):
-        columns.check(path, columns.settled({"instruction": "用户问"}), None)
+        columns.check(path, columns.settled({"instruction": "用户问"}), seen)
     with pytest.raises(UserError, match=r"columns\.instruction"):
         columns.settled({"instructoin": "用户提问"})
     with pytest.raises(SettingsError, match="colum"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.textrules import Unusable, parse_json
-from vicuna.data.types import Problem
+from vicuna.data.types import Raw
 from vicuna.errors import UserError
 
 # (our name, the file's own), sorted; a tuple, because it is part of a cache's key.
@@ -49,29 +49,31 @@ def settled(given: Mapping[str, str]) -> Columns:
     return tuple(sorted((n.strip().lower(), own.strip()) for n, own in given.items()))
 
 
-def check(path: Path, columns: Columns, encoding: str | None) -> None:
-    """Look whether a file has the columns that were named.
+def check(path: Path, columns: Columns, seen: Sequence[str]) -> None:
+    """Look whether a file whose records have these keys has the columns that were named.
 
     Raises: UserError with the nearest header where one is missing.
     """
-    from vicuna.data.read import read
-
-    problems: list[Problem] = []
-    seen: dict[str, None] = {}
-    for raw in islice(read(path, problems, encoding), LOOKED_AT):
-        try:
-            value = raw.value
-            value = parse_json(value, lambda *_: None) if isinstance(value, str) else value
-        except Unusable:
-            continue
-        if isinstance(value, dict):
-            seen.update(dict.fromkeys(str(k).strip() for k in value))
     for name, own in columns:
         if seen and own not in seen:
-            near = get_close_matches(own, list(seen), n=1, cutoff=0.3)
-            listed = ", ".join(list(seen)[:12]) + (" ..." if len(seen) > 12 else "")
+            near = get_close_matches(own, seen, n=1, cutoff=0.3)
+            listed = ", ".join(seen[:12]) + (" ..." if len(seen) > 12 else "")
             raise UserError(
                 f"columns.{name}: there is no column {own!r} in it",
                 where=str(path),
                 fix=(f"Did you mean {near[0]}? " if near else "") + f"It has: {listed}.",
             )
+
+
+def keys_of(records: Iterable[Raw]) -> list[str]:
+    """The keys that the first records of a file have."""
+    seen: dict[str, None] = {}
+    for raw in islice(records, LOOKED_AT):
+        value: Any = raw.value
+        try:
+            value = parse_json(value, lambda *_: None) if isinstance(value, str) else value
+        except Unusable:
+            continue
+        if isinstance(value, dict):
+            seen.update(dict.fromkeys(str(k).strip() for k in value))
+    return list(seen)

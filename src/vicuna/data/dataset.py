@@ -19,6 +19,7 @@ from vicuna.data.encode import Example
 from vicuna.data.lengths import CUTOFFS, Lengths
 from vicuna.data.order import Group, Order, split_validation
 from vicuna.data.prepare import Recipe, prepare_file
+from vicuna.data.read import read
 from vicuna.data.report import DataReport, FileReport
 from vicuna.data.sources import expand_noting
 from vicuna.data.store import Store
@@ -119,7 +120,8 @@ def check_sources(entries: Sequence[DatasetEntry], encoding: str) -> None:
         named = columns.settled(entry.columns)
         for path in expand_noting(entry.path, []):
             if named:
-                columns.check(path, named, encoding or None)
+                seen = columns.keys_of(read(path, [], encoding or None))
+                columns.check(path, named, seen)
 
 
 def load(

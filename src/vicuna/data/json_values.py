@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from vicuna.data.text import BLANK, CUT, MARK, Text
@@ -91,14 +91,13 @@ class Shape(Protocol):
         """Pass what stands behind the list."""
 
 
-def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
-    """The records inside the object that begins here; None where it is a record itself."""
-    from vicuna.data import json_shapes  # which needs the window
-
-    return json_shapes.open_shape(window, problems)
+# Gives the records inside the object that begins at the window; None where it is one itself.
+Opener = Callable[[Window, list[Problem]], "Shape | None"]
 
 
-def json_values(texts: Iterable[str], text: Text, problems: list[Problem]) -> Iterator[Raw]:
+def json_values(
+    texts: Iterable[str], text: Text, problems: list[Problem], open_shape: Opener
+) -> Iterator[Raw]:
     """The elements of an array, or objects one after another."""
     window = Window(texts)
     inside = comma = bare = cut = False

@@ -36,6 +36,7 @@ PAIRS = tuple(
             "human/bot question/response query/output prompt/output prompt/answer input/response "
             "input/answer input/content inputs/targets inputs/outputs problem/solution "
             "problem/answer question/solution question/correct_answer question/best_answer src/tgt "
+            "問題/答案 問題/回答 提問/回答 指令/輸出 輸入/輸出 問/答 "
             "问题/答案 问题/回答 提问/回答 指令/输出 输入/输出 问/答"
         )
     )

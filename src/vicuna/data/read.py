@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from vicuna.data import kinds
+from vicuna.data.json_shapes import open_shape
 from vicuna.data.json_values import DECODER, json_values, unfinished
 from vicuna.data.printed import printed
 from vicuna.data.sources import digest, expand
@@ -89,7 +90,7 @@ def _records(path: Path, text: Text, problems: list[Problem]) -> Iterator[Raw]:
     if layout == "lines":
         return _json_lines(texts, text, problems)
     if layout == "values":
-        return json_values(texts, text, problems)
+        return json_values(texts, text, problems, open_shape)
     if layout == "text":
         return _paragraphs(texts, text, problems)
     return rows(texts, text, problems, delimiter_of(start, name))

@@ -21,7 +21,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from vicuna.data.types import Action
+from vicuna.data.printed import printed
+from vicuna.data.types import Action, Number
 
 # The reasons a user reads. Stable; a detail may follow after ": ".
 BROKEN_JSON = "broken JSON"
@@ -49,12 +50,6 @@ class Unusable(Exception):
     def __init__(self, field: str, reason: str) -> None:
         self.field, self.reason = field, reason
         super().__init__(field, reason)
-
-
-class Number(str):
-    """A JSON number as it was written: 3.10 stays 3.10, and 5,000 digits are no trouble."""
-
-    __slots__ = ()
 
 
 class _DuplicateKey(Exception):
@@ -103,7 +98,7 @@ def parse_json(text: str, note: Note) -> Any:
         except _DuplicateKey:
             return _decoder(lambda pairs: _keep_last(pairs, note)).decode(text)
     except json.JSONDecodeError as e:
-        if _PRINTED.match(text) and (value := _printed(text)) is not None:
+        if _PRINTED.match(text) and (value := printed(text)) is not None:
             note("", PYTHON, "repaired")
             return value
         words = e.msg.removesuffix(": ")
@@ -113,12 +108,6 @@ def parse_json(text: str, note: Note) -> Any:
 
 
 _PRINTED = re.compile(r"[\[{\s]+'")
-
-
-def _printed(text: str) -> Any:
-    from vicuna.data.printed import printed  # which has its numbers from here
-
-    return printed(text)
 
 
 def _keep_last(pairs: list[tuple[str, Any]], note: Note) -> dict[str, Any]:

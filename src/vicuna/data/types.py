@@ -9,6 +9,12 @@ Role = Literal["system", "user", "assistant"]
 Action = Literal["dropped", "repaired", "warned"]
 
 
+class Number(str):
+    """A JSON number as it was written: 3.10 stays 3.10, and 5,000 digits are no trouble."""
+
+    __slots__ = ()
+
+
 class Raw(NamedTuple):
     """One record as it stands in a file, not parsed yet where it is text.
 
