@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vicuna.cache import file_hash
 from vicuna.errors import UserError
-from vicuna.paths import user_path
+from vicuna.paths import given_path
 
 ENDINGS = (
     *(".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz"),
@@ -32,7 +32,7 @@ def expand(source: str) -> list[Path]:
 
     Raises: UserError where nothing is there, with the way out.
     """
-    path = user_path(source)
+    path = given_path(source)
     if path.is_dir():
         return _in_folder(path, source)
     if path.exists():
