@@ -9,7 +9,7 @@ import pytest
 
 from vicuna.config import DataSettings, MergeSettings, TrainSettings, parse
 from vicuna.data.sources import expand
-from vicuna.errors import SettingsError
+from vicuna.errors import SettingsError, UserError
 
 NAMES = (
     "plain.jsonl",
@@ -120,3 +120,14 @@ def test_folders_with_commas(here: Path) -> None:
     assert adapters("not,here") == ["not", "here"]
     assert adapters(str(here / "ad,apt")) == [str(here / "ad,apt")]
     assert adapters("team@home", "x[1]", "weight=3") == ["team@home", "x[1]", "weight=3"]
+
+
+@pytest.mark.parametrize("given", ["x" * 5000, "a\0b"], ids=["long", "nul"])
+def test_what_cannot_be_a_path_is_an_answer(given: str) -> None:
+    from vicuna.model.adapter import locate_adapter
+    from vicuna.model.base import locate, locate_gguf
+
+    for find in (expand, locate_adapter, locate, locate_gguf):
+        with pytest.raises(UserError) as found:
+            find(given)
+        assert len(str(found.value)) < 300

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vicuna.errors import UserError
+
 
 def user_path(text: str) -> Path:
     """A path with its `~` expanded, where there is such a home and nothing of that very name."""
@@ -14,6 +16,23 @@ def user_path(text: str) -> Path:
         return path if path.exists() else path.expanduser()
     except (OSError, ValueError, RuntimeError):  # too long, a NUL, nobody's ~
         return path
+
+
+def given_path(text: str) -> Path:
+    """`user_path` of what a user gave.
+
+    Raises: UserError where it cannot be a path at all.
+    """
+    path = user_path(text)
+    try:
+        path.exists()
+        path.parent.is_dir()
+    except (OSError, ValueError) as e:
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        raise UserError(f"this cannot be a path ({getattr(e, 'strerror', e)})", where=shown) from e
+    if "\0" in text:
+        raise UserError("this cannot be a path (it holds a NUL)", where=text.replace("\0", "?"))
+    return path
 
 
 def exists(text: str) -> bool:

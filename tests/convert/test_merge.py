@@ -276,7 +276,7 @@ def huge(key: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (zero, "adds nothing"), (tiny, "changes nothing"), (renamed, "has no counterpart"),
+        (zero, "adds nothing"), (tiny, "changes nothing"), (renamed, "another architecture"),
         (infinite, "no numbers"),
     ],
 )  # fmt: skip

@@ -212,7 +212,6 @@ def test_nothing_is_overwritten_and_one_adapter_is_named(
 @pytest.mark.parametrize(
     ("file", "more"),
     [
-        ("adapter_model.bin", "base_model.model.model.embed_tokens.weight"),
         ("adapter_model.bin", "base_model.model.lm_head.modules_to_save.weight"),
         (
             "adapter_model.bin",
@@ -230,6 +229,22 @@ def test_what_a_lora_cannot_hold_is_refused_not_dropped(
         read_adapter(str(old))
 
 
+def test_a_trained_embedding_is_refused_on_its_base(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from vicuna.model.adapter_fit import notes_on
+
+    name = "base_model.model.model.embed_tokens.weight"
+    embedding = tiny_model("llama").get_input_embeddings().weight
+    tiny_model("llama").save_pretrained(str(tmp_path / "base"))
+    same = of_2023(made[1], tmp_path / "same", "adapter_model.bin", plain, {}, {name: embedding})
+    assert notes_on(read_adapter(str(same)), tmp_path / "base") == []
+    more = {name: embedding + 1}
+    other = of_2023(made[1], tmp_path / "other", "adapter_model.bin", plain, {}, more)
+    with pytest.raises(UserError, match=r"more than a LoRA.*embed_tokens"):
+        notes_on(read_adapter(str(other)), tmp_path / "base")
+
+
 def test_a_checkpoints_copy_of_the_base_is_left_alone(
     made: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -242,7 +257,7 @@ def test_a_checkpoints_copy_of_the_base_is_left_alone(
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"use_dora": True}, "DoRA"), ({"alpha_pattern": {"q_proj": 3}}, "different alpha"),
+        ({"use_dora": True}, "DoRA"), ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern is 0"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much'"), ({"lora_alpha": -1}, "above 0"),
     ],
 )  # fmt: skip

@@ -213,3 +213,34 @@ def test_what_is_refused_is_refused_everywhere(
     ):  # fmt: skip
         assert command(words) == 2, words
         assert name in "".join(capsys.readouterr().err.split()), words
+
+
+def test_on_the_page(base: str, good: str, tmp_path: Path) -> None:
+    from vicuna import config
+    from vicuna.app.room import Room
+    from vicuna.generate.load import open_model
+
+    bad = adapter(tmp_path / "bad", hidden_size=48)
+    settings = {"model": base, "precision": "fp32", "template": "alpaca"}
+    answering = config.build(config.AnswerSettings, settings)
+    room = Room(lambda: open_model(answering))
+
+    def scores() -> torch.Tensor:
+        engine = room.loaded.engine
+        engine.forget()
+        return engine.prefill([5, 6, 7, 8])
+
+    try:
+        room.choose("", {}).wait()
+        of_base = scores()
+        room.choose("", {good: 1.0}).wait()
+        of_good = scores()
+        assert not torch.equal(of_base, of_good)
+        for mix in ({bad: 1.0}, {good: 0.5, bad: 0.5}):
+            with pytest.raises(UserError, match="another hidden size"):
+                room.choose("", mix).wait()
+            assert torch.equal(scores(), of_good)
+        room.choose("", {}).wait()
+        assert torch.equal(scores(), of_base)
+    finally:
+        room.close()

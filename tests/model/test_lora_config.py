@@ -251,6 +251,10 @@ def test_settings_of_a_newer_peft_are_named(tmp_path: Path) -> None:
 
 BROKEN: list[Setting] = [
     {"rank_pattern": ["q_proj"]},
+    {"target_modules": 5},
+    {"target_modules": {"q_proj": 1}},
+    {"exclude_modules": [1, 2]},
+    {"layers_to_transform": [1], "layers_pattern": [None]},
     {"rank_pattern": {"(": 3}},
     {"alpha_pattern": {"q_proj": "much"}},
     {"alpha_pattern": {"q_proj": 0}},

@@ -62,6 +62,7 @@ def facts(files: AdapterFiles) -> dict[str, Any]:
         "scale": files.scale,
         "own_ranks": files.lora.ranks,
         "own_alphas": files.lora.alphas,
+        "copies_of_the_base": sorted(files.copies),
         "modules": list(files.lora.target),
         "matrices": len(pairs),
         "base": files.base or None,
@@ -91,8 +92,12 @@ def _show(found: dict[str, Any]) -> None:
     rows = {
         "weights": f"{found['weights']}, {found['bytes'] / 2**20:.1f} MiB, "
         f"{found['parameters']:,} values in {', '.join(found['dtype'])}",
-        "rank": str(found["rank"]) + (" (rank-stabilised)" if found["rslora"] else ""),
-        "alpha": f"{found['alpha']:g}" + (f" ({assumed})" if assumed else ""),
+        "rank": str(found["rank"])
+        + (" (rank-stabilised)" if found["rslora"] else "")
+        + _of_their_own(found["own_ranks"]),
+        "alpha": f"{found['alpha']:g}"
+        + (f" ({assumed})" if assumed else "")
+        + _of_their_own(found["own_alphas"]),
         "modules": f"{', '.join(found['modules'])} ({found['matrices']} matrices)",
         "base": found["base"] or "not named",
         "template": found["template"] or "not noted",
@@ -106,8 +111,20 @@ def _show(found: dict[str, Any]) -> None:
         console.print(f"  [{colour}]{escape(text)}[/]")
 
 
+def _of_their_own(values: dict[str, float]) -> str:
+    """What differs from the rest, in words."""
+    if not values:
+        return ""
+    low, high = min(values.values()), max(values.values())
+    shown = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f"; {shown} in {len(values)} matrices"
+
+
 def _verdicts(found: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [(note, "yellow") for note in found["notes"]]
+    if copies := found["copies_of_the_base"]:
+        some = ", ".join(copies[:_LISTED])
+        lines.append((f"holds a copy of the base's {some}: compared with the base in use", "dim"))
     if found["not_finite"]:
         some = ", ".join(found["not_finite"][:_LISTED])
         lines.append((f"{len(found['not_finite'])} tensors hold no numbers: {some}", "red"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from vicuna.cache import file_hash
 from vicuna.errors import UserError
-from vicuna.paths import user_path
+from vicuna.paths import given_path
 
 _PACKED = tuple(
     f"{ending}{packed}"
@@ -53,7 +53,7 @@ def expand(source: str) -> list[Path]:
 
 def expand_noting(source: str, notes: list[str]) -> list[Path]:
     """`expand`; what of the source is left out, and why, is appended to `notes`."""
-    path = user_path(source)
+    path = given_path(source)
     if path.is_dir():
         return _in_folder(path, source, notes)
     if path.exists():

@@ -9,12 +9,12 @@ from vicuna.errors import UserError
 from vicuna.model import adapter_kinds
 from vicuna.model.lora_config import CONFIG
 from vicuna.model.old_files import refuse_old
-from vicuna.paths import user_path
+from vicuna.paths import given_path
 
 
 def locate_adapter(adapter: str) -> Path:
     """The folder of an adapter: a path, a run folder that holds `adapter/`, or a hub id."""
-    path = user_path(adapter)
+    path = given_path(adapter)
     if (path / "adapter").is_dir() and not (path / CONFIG).exists():
         return path / "adapter"
     if path.is_dir():

@@ -26,7 +26,7 @@ from vicuna.model.gguf_vocabulary import vocabulary_folder
 from vicuna.model.headers import check_gguf
 from vicuna.model.old_files import refuse_old
 from vicuna.model.quiet import quiet_transformers
-from vicuna.paths import user_path
+from vicuna.paths import given_path
 from vicuna.tables import read_json
 
 EMBEDDED = "smollm2-135m"
@@ -49,7 +49,7 @@ def locate(model: str, weights: bool = True) -> Path:
     """
     if model == EMBEDDED:
         return _from_gguf(_embedded_gguf(), _EMBEDDED_SHA256)
-    path = user_path(model)
+    path = given_path(model)
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -79,7 +79,7 @@ def locate_gguf(model: str) -> Path | None:
     """The GGUF file a model is, where it is one; the embedded base is."""
     if model == EMBEDDED:
         return _embedded_gguf()
-    path = user_path(model)
+    path = given_path(model)
     return path if path.is_file() and path.suffix.lower() == ".gguf" else None
 
 

@@ -105,6 +105,15 @@ def check(config: Mapping[str, Any], where: Path, notes: list[str]) -> None:
             where=str(where),
             fix="If its method can be merged: " + MERGE[0].lower() + MERGE[1:],
         )
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(name)
+        names = value if isinstance(value, list) else [value or ""]
+        if not all(isinstance(n, str) for n in names):
+            raise UserError(
+                f"{name} is {str(value)[:60]!r}, but must be a pattern or a list of names",
+                where=str(where),
+                fix="The config is damaged; fetch it again.",
+            )
     for name, meaning in REFUSED.items():
         if config.get(name):
             fix = _WITH_PEFT if name in _UNMERGEABLE else MERGE
