@@ -142,7 +142,7 @@ def test_answers_to_sample_prompts_are_cut_off(
 
     run = tmp_path / "run"
     calls = press_at(monkeypatch, TorchEngine, "step", 4, 1)
-    more = ["--sample_prompts", "你好\n再见", "--sample_steps", "2", "--sample_tokens", "200"]
+    more = ["--sample_prompts", "你好", "再见", "--sample_steps", "2", "--sample_tokens", "200"]
     assert train(*words, "--output_dir", str(run), *more) == 130
     assert len(calls) == 4
     assert all(not e["whole"] for e in events(run, "sample"))
