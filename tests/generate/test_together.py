@@ -75,11 +75,10 @@ def test_scores_that_are_no_numbers_are_told() -> None:
     words = vocabulary(byte_level())
     renderer = Renderer(find("alpaca", words), Encoder(words))
     model = tiny_llama(400)
+    engine = open_engine(model, 512)
     model.lm_head.weight.data[:] = torch.nan
     with pytest.raises(UserError, match="not finite"):
-        answer_together(
-            open_engine(model, 512), [renderer.prompt([Turn("user", "a")])], 4, renderer
-        )
+        answer_together(engine, [renderer.prompt([Turn("user", "a")])], 4, renderer)
 
 
 def test_long_prompts_are_answered_alone() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -138,14 +139,14 @@ def test_the_third_says_what_is_lost(
 def test_answers_to_sample_prompts_are_cut_off(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vicuna.generate.engines.torch import TorchEngine
+    from vicuna.generate.hypotheses import Grower
 
     run = tmp_path / "run"
-    calls = press_at(monkeypatch, TorchEngine, "step", 4, 1)
-    more = ["--sample_prompts", "你好\n再见", "--sample_steps", "2", "--sample_tokens", "200"]
+    calls = press_at(monkeypatch, Grower, "grow", 4, 1)
+    more = ["--sample_prompts", "你好", "再见", "--sample_steps", "2", "--sample_tokens", "200"]
     assert train(*words, "--output_dir", str(run), *more) == 130
-    assert len(calls) == 4
-    assert all(not e["whole"] for e in events(run, "sample"))
+    assert 4 <= len(calls) < 8
+    assert [e["whole"] for e in events(run, "sample")] == [False, False]
     assert saved(run)[-1] == "step-000002"
 
 
@@ -220,3 +221,24 @@ def test_ctrl_c_before_anything_is_imported(tmp_path: Path) -> None:
     assert done.returncode == 130
     assert done.stderr.strip() == "interrupted: nothing was written"
     assert not done.stdout
+
+
+def test_answers_of_a_file_that_are_whole_are_kept(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vicuna.generate import batch
+
+    asked, answers = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text("".join(json.dumps({"instruction": f"第{i}题"}) + "\n" for i in range(5)))
+    line = f"generate --model {tiny} --input {asked} --output {answers} --max_new_tokens 3"
+    press_at(monkeypatch, batch, "_answer", 3, 2)
+    assert command(*line.split()) == 130
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        f"interrupted: 2 answers are kept in {answers}; the same command goes on after them"
+    )
+    monkeypatch.undo()
+    monkeypatch.setenv("VICUNA_CACHE", str(tmp_path / "cache"))
+    assert len(answers.read_text().splitlines()) == 2
+    assert command(*line.split()) == 0
+    assert len(answers.read_text().splitlines()) == 5

@@ -235,3 +235,86 @@ def test_weights_of_sources_are_part_of_the_data(whole: Path, data: Path, tmp_pa
     run = cut_after(whole, 4, tmp_path / "run")
     with pytest.raises(SettingsError, match="data was"):
         train("--resume", str(run), "--dataset", f"{data}@weight=2")
+
+
+def test_a_disk_that_is_really_full_is_one_message(
+    words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file may grow beyond 40 kB: safetensors has an error of its own for that."""
+    import resource
+
+    run = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = checkpoints.save
+
+    def save(*args: object, **more: object) -> Path:
+        if (run / "checkpoints" / "step-000002").is_dir():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+        return real(*args, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    try:
+        with pytest.raises(UserError, match="cannot write: File too large"):
+            train(*words, "--output_dir", str(run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(checkpoints, "save", real)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    train("--resume", str(run))
+    assert same(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize("words_of", ["step", "end"])
+def test_a_log_that_has_no_room_is_one_message(
+    words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words_of: str
+) -> None:
+    """The plot at the end, too: nothing that is written ends otherwise."""
+    import resource
+
+    from vicuna.train.runfolder import RunFolder
+
+    run = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = RunFolder.log
+
+    def log(self: RunFolder, event: str, **fields: object) -> object:
+        if event == words_of and fields["step"] in (3, 8):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        return real(self, event, **fields)
+
+    monkeypatch.setattr(RunFolder, "log", log)
+    try:
+        with pytest.raises(UserError, match="cannot write: File too large"):
+            train(*words, "--output_dir", str(run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(RunFolder, "log", real)
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(whole))
+
+
+def test_every_file_of_a_resumed_run_s_adapter_has_the_same_bytes(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    assert train("--resume", str(run)) == 0
+    names = sorted(p.name for p in (whole / "adapter").iterdir())
+    assert names == sorted(p.name for p in (run / "adapter").iterdir())
+    for name in names:
+        assert (run / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+
+def test_what_a_killed_checkpoint_left_is_swept_at_the_next_start(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    for name in (".step-000006.17623.part", ".step-000002.old", ".step-000005.abcdef-1.part"):
+        shutil.copytree(run / "checkpoints" / "step-000002", run / "checkpoints" / name)
+    # Killed between two renames: what was there before comes back.
+    (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / ".step-000004.17623.old")
+    shutil.copytree(whole / "adapter", run / ".adapter.4194300.part")
+    (run / ".config.yaml.part").write_text("half")
+    assert train("--resume", str(run)) == 0
+    assert not [p for p in run.rglob(".*") if p.name != ".lock"]
+    assert same(weights(run), weights(whole))
+    assert events(run, "start")[-1]["step"] == 4

@@ -236,3 +236,32 @@ def test_every_precision_trains(tiny: Path, data: Path, tmp_path: Path, precisio
     losses = [e["loss"] for e in events(run, "eval")]
     assert losses[-1] < losses[0]
     assert all(e["grad_norm"] > 0 for e in events(run, "step"))
+
+
+def test_sample_answers_keep_to_their_share_of_the_time(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With a clock that goes on by a second whenever it is asked."""
+    from types import SimpleNamespace
+
+    from vicuna.train import samples
+
+    seconds = iter(range(1_000_000))
+    monkeypatch.setattr(samples, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    run = tmp_path / "r"
+    prompts = [f"第{i}题" for i in range(5)]
+    train(*words, "--output_dir", str(run), "--sample_steps", "3", "--sample_tokens", "200",
+          "--sample_share", "0.01", "--sample_prompts", *prompts)  # fmt: skip
+    found = events(run, "sample")
+    assert {e["prompt"] for e in found} == set(prompts)
+    assert not all(e["whole"] for e in found)
+    output = capsys.readouterr().out
+    assert "step 3: answering 5 sample prompts" in output
+    assert "their time was used up (1% of the time trained; --sample_share" in output
+    assert any("used up" in e["message"] for e in events(run, "warning"))
+    # Without a limit they come to their end.
+    train(*words, "--output_dir", str(tmp_path / "all"), "--sample_steps", "3", "--sample_tokens",
+          "20", "--sample_share", "0", "--sample_prompts", *prompts)  # fmt: skip
+    assert all(e["whole"] for e in events(tmp_path / "all", "sample"))
+    assert same(weights(run), weights(tmp_path / "all"))

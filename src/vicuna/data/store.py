@@ -99,7 +99,8 @@ class Store:
         if noted.is_file():
             return noted.read_text()
         # Made before it was noted.
-        return _digest(hashlib.sha256(self._ids), hashlib.sha256(self._labels), self.index)
+        ids, labels = (hashlib.sha256(memoryview(part)) for part in (self._ids, self._labels))
+        return _digest(ids, labels, self.index)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -13,6 +13,7 @@ from vicuna.config import DownloadSettings
 from vicuna.convert.output import check_space
 from vicuna.download.hubs import HUBS, Hub, Listed, Wanted, chosen
 from vicuna.errors import SettingsError, UserError
+from vicuna.interrupts import keeps
 
 # The same weights once more, in layouts that are not read here; and what only a trainer reads.
 _ELSEWHERE = ["*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "original/*"]
@@ -53,6 +54,7 @@ def fetch(hub: Hub, wanted: Wanted, files: Sequence[Listed]) -> Path:
     there = sum(f.size for f in files if wanted.folder and _whole(wanted.folder / f.path, f))
     check_space(wanted.folder or hub.cache(), total - there)
     print(f"{len(files)} files, {total / 2**20:,.1f} MiB", file=sys.stderr)
+    keeps("what was fetched is kept; the same command goes on where it stopped")
     folder = hub.fetch(wanted, [f.path for f in files])
     bad = [f.path for f in files if not _intact(folder / f.path, f)]
     for name in bad:

@@ -17,6 +17,7 @@ from vicuna.generate.engines.base import Engine
 from vicuna.generate.events import Finished, answer_json
 from vicuna.generate.questions import Question, questions
 from vicuna.generate.settings import Settings
+from vicuna.interrupts import keeps
 
 # What an answer adds to its record.
 _ADDED = ("output", "finish_reason", "outputs", "dropped_turns", "error")
@@ -69,6 +70,8 @@ def answer_file(
             file.flush()
             failed += "error" in added
             answered += "error" not in added
+            done = before + answered + failed
+            keeps(f"{done} answers are kept in {output}; the same command goes on after them")
             say(f"{input}:{question.line}: {added.get('error') or added['finish_reason']}")
     for problem in problems:
         say(f"{input}:{problem.line}: {problem.reason} ({problem.action})")

@@ -411,7 +411,10 @@ class Training:
             nonfinite_steps=state.nonfinite,
             **more,
         )
-        plot_loss(s.run.path)
+        try:
+            plot_loss(s.run.path)
+        except UserError as e:  # the run itself is on the disk
+            s.screen.warn(str(e))
         self.reporters.close()
 
 

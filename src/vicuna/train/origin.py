@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vicuna import config
+from vicuna.cache import sweep
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
 from vicuna.data.encode import Vocabulary
@@ -137,6 +138,7 @@ def _resume(
             raise SettingsError(["resume: which run? Give --output_dir RUN, or --resume RUN"])
         run = Path(settings.output_dir) if settings.resume == "last" else named
         _must_be_run(run)
+        sweep(run / "checkpoints")  # one that was being replaced when the process was killed
         if not checkpoints.all_of(run / "checkpoints"):
             screen.warn("no checkpoint in this run yet: it starts from its beginning")
             merged = {**_old_settings(run), **given, "output_dir": str(run)}

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vicuna.cache import whole_file
 from vicuna.train.runfolder import read_log
 
 
 def plot_loss(run: Path) -> Path | None:
-    """Draw `loss.png` into the run folder; None where there is nothing to draw."""
+    """Draw `loss.png` into the run folder; None where there is nothing to draw.
+
+    Raises: UserError where the disk is full.
+    """
     events = read_log(run / "log.jsonl")
     steps = [e for e in events if e["event"] == "step" and e.get("loss") is not None]
     evals = [e for e in events if e["event"] == "eval"]
@@ -34,7 +38,8 @@ def plot_loss(run: Path) -> Path | None:
     axes.legend(frameon=False)
     figure.tight_layout()
     target = run / "loss.png"
-    figure.savefig(target)
+    with whole_file(target) as aside:
+        figure.savefig(aside, format="png")
     return target
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vicuna import interrupts
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
 from vicuna.data.encode import Encoder
@@ -116,7 +117,9 @@ def _build(
     }
     run.write_json("data.json", datasets.describe(split))
     _set_aside_later(run, state.step, screen)
-    run.open_log(state.step if origin.state and origin.kind == "resume" else None)
+    interrupts.keeps(
+        f"no update was done, and nothing is lost; start with: vicuna train --resume {run.path}"
+    )
     run.write_config(
         settings.model_dump(mode="json", exclude=set(_ONCE)),
         {
@@ -130,6 +133,8 @@ def _build(
             "begins": origin.kind,
         },
     )
+    # Behind the config: a folder with a log can always be resumed, whenever it is killed.
+    run.open_log(state.step if origin.state and origin.kind == "resume" else None)
     session = Session(
         settings, run, screen, renderer, split, learner, optimizer, schedule, state, meta,
         resumed=origin.kind == "resume" and origin.state is not None, context=context,
