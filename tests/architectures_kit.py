@@ -104,6 +104,7 @@ OWN: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {"layer_types": _LAYERS},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {**_LATENT, "layer_types": _LAYERS, "linear_head_dim": 8, "linear_num_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {**_LATENT, "num_layers": 2, "head_dim": 8, "expert_ffn_hidden_size": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from generate_kit import byte_level, make_renderer
+
 from architectures_kit import (
     CACHE_DIFFERS,
     NOT_CAUSAL,
@@ -20,8 +22,6 @@ from architectures_kit import (
     build,
     names,
 )
-from generate_kit import byte_level, make_renderer
-
 from kit import shake
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs, targets_of

@@ -20,7 +20,8 @@ from vicuna.model import frozen
 
 ROTARY = "its rotary angles depend on the length of the whole input"
 FAMILY = (
-    "llama", "mistral", "qwen2", "qwen3", "internlm3", "seed_oss", "cwm", "iquestcoder", "ministral",
+    "llama", "mistral", "qwen2", "qwen3",
+    "internlm3", "seed_oss", "cwm", "iquestcoder", "ministral",
 )  # fmt: skip
 
 
