@@ -32,6 +32,7 @@ SHAPE: dict[str, Any] = {
 # bitsandbytes stores blocks of 64 weights.
 QUANTISED = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
 GEMMA = {"head_dim": 12, "sliding_window": 16, "query_pre_attn_scalar": 12, "num_hidden_layers": 4}
+THETA = {"rope_type": "default", "rope_theta": 10_000_000.0}
 # The window is shorter than the examples.
 KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, every head its own": ("LlamaConfig", {"num_key_value_heads": 4}),
@@ -40,6 +41,11 @@ KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, biases, tied": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3, norms of q and k": ("Qwen3Config", {"head_dim": 12}),
     "mistral, sliding window": ("MistralConfig", {"sliding_window": 16}),
+    "internlm3": ("InternLM3Config", {"head_dim": 12, "rope_parameters": THETA}),
+    "seed_oss, biases": ("SeedOssConfig", {"head_dim": 16, "rope_parameters": THETA}),
+    "cwm, windows in some layers": ("CwmConfig", {"head_dim": 12, "sliding_window": 16}),
+    "iquestcoder": ("IQuestCoderConfig", {"head_dim": 12, "rope_parameters": THETA}),
+    "ministral, sliding window": ("MinistralConfig", {"head_dim": 12, "sliding_window": 16}),
 }
 UNKNOWN: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, capped scores": ("Gemma2Config", GEMMA),

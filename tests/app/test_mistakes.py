@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import architectures_kit
 from kit import save_tokenizer
 from vicuna import config
 from vicuna.app import (
@@ -45,7 +46,7 @@ from vicuna.generate.decode import decode
 from vicuna.generate.processors import tokens_of
 from vicuna.generate.settings import Settings, biases_of
 from vicuna.memory import choose, plan
-from vicuna.model import adapter, adapter_base, adapter_fit, base, counts, mix
+from vicuna.model import adapter, adapter_base, adapter_fit, base, counts, mix, targets, trial
 from vicuna.model.pickles import load_pickled
 from vicuna.train import loop as training
 from vicuna.train import origin, samples, setup, shrink
@@ -280,6 +281,7 @@ def of_trainings(say: Heard) -> None:
     say.texts.append(samples.out_of_time(4, 1, 3, 0.1))
     noted = State(settings={"batch_size": 64})
     say(origin._refuse_changes, train(batch_size=8), {"batch_size": 8}, noted, False)
+    say(targets.find, architectures_kit.build("qwen3_moe"), ["gate_proj"])
     loop: Any = SimpleNamespace(s=session, state=state)
     say(training.Training._note_finite, loop, False, 1.0)
     state.step = 0
@@ -291,13 +293,15 @@ def of_plans(say: Heard) -> None:
     planner: Any = SimpleNamespace(
         footprint=lambda _: SimpleNamespace(peak=3 << 30),
         device=SimpleNamespace(memory=4 << 30),
-        alone=False,
+        alone="",
     )
     for way in choose.CHECKPOINTING:
         small: Any = SimpleNamespace(**{**job.__dict__, "checkpointing": way, "rows": 64})
         for fits in (True, False):
             say.texts.append(choose._choice(planner, job, small, fits).reason)  # type: ignore[arg-type]
     say.texts += [choose._choice(planner, job, job, True).reason, *plan.COSTS.values()]  # type: ignore[arg-type]
+    planner.alone = trial.state_of(architectures_kit.build("qwen3_5_text"))
+    say.texts.append(choose._choice(planner, job, job, True).reason)  # type: ignore[arg-type]
     asked = choose.Job("fp32", "none", 64, 512)
     for changes in ({}, {"precision": "nf4"}, {"longest": 64}, {"target": ("q_proj", "v_proj")}):
         for way in ("none", "full"):

@@ -59,7 +59,7 @@ class Planner:
     def alone(self) -> str:
         """Why the base takes one example at a time, as far as its build shows it; "" if it takes
         packs. A run tries the weights, too."""
-        if self.config.model_type in parts.FAMILY:
+        if getattr(self.config, "model_type", "") in ("", *parts.FAMILY):
             return ""
         return trial.state_of(shape_of(self.config))
 

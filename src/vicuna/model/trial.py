@@ -59,6 +59,14 @@ def scores_of(causal: Any, ids: Sequence[int], start: int = 0) -> Tensor:
     return scores
 
 
+@torch.no_grad()
+def last_scores(causal: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    """The same after the last token of each of several texts of one length: float32 (n, V)."""
+    given = torch.tensor([list(row) for row in rows], device=device_of(causal))
+    scores: Tensor = causal(input_ids=given, use_cache=False).logits[:, -1].float()
+    return scores
+
+
 def device_of(causal: Any) -> torch.device:
     """Where its token ids must lie."""
     device: torch.device = causal.get_input_embeddings().weight.device

@@ -78,6 +78,8 @@ class Learner:
             self.fast = Decoder(found, self.checkpointing, self.kernels)
             self.fast.own(causal)
         self.decoder = causal.get_decoder()
+        if not hasattr(self.decoder, "config"):  # ModernBERT's "decoder" is its output matrix
+            self.decoder = causal.base_model
         self.head = _plain_head(causal)
         self._frozen = {n: p for n, p in causal.named_parameters() if ".lora_" not in n}
         # Gemma 2 has no sdpa: what transformers chose when it loaded the model is what fits it.

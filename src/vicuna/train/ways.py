@@ -13,12 +13,14 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import nn
 
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import MIN_SHARED, Pack, build_packs
 from vicuna.errors import UserError
 from vicuna.model import parts, trial
 from vicuna.model.decoder import Decoder
+from vicuna.model.dropout import PrefixDropout
 from vicuna.model.memory_errors import is_memory
 from vicuna.train.step import Learner
 
@@ -33,11 +35,26 @@ def settle(learner: Learner) -> list[str]:
     Raises: UserError where transformers itself cannot compute the model.
     """
     learner.way = "packed"
+    still(learner)
     learner.plain_attention()
     with trial.in_evaluation(learner.model):
         found = _settle(learner)
     learner.packed_attention()
     return found
+
+
+def still(learner: Learner) -> None:
+    """Turn off what the base's own layers draw at random in training (GPT-2's dropouts, Seed-OSS's
+    residual one): only the adapter's dropout is a function of the step, which a resumed run takes
+    up again."""
+    for name, module in learner.causal.named_modules():
+        if "lora_" in name or isinstance(module, PrefixDropout):
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key, value in vars(module).items():
+            if type(value) is float and ("drop" in key or "jitter" in key):
+                setattr(module, key, 0.0)
 
 
 def _settle(learner: Learner) -> list[str]:

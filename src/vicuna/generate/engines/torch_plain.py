@@ -179,8 +179,7 @@ class PlainEngine(Switching):
         paths: list[list[int]] = []
 
         def far(scores: Tensor) -> float:
-            wanted = torch.stack([trial.scores_of(self._causal, path)[-1] for path in paths])
-            return trial.distance(scores, wanted)
+            return trial.distance(scores, trial.last_scores(self._causal, paths))
 
         for prompt in (text[:9], text[:13], text[:5] + other[:7]):
             paths = [prompt]
