@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vicuna.errors import UserError
@@ -89,9 +90,19 @@ def _linear(causal: Any) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _odd(module: nn.Module) -> bool:
-    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return own and not frozen.known(module)
+@torch.no_grad()
+def _odd(module: Any) -> bool:
+    """Whether a kind of linear layer gives something else than rows of its width (a router's
+    choices; groups): then nothing can be added to it. Asked of zeros."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    if frozen.known(module):
+        return False
+    try:
+        out = module(module.weight.new_zeros(1, 2, module.in_features))
+    except Exception:  # whatever it wants, it is not rows
+        return True
+    return not (isinstance(out, torch.Tensor) and out.shape == (1, 2, module.out_features))
 
 
 def _leaf(name: str) -> str:

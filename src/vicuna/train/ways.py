@@ -53,7 +53,7 @@ def still(learner: Learner) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for key, value in vars(module).items():
-            if type(value) is float and ("drop" in key or "jitter" in key):
+            if type(value) is float and "drop" in key:
                 setattr(module, key, 0.0)
 
 
