@@ -18,6 +18,7 @@ from vicuna.data import checks, columns, encodings
 from vicuna.data.encode import Example
 from vicuna.data.lengths import CUTOFFS, Lengths
 from vicuna.data.order import Group, Order, split_validation
+from vicuna.data.pace import Pace
 from vicuna.data.prepare import Recipe, prepare_file
 from vicuna.data.read import read
 from vicuna.data.report import DataReport, FileReport
@@ -144,7 +145,10 @@ def load(
         own = columns.settled(entry.columns)
         for path in expand_noting(entry.path, notes):
             recipe = recipe_for(settings, renderer, entry.max_samples, own)
-            store = prepare_file(path, recipe, lambda k, p=path: say(f"{p.name}: {k:,} records"))  # type: ignore[misc]
+            pace = Pace(path.name)
+            store = prepare_file(
+                path, recipe, lambda done, share, pace=pace: say(pace.words(done, share))
+            )
             report = FileReport.from_json({**store.report, "path": str(path)})
             report.said, notes = [*report.said, *notes], []
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)

@@ -88,21 +88,22 @@ class Batch:
 # A record of the batch, the hash of what it answers, and how good its answer is said to be.
 RANKED = np.dtype([("record", np.int64), ("prompt", np.uint64), ("merit", np.float64)])
 
-Progress = Callable[[int], None]
+# Told how many records are done, and which share of the file they take; 0 if nobody knows.
+Progress = Callable[[int, float], None]
 
 
 def prepare_file(path: Path, recipe: Recipe, progress: Progress | None = None) -> Store:
     """The store of one file, from the cache where it was made before.
 
     Args:
-        progress: called with the number of records done so far.
+        progress: told how far it is, now and then.
 
     Raises: UserError where the disk is full.
     """
     target = cache_dir("data", recipe.key(file_hash(path)))
     if not (target / "report.json").is_file():
         with whole_folder(target) as aside:
-            _make(path, recipe, aside, progress or (lambda _: None))
+            _make(path, recipe, aside, progress or (lambda _records, _share: None))
     return Store(target)
 
 
@@ -114,7 +115,12 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
     ranked: list[np.ndarray] = []
     found: list[Problem] = []
     done = records = 0
-    for batch in _work_through(path, read(path, found, recipe.encoding or None), recipe):
+    position = [0]
+    size = max(path.stat().st_size, 1)
+    records_of_file = read(
+        path, found, recipe.encoding or None, lambda at: position.__setitem__(0, at)
+    )
+    for batch, share in _work_through(path, records_of_file, recipe, lambda: position[0] / size):
         writer.add(batch.ids, batch.labels, batch.index, batch.lines)
         exact.append(batch.exact)
         near.append(batch.near)
@@ -123,7 +129,7 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
         records += len(batch.lines)
         report.merge(batch.report)
         done += batch.report.records
-        progress(done)
+        progress(done, share)
     for problem in found:
         report.file_problem(problem, is_record=problem.action == "dropped")
     writer.finish(
@@ -143,8 +149,16 @@ def _outranked(ranked: list[np.ndarray]) -> list[int]:
     return found
 
 
-def _work_through(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:
-    """Batches in the order of the file, made here or by worker processes."""
+def _work_through(
+    path: Path, records: Iterator[Raw], recipe: Recipe, share: Callable[[], float]
+) -> Iterator[tuple[Batch, float]]:
+    """Batches in the order of the file, made here or by worker processes.
+
+    Args:
+        share: of the file that is read by now.
+
+    Yields: a batch, and the share of the file that had been read when its records were.
+    """
     if recipe.max_samples:
         yield from _limited(path, records, recipe)
         return
@@ -152,19 +166,21 @@ def _work_through(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterato
     if path.stat().st_size < SMALL or workers < 2:
         state = Work(recipe)
         while chunk := list(islice(records, CHUNK)):
-            yield state.batch(str(path), chunk)
+            yield state.batch(str(path), chunk), share()
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (recipe,)) as pool, _ending(pool):
         # A bounded window: the reader must not run ahead and fill the memory.
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[tuple[Future[Batch], float]] = deque()
         while chunk := list(islice(records, CHUNK)):
             with children_spared():
-                waiting.append(pool.submit(_batch, str(path), chunk))
+                waiting.append((pool.submit(_batch, str(path), chunk), share()))
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                batch, read_by_then = waiting.popleft()
+                yield batch.result(), read_by_then
         while waiting:
-            yield waiting.popleft().result()
+            batch, read_by_then = waiting.popleft()
+            yield batch.result(), read_by_then
 
 
 @contextmanager
@@ -176,14 +192,14 @@ def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _limited(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[Batch]:
+def _limited(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[tuple[Batch, float]]:
     """Batches until `max_samples` records are used; never reads further than needed."""
     state = Work(recipe)
     missing = recipe.max_samples
     while missing and (chunk := list(islice(records, min(CHUNK, missing)))):
         batch = state.batch(str(path), chunk)
         missing -= batch.report.used
-        yield batch
+        yield batch, 1 - missing / recipe.max_samples
 
 
 def _cores() -> int:

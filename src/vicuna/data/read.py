@@ -22,7 +22,7 @@ from vicuna.data.json_values import DECODER, json_values, unfinished
 from vicuna.data.printed import printed
 from vicuna.data.sources import digest, expand
 from vicuna.data.tables import arrow, delimiter_of, parquet, rows
-from vicuna.data.text import BLANK, CUT, MARK, Text, head, lines
+from vicuna.data.text import BLANK, CUT, MARK, Position, Text, head, lines, unwatched
 from vicuna.data.types import Problem, Raw
 
 __all__ = ["digest", "expand", "read"]
@@ -36,12 +36,18 @@ _OPEN = re.compile(rf"[{BLANK}\[]*")
 Layout = Literal["lines", "values", "table", "text"]
 
 
-def read(path: Path, problems: list[Problem], encoding: str | None = None) -> Iterator[Raw]:
+def read(
+    path: Path,
+    problems: list[Problem],
+    encoding: str | None = None,
+    position: Position = unwatched,
+) -> Iterator[Raw]:
     """Stream the records of a file.
 
     Args:
         path: a file of any format and ending.
         problems: what was dropped or repaired is appended here while the file is read.
+        position: told how many bytes of the file have been read.
         encoding: a name Python knows; None detects it.
 
     Yields: JSON text with the line it starts on, not parsed (lines of a JSONL file are not even
@@ -51,13 +57,13 @@ def read(path: Path, problems: list[Problem], encoding: str | None = None) -> It
     Raises: UserError where the file cannot be opened or the encoding is unknown. Content raises
         nothing.
     """
-    text = Text(path, encoding, problems)
+    text = Text(path, encoding, problems, position)
     kind = kinds.kind_of(head(path, kinds.HEAD), path)
     if kind == "parquet":
-        yield from parquet(path, problems)
+        yield from parquet(path, problems, position)
         return
     if kind == "arrow":
-        yield from arrow(path, problems)
+        yield from arrow(path, problems, position)
         return
     if kind != "text" and not (kind == kinds.BINARY and encoding):
         problems.append(Problem(1, "", kind, "dropped"))

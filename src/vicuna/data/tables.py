@@ -11,7 +11,7 @@ from typing import Any
 
 from vicuna.data.json_values import LIMIT
 from vicuna.data.keys import KNOWN
-from vicuna.data.text import MARK, Text, lines
+from vicuna.data.text import MARK, Position, Text, lines, unwatched
 from vicuna.data.types import Problem, Raw
 
 _DELIMITERS = (",", "\t", ";", "|")
@@ -102,7 +102,7 @@ def _noting(asked: list[bool]) -> Iterator[str]:
     yield from ()
 
 
-def arrow(path: Path, problems: list[Problem]) -> Iterator[Raw]:
+def arrow(path: Path, problems: list[Problem], position: Position = unwatched) -> Iterator[Raw]:
     """The rows of an Arrow file or stream, as `datasets` saves them."""
     import pyarrow as pa
 
@@ -116,6 +116,7 @@ def arrow(path: Path, problems: list[Problem]) -> Iterator[Raw]:
                 source.seek(0)
                 batches = iter(pa.ipc.open_stream(source))
             for batch in batches:
+                position(source.tell())
                 for start in range(0, batch.num_rows, 1024):
                     for record in _rows(batch.slice(start, 1024)):
                         row += 1
@@ -128,7 +129,7 @@ def arrow(path: Path, problems: list[Problem]) -> Iterator[Raw]:
         problems.append(Problem(row + 1, "", reason, "dropped"))
 
 
-def parquet(path: Path, problems: list[Problem]) -> Iterator[Raw]:
+def parquet(path: Path, problems: list[Problem], position: Position = unwatched) -> Iterator[Raw]:
     """The rows of a Parquet file, a small batch in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -136,7 +137,9 @@ def parquet(path: Path, problems: list[Problem]) -> Iterator[Raw]:
     row = 0
     try:
         with pq.ParquetFile(path) as file:
+            size, total = path.stat().st_size, max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=1024):
+                position(size * min(row + batch.num_rows, total) // total)
                 for record in _rows(batch):
                     row += 1
                     if record is None:

@@ -27,6 +27,12 @@ SAMPLE = 1 << 20  # bytes that the encoding is decided on
 BLANK = " \t\r\n\ufeff"  # the BOM too: files with BOMs get concatenated
 CUT = "file is cut off here"
 Fault = Callable[[str], None]
+# Told how many bytes of a file have been read, packed ones if it is packed.
+Position = Callable[[int], None]
+
+
+def unwatched(_: int) -> None:
+    """A position that nobody asks for."""
 
 
 class Text:
@@ -35,8 +41,14 @@ class Text:
     After the iteration `encoding` says what the file is in and `fault` what is wrong with its gzip.
     """
 
-    def __init__(self, path: Path, encoding: str | None, problems: list[Problem]) -> None:
-        self.path, self.problems = path, problems
+    def __init__(
+        self,
+        path: Path,
+        encoding: str | None,
+        problems: list[Problem],
+        position: Position = unwatched,
+    ) -> None:
+        self.path, self.problems, self._position = path, problems, position
         self.given = encoding is not None
         self.encoding = encoding or "UTF-8"
         self.fault = ""
@@ -55,7 +67,7 @@ class Text:
         self.problems.append(Problem(line, "", f"bytes that are not {self.encoding}", "dropped"))
 
     def _unpack(self) -> Iterator[bytes]:
-        return unpacked(self.path, self._spoilt)
+        return unpacked(self.path, self._spoilt, self._position)
 
     def _spoilt(self, fault: str) -> None:
         self.fault = fault
@@ -87,10 +99,12 @@ def magic(path: Path) -> bytes:
         raise _unreadable(path, e) from e
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path, position: Position) -> Iterator[bytes]:
+    done = 0
     try:
         with path.open("rb") as f:
             while block := f.read(BUFFER):
+                position(done := done + len(block))
                 yield block
     except OSError as e:
         raise _unreadable(path, e) from e
@@ -107,14 +121,14 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 # Compressed files
 
 
-def unpacked(path: Path, spoilt: Fault) -> Iterator[bytes]:
+def unpacked(path: Path, spoilt: Fault, position: Position = unwatched) -> Iterator[bytes]:
     """The bytes of a file, unpacked where it is compressed (.gz, .bz2, .xz, .zst).
 
     Args:
         spoilt: told what is wrong with the compressed data, which end there.
     """
     begin = magic(path)
-    blocks = _blocks(path)
+    blocks = _blocks(path, position)
     if begin[:2] == b"\x1f\x8b":
         return _inflate(blocks, spoilt)
     if begin[:3] == b"BZh" and begin[3:4].isdigit():
