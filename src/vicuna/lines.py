@@ -1,0 +1,60 @@
+"""Files that grow line by line, each line whole or not at all, on a full disk too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from io import FileIO
+from pathlib import Path
+
+from vicuna.faults import cannot_write
+
+
+class Lines:
+    """Adds lines to a file, each of them whole or not at all; makes the file with the first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._there = path.exists()
+        self._file: FileIO | None = None
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, line: str) -> None:
+        """Write a line and hand it to the system.
+
+        Raises: UserError where it cannot be written; what was there before still is.
+        """
+        before = None
+        try:
+            if self._file is None:
+                self._file = FileIO(self.path, "ab")
+            before = os.fstat(self._file.fileno()).st_size
+            left = memoryview((line + "\n").encode("utf-8", "replace"))
+            while left:
+                left = left[self._file.write(left) or 0 :]
+        except OSError as e:
+            self._take_back(before)
+            raise cannot_write(e, self.path) from e
+
+    def _take_back(self, size: int | None) -> None:
+        with contextlib.suppress(OSError):
+            if self._file is not None and size is not None:
+                self._file.truncate(size)
+            if not self._there and not self.path.stat().st_size:
+                self.path.unlink()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, whole or not at all. Raises: UserError where it cannot be written."""
+    with Lines(path) as lines:
+        lines.add(line)
