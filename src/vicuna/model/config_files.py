@@ -17,9 +17,8 @@ from vicuna.model.quiet import quiet_transformers
 from vicuna.tables import read_json
 
 CONFIG = "config.json"
-# Tables that libraries read from a base's folder, each of them optional but the first.
+# Tables that libraries read from a base's folder beside it, each of them optional.
 _TABLES = (
-    CONFIG,
     "generation_config.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -50,8 +49,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
     Raises: UserError naming the file and what is wrong in it.
     """
-    found = {n: read_json(folder / n) for n in _TABLES if (folder / n).is_file()}
-    config = found[CONFIG]
+    config = read_config(folder)
+    for name in _TABLES:
+        if (folder / name).is_file():
+            read_json(folder / name)
     check_counts(folder)
     parts = [config, config.get("text_config")]
     for part in parts:
