@@ -43,6 +43,13 @@ _SYSTEM: dict[int, tuple[str, str]] = {
     errno.EADDRINUSE: ("the port is in use", "Choose another --port."),
 }
 _ASIDE = re.compile(r"\.(.+?)(?:\.(?:[0-9a-f]{6}-)?\d+)?\.part")
+# What a CPU's allocator (Linux, Windows), CUDA's runtime, cuBLAS and Apple's GPU say.
+MEMORY_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cublas_status_alloc_failed",
+)
 # How libraries that are not Python's tell of the system's error number.
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 # PyTorch names no number of a file that it could not write.
@@ -60,7 +67,7 @@ def explain(error: BaseException) -> UserError | None:
     words = str(error)
     if isinstance(error, OSError):  # a library's, in its own words
         return UserError(words.strip().split("\n")[0] or type(error).__name__)
-    if isinstance(error, MemoryError) or "out of memory" in words.lower():
+    if isinstance(error, MemoryError) or any(w in words.lower() for w in MEMORY_WORDS):
         return UserError(
             "memory ran out",
             fix="Close other programs, or take a smaller model; for training vicuna plan says "
