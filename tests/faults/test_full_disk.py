@@ -139,9 +139,9 @@ def test_a_library_tells_of_the_system(tmp_path: Path) -> None:
     found = system_error(error)
     assert found is not None
     assert found.errno == errno.ENOSPC
-    with pytest.raises(UserError, match=r"x\.bin: cannot write: the disk is full \(.* MiB free"):
-        with writing(tmp_path / "x.bin"):
-            raise error
+    full = r"x\.bin: cannot write: the disk is full \(.* MiB free"
+    with pytest.raises(UserError, match=full), writing(tmp_path / "x.bin"):
+        raise error
     told = cannot_write(error, tmp_path / ".x.bin.0123ab-77.part")
     assert told.where == str(tmp_path / "x.bin")
 
@@ -150,7 +150,7 @@ def test_what_was_read_is_not_told_as_what_was_to_be_written(tmp_path: Path) -> 
     missing = tmp_path / "base" / "config.json"
     target = tmp_path / "out" / "new"
     target.parent.mkdir()
-    with pytest.raises(UserError, match="config.json: no such file"), writing(target):
+    with pytest.raises(UserError, match=r"config\.json: no such file"), writing(target):
         missing.read_text()
 
 

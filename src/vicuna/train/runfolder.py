@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from vicuna.cache import sweep, whole_file
 from vicuna.errors import UserError
-from vicuna.faults import cannot_write
+from vicuna.faults import cannot_write, writing
 from vicuna.lines import Lines
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
@@ -41,7 +41,8 @@ class RunFolder:
             self._lock: IO[str] = (path / ".lock").open("a+")
         except OSError as e:
             raise cannot_write(e, path) from e
-        _lock(self._lock, path)
+        with writing(path / ".lock"):
+            _lock(self._lock, path)
         self._log: Lines | None = None
         self._sweep()
 
