@@ -133,13 +133,17 @@ def _lock(file: IO[str], path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that a kill cut off is left out."""
+    """The events of a log; a last line that a kill cut off, and what is no event, is left out."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            step = event.get("step", 0)
+            if isinstance(step, (int, float)) and not isinstance(step, bool):
+                events.append(event)
     return events
 
 
