@@ -10,6 +10,7 @@ from rich.errors import MarkupError
 from rich.segment import Segment
 from rich.text import Text
 
+from vicuna.errors import EXIT_PIPE
 from vicuna.terminal import COMMANDS, visible
 
 
@@ -35,3 +36,10 @@ class Console(of_rich.Console):
             return super().render_str(text, **words)
         except MarkupError:
             return super().render_str(text, **{**words, "markup": False})
+
+    def on_broken_pipe(self) -> None:
+        """As rich's; the exit code is a pipe's (`| head`), not a fault's."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise SystemExit(EXIT_PIPE) from None
