@@ -19,15 +19,18 @@ class Lines:
         self._file: FileIO | None = None
 
     def __enter__(self) -> Lines:
+        """Raises: UserError where nothing can be written, before anything is computed for it."""
+        self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; if it was not there and nothing was added, it is not there again."""
         if self._file is not None:
             self._file.close()
+            self._remove_empty()
 
     def add(self, line: str) -> None:
         """Write a line and hand it to the system.
@@ -37,7 +40,7 @@ class Lines:
         before = None
         try:
             if self._file is None:
-                self._file = FileIO(self.path, "ab")
+                self._file = self._open()
             before = os.fstat(self._file.fileno()).st_size
             left = memoryview((line + "\n").encode("utf-8", "replace"))
             while left:
@@ -50,6 +53,17 @@ class Lines:
         with contextlib.suppress(OSError):
             if self._file is not None and size is not None:
                 self._file.truncate(size)
+        self._remove_empty()
+
+    def _open(self) -> FileIO:
+        try:
+            self._file = FileIO(self.path, "ab")
+        except (OSError, ValueError) as e:
+            raise cannot_write(e, self.path) from e
+        return self._file
+
+    def _remove_empty(self) -> None:
+        with contextlib.suppress(OSError):
             if not self._there and not self.path.stat().st_size:
                 self.path.unlink()
 
