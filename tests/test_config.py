@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
+from vicuna import config
 from vicuna.config import TrainSettings, parse
 from vicuna.errors import SettingsError
 
@@ -45,3 +49,26 @@ def test_other_settings_without_a_value() -> None:
     assert (settings.resume, settings.strict, settings.share_prefixes) == ("last", True, False)
     with pytest.raises(SettingsError, match="seed: a value is missing"):
         parse(TrainSettings, ["--seed"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "words", "near"),
+    [
+        (config.ExportSettings, ["--type", "q4km"], "q4_k_m"),
+        (config.ExportSettings, ["--type", "Q5-K-M"], "q5_k_m"),
+        (config.TrainSettings, ["--precision", "bf61"], "bf16"),
+        (config.TrainSettings, ["--lr_scheduler_type", "cosin"], "cosine"),
+        (config.GenerateSettings, ["--engine", "llamacpp"], "llama.cpp"),
+        (config.MergeSettings, ["--method", "dare_linea"], "dare_linear"),
+    ],
+)
+def test_the_nearest_value_is_named(cls: Any, words: list[str], near: str) -> None:
+    with pytest.raises(SettingsError, match=f"; did you mean {re.escape(near)}\\?"):
+        config.parse(cls, words, free=[])
+
+
+def test_a_value_that_is_near_none_gets_the_list_alone() -> None:
+    with pytest.raises(SettingsError) as told:
+        config.parse(config.ExportSettings, ["--type", "zzzzzz"], free=[])
+    assert "did you mean" not in str(told.value)
+    assert "q4_k_m" in str(told.value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -12,11 +11,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-from vicuna.errors import UserError
+from vicuna.faults import writing
 from vicuna.interrupts import shielded
 
 
@@ -75,43 +74,42 @@ def whole_file(target: Path) -> Iterator[Path]:
 
     Raises: UserError where the disk is full or not writable.
     """
-    aside = _aside(target, "part")
-    with _told(aside, target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_for(target)
+    with whole_files(target) as (aside,):
         yield aside
-        sync(aside)
+
+
+@contextmanager
+def whole_files(*targets: Path) -> Iterator[list[Path]]:
+    """As `whole_file`, for several that belong together: none takes its name before all are on the
+    disk. The first must be written; another that is not is left out."""
+    asides = [_aside(target, "part") for target in targets]
+    pairs = list(zip(asides, targets))
+    with ExitStack() as stack:
+        # The innermost tells of what goes wrong: the first, which the others are beside.
+        for aside, target in reversed(pairs):
+            stack.enter_context(_told(aside, target))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep_for(target)
+        yield asides
+        written = [pair for pair in pairs if pair[0] is asides[0] or pair[0].exists()]
+        for aside, _ in written:
+            sync(aside)
         with shielded():
-            aside.replace(target)
-            sync(target.parent)
+            for aside, target in written:
+                aside.replace(target)
+                sync(target.parent)
 
 
 @contextmanager
 def _told(aside: Path, target: Path) -> Iterator[None]:
     """Whatever goes wrong, nothing stays aside; what the disk refused becomes a UserError."""
     try:
-        yield
-    except BaseException as e:
+        with writing(target):
+            yield
+    except BaseException:
         with shielded():
             _remove(aside)
-        found = os_error(e)
-        if found is None:
-            raise
-        raise disk_error(found, target) from e
-
-
-def os_error(error: BaseException) -> OSError | None:
-    """The file system's error that an error is, or that a library wrapped: safetensors and
-    tokenizers have kinds of their own, and PyTorch tells of a file that it could not write."""
-    if isinstance(error, OSError):
-        return error
-    if isinstance(error, UserError) or not isinstance(error, Exception):
-        return None
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(found[1]), os.strerror(int(found[1])))
-    if re.search(r"PytorchStreamWriter failed|inline_container.* unexpected pos", str(error)):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return None
+        raise
 
 
 # -- what a killed process left behind ----
@@ -211,20 +209,6 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def disk_error(error: OSError, path: Path) -> UserError:
-    """The user's version of an error of the file system."""
-    parent = path if path.exists() else path.parent
-    try:
-        free = f" ({shutil.disk_usage(parent).free / 2**20:.0f} MiB free)"
-    except OSError:
-        free = ""
-    return UserError(
-        f"cannot write: {error.strerror or error}{free}",
-        where=str(path),
-        fix="Free some space or choose another folder; what was complete before is still there.",
-    )
 
 
 def file_hash(path: Path) -> str:

@@ -6,14 +6,18 @@ fields of its class in `config/`; what stands behind the command is parsed there
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import typer
 
 from vicuna import interrupts
-from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, UserError
+from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, UserError
+from vicuna.terminal import say, say_traceback
 
 app = typer.Typer(
     add_completion=False,
@@ -253,80 +257,102 @@ def version() -> None:
     """Print the version."""
     from vicuna import __version__
 
-    print(f"chinese-vicuna {__version__}")
+    say(f"chinese-vicuna {__version__}")
 
 
 def main() -> NoReturn:
     """Run a command; a user's mistake becomes a message and exit code 2, never a traceback."""
     debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
     sys.argv = [word for word in sys.argv if word != "--debug"]
-    _quiet()
+    _quiet(debug)
     interrupts.catch()
     try:
         # Outside standalone mode typer hands the exit code of a command back.
         result = app(standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == EXIT_INTERRUPTED and interrupts.caught():
-            code = _interrupted(debug)  # typer has made an exit code of it
+            code = _interrupted(debug, None)  # typer has made an exit code of it
     except typer.Exit as e:
         code = e.exit_code
-    except UserError as e:
-        code = _failed(str(e), debug)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _interrupted(debug)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except Exception as e:
-        if interrupts.caught():
-            sys.exit(_interrupted(debug))
-        # typer's own usage errors (an unknown command) carry a message and a code of their own.
-        if type(e).__name__ == "NoArgsIsHelpError":
-            print(e, file=sys.stderr)
-            code = EXIT_MISTAKE
-        elif hasattr(e, "format_message"):
-            code = _failed(e.format_message(), debug)
-        elif debug:
-            raise
-        else:
-            words = f"{type(e).__name__}: {e}"
-            _failed(f"this should not have happened: {words}\nRun it again with --debug", debug)
-            code = 1
-    sys.exit(code)
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else EXIT_MISTAKE
+    except BaseException as e:
+        code = _failed(e, debug)
+    sys.exit(_flushed(code, debug))
 
 
-def _interrupted(debug: bool) -> int:
+def _failed(error: BaseException, debug: bool) -> int:
+    """Say what went wrong; the exit code that says it to other programs."""
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return _interrupted(debug, error)
+    if interrupts.caught() and not isinstance(error, UserError):
+        return _interrupted(debug, error)  # libraries make other errors of it now and then
+    if isinstance(error, BrokenPipeError):
+        return EXIT_PIPE  # `| head` has read enough: nobody is left to be told
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return _told(str(error), EXIT_MISTAKE)
+    if debug:
+        say_traceback(error)
+    if hasattr(error, "format_message"):  # typer's own: an unknown command
+        return _told(f"error: {error.format_message()}", EXIT_MISTAKE)
+    from vicuna.faults import explain
+
+    mistake = explain(error)
+    if mistake is not None:
+        return _told(f"error: {mistake}", EXIT_MISTAKE)
+    return _told(
+        f"error: this should not have happened: {type(error).__name__}: {error}\n"
+        "Run it again with --debug",
+        1,
+    )
+
+
+def _interrupted(debug: bool, error: BaseException | None) -> int:
     interrupts.leave_at_once()
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    print(interrupts.line(), file=sys.stderr)
-    return EXIT_INTERRUPTED
+    if debug and error is not None:
+        say_traceback(error)
+    return _told(interrupts.line(), EXIT_INTERRUPTED)
 
 
-def _failed(message: str, debug: bool) -> int:
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return EXIT_MISTAKE
+def _told(text: str, code: int) -> int:
+    """The exit code; where nothing can be printed any more, it is all that is said."""
+    with contextlib.suppress(OSError):
+        say(text, error=True)
+    return code
 
 
-def _quiet() -> None:
+def _flushed(code: int, debug: bool) -> int:
+    """The exit code after all that was printed has left: a full disk behind `>` may refuse it."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or _failed(e, debug)
+    return code
+
+
+def _quiet(debug: bool = False) -> None:
     """Keep libraries from writing over what is said here, and from reporting anything anywhere."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if not sys.warnoptions:
-        import warnings
-
-        # Deprecations inside libraries are not the user's business.
-        warnings.simplefilter("ignore")
-    for stream in (sys.stdout, sys.stderr):
+    # Text of a pipe that is not UTF-8 arrives, and text that a terminal cannot show is replaced.
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    if debug:
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # A logger without a handler of its own writes to the terminal, unless the root has one.
+    logging.getLogger().addHandler(logging.NullHandler())
+    if not sys.warnoptions:
+        # Deprecations inside libraries are not the user's business; some turn them on again.
+        warnings.simplefilter("ignore")
+        warnings.showwarning = _unseen
+
+
+def _unseen(*_: Any, **__: Any) -> None:
+    """A warning that is not shown."""
 
 
 if __name__ == "__main__":

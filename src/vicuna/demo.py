@@ -95,7 +95,13 @@ def run(words: Sequence[str]) -> int:
         f"held-out answers exactly right: {before.right} of {len(asked)} before, "
         f"{after.right} of {len(asked)} after"
     )
-    return 0 if last < first else 1
+    if last >= first:
+        raise UserError(
+            "the held-out loss did not fall: on this machine training does not work as it should",
+            where=str(folder),
+            fix="vicuna doctor says what this machine has; --debug shows what libraries say.",
+        )
+    return 0
 
 
 def answers(asked: Sequence[Conversation], adapter: str = "") -> Answers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # what a shell says of a program whose reader has gone
 
 
 class UserError(Exception):

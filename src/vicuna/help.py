@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vicuna.config import Settings
+from vicuna.console import Console
 
 _LAST = ("Verifying",)  # groups that several commands share, below what is a command's own
 
 
 def show(settings: type[Settings], usage: str, about: str) -> None:
     """Print usage, what the command is for, and a table of its settings."""
-    console = Console(highlight=False)
+    console = Console()
     console.print(f"{escape(about.strip())}\n\n[bold]{escape(usage)}[/] \\[--key value ...]\n")
     groups: dict[str, list[tuple[str, str, str]]] = {}
     for name, field in settings.model_fields.items():

@@ -1,75 +1,89 @@
-"""JSON and YAML files of others: read, or an error in words, whatever they hold.
-
-Both nest as deep as somebody likes, their numbers have as many digits, and the readers' own errors
-for these are of many kinds.
-"""
+"""Tables in files, JSON or YAML: what cannot be one is an error in words, whatever is wrong."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
+from vicuna.faults import cannot_read
 
-
-def _parse_yaml(text: str) -> Any:
-    """Raises: ValueError in words, also where it nests too deep."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ValueError("it nests too deep") from None
-    except yaml.YAMLError as e:
-        raise ValueError(str(e)) from e
+_SHOWN = 200  # characters of a parser's own words
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The table in a JSON file.
+    """A JSON table.
 
-    Raises: UserError where there is none, or it cannot be read.
+    Raises: UserError where the file cannot be read, is no JSON, or holds something else.
     """
-    try:
-        loaded = _parse_json(_text(path))
-    except ValueError as e:
-        raise UserError(f"not valid JSON: {_first(e)}", where=str(path)) from e
-    return _table(loaded, path)
+    return _read(path, "JSON", json.loads)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The table in a YAML file; {} for an empty one.
+    """A YAML table; an empty file is an empty one.
 
-    Raises: UserError where there is none, or it cannot be read.
+    Raises: UserError where the file cannot be read, is no YAML, names a key twice, or holds
+        something else.
     """
-    try:
-        loaded = _parse_yaml(_text(path))
-    except ValueError as e:
-        raise UserError(f"not valid YAML: {_first(e)}", where=str(path)) from e
-    return {} if loaded is None else _table(loaded, path)
+
+    def load(text: str) -> Any:
+        import yaml
+
+        class Loader(yaml.SafeLoader):
+            """Refuses a key that stands twice: only the last would count."""
+
+            def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+                seen = set()
+                for key, _ in node.value:
+                    name = getattr(key, "value", None)
+                    if isinstance(name, str) and name in seen and name != "<<":
+                        line = key.start_mark.line + 1
+                        raise ValueError(f"{name} stands there twice, again in line {line}")
+                    if isinstance(name, str):
+                        seen.add(name)
+                return super().construct_mapping(node, deep)
+
+        try:
+            found = yaml.load(text, Loader)
+        except yaml.YAMLError as e:
+            raise ValueError(_yaml_words(e)) from e
+        return {} if found is None else found
+
+    return _read(path, "YAML", load)
 
 
-def _text(path: Path) -> str:
+def _yaml_words(error: Any) -> str:
+    """What is wrong and in which line: the library draws a picture of it."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(problem)
+
+
+def _read(path: Path, kind: str, load: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError("this file is not text in UTF-8", where=str(path)) from None
+        loaded = load(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise UserError(f"cannot be read: {e.strerror or e}", where=str(path)) from e
-
-
-def _parse_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it nests too deep") from None
-
-
-def _first(error: ValueError) -> str:
-    return str(error)[:500] or type(error).__name__
-
-
-def _table(loaded: Any, path: Path) -> dict[str, Any]:
+        raise cannot_read(e, path) from e
+    except RecursionError as e:
+        raise UserError(f"not valid {kind}: it is nested too deeply", where=str(path)) from e
+    except UnicodeDecodeError as e:
+        raise UserError(
+            f"not valid {kind}: byte {e.start} is not UTF-8",
+            where=str(path),
+            fix="Save it as UTF-8, or name the right file.",
+        ) from e
+    except (ValueError, OverflowError, TypeError, AttributeError) as e:
+        raise UserError(f"not valid {kind}: {str(e)[:_SHOWN]}", where=str(path)) from e
     if not isinstance(loaded, dict):
-        raise UserError("expected a table of names and values", where=str(path))
+        raise UserError(
+            f"expected a table of names and values, found {_kind(loaded)}", where=str(path)
+        )
     return loaded
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", int: "a number"}
+    names |= {float: "a number", type(None): "nothing"}
+    return names.get(type(value), "something else")

@@ -160,7 +160,7 @@ def test_save(renderer: Renderer, tmp_path: Path) -> None:
 def test_help_and_unknown_commands(renderer: Renderer) -> None:
     _, screen = talk(saying(renderer), renderer, "/help", "/hepl")
     assert "/save FILE" in screen
-    assert "No command /hepl; /help lists them." in screen
+    assert "No command /hepl; did you mean /help? /help lists them." in screen
 
 
 def test_a_path_begins_a_question(renderer: Renderer) -> None:

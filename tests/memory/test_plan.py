@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,14 +232,61 @@ def test_device_and_memory_exclude_each_other() -> None:
         command.device_of(settings)
 
 
-def test_a_hub_id_that_cannot_be_reached_names_the_known_shape(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def unreachable(monkeypatch: pytest.MonkeyPatch) -> None:
     from vicuna.model import base
 
-    def unreachable(model: str, **_: object) -> None:
+    def refuse(model: str, **_: object) -> None:
         raise UserError("the hub cannot be reached", where=model, fix="Give a folder.")
 
-    monkeypatch.setattr(base, "locate", unreachable)
-    with pytest.raises(UserError, match="Known shapes near it: llama-7b"):
-        shapes.config_of("huggyllama/llama-7b")
+    monkeypatch.setattr(base, "locate", refuse)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2.5-7b"), ("Qwen/Qwen2.5-7B", "qwen2.5-7b"),
+        ("huggyllama/llama-7b", "llama-7b"), ("meta-llama/Llama-2-13b-chat-hf", "llama-2-13b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama-3.1-8b"), ("Qwen/Qwen3-8B-Base", "qwen3-8b"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3-4b"), ("01-ai/Yi-6B-Chat", "yi-6b"),
+        ("mistralai/Mistral-7B-Instruct-v0.1", "mistral-7b"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m"),
+    ],
+)  # fmt: skip
+def test_a_known_shape_stands_in_for_a_hub_id_that_cannot_be_reached(
+    unreachable: None, capsys: pytest.CaptureFixture[str], model: str, shape: str
+) -> None:
+    words = ["--memory", "80GiB", "--precision", "bf16", "--micro_batch_tokens", "64"]
+    words += ["--cutoff_len", "64"]
+    config, notes = shapes.config_and_notes(model)
+    assert config.hidden_size == shapes.known()[shape]["hidden"]
+    assert notes == [f"the hub cannot be reached; planned by the known shape {shape}"]
+    if shape == "smollm2-135m":
+        assert command.run(["--model", model, *words]) == 0
+        assert f"note: {notes[0]}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "model", ["someone/qwen2.5-7b-coder-merge", "Qwen/Qwen2.5-Coder-7B", "a/llama-70", "x/other"]
+)
+def test_no_shape_stands_in_for_another(unreachable: None, model: str) -> None:
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        shapes.config_of(model)
+
+
+def test_a_folder_of_a_shapes_name_is_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "qwen2.5-7b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not shapes.is_known("qwen2.5-7b")
+    assert shapes.is_known("llama-7b")
+
+
+def test_the_process_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU a run is its process: libraries count, on both sides."""
+    monkeypatch.setattr(devices, "available_host", lambda: devices.GIB)
+    device = devices.at_hand("cpu")
+    assert device.runtime == devices.cpu(devices.GIB).runtime > devices.CPU_LIBRARIES
+    assert device.memory > devices.GIB + 100 * devices.MIB  # this process's own is there, too

@@ -58,7 +58,7 @@ def test_where_there_is_room_nothing_changes(
     assert (found.rows, found.settings.gradient_checkpointing) == (1024, "none")
     assert found.settings.precision == "auto"
     assert "1,024 tokens at a time" in said[0]
-    assert "of 64.0 GiB" in said[0]
+    assert "less than half of the 64.0 GiB" in said[0]
 
 
 def test_less_is_taken_where_it_is_tight_and_the_reason_said(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,27 @@ def test_the_same_model_passes_every_gate(base: Path, tmp_path: Path) -> None:
         report = verified(base, base, tmp_path, kind)
         assert not report.misses
         report.finish()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(1.0, ""), (1.09, ""), (1.34, "perplexity is up by 34%"), (2.5, "2.5 times what it was")],
+)
+def test_a_perplexity_that_rose_is_said_beside_passes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ratio: float, said: str
+) -> None:
+    """The gates of few bits are wide: "passes" alone would sound like nothing was lost."""
+    report = verified(base, base, tmp_path, "3bit")
+    assert report.comparison is not None
+    texts = report.comparison.texts.items()
+    worse = {k: replace(d, perplexity_after=d.perplexity_before * ratio) for k, d in texts}
+    report.comparison = replace(report.comparison, texts=worse)
+    assert report.comparison.perplexity_ratio == pytest.approx(ratio, abs=1e-6)
+    report.finish()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "passes: gate" in out
+    assert ("worse than before" in out) == bool(said)
+    assert said in out
 
 
 def test_another_model_passes_none_but_is_kept_where_asked(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vicuna import config
 from vicuna.errors import UserError
+from vicuna.terminal import say
 
 
 def run(words: Sequence[str]) -> int:
@@ -22,7 +23,7 @@ def run(words: Sequence[str]) -> int:
     try:
         serve(app)
     except KeyboardInterrupt:
-        print()
+        say()
     finally:
         app.close()
     return 0

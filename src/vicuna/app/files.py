@@ -13,10 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 from vicuna.app.state import App
-from vicuna.cache import disk_error, file_hash, whole_file
+from vicuna.cache import file_hash, whole_file
 from vicuna.data import sources
 from vicuna.data.template import builtin
 from vicuna.errors import UserError
+from vicuna.faults import cannot_write
 from vicuna.model.base import EMBEDDED
 
 LISTED = 500  # files offered at once
@@ -184,5 +185,5 @@ def _keep(app: App, file: Path) -> Path:
             while block := given.read(1 << 20):
                 out.write(block)
     except OSError as e:
-        raise disk_error(e, target) from e
+        raise cannot_write(e, target) from e
     return target

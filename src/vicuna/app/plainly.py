@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
@@ -12,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from vicuna import terminal
 from vicuna.app.data_html import toast
 from vicuna.app.words import say
 from vicuna.errors import UserError
@@ -72,5 +72,5 @@ def _told(error: Exception, given: tuple[Any, ...]) -> Exception:
     if isinstance(error, UserError):
         return gr.Error(toast(error, functools.partial(say, request)), print_exception=False)
     lines = "".join(traceback.format_exception(error)).splitlines()
-    print("\n".join(line[:WIDE] for line in lines), file=sys.stderr)
+    terminal.say("\n".join(line[:WIDE] for line in lines), error=True)
     return gr.Error(say(request, "page.failed"), print_exception=False)

@@ -9,10 +9,8 @@ begin alike; where two people take turns, it reads each one's conversation again
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 import time
-import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +21,7 @@ from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
 from vicuna.model.adapter_names import WEIGHTS
+from vicuna.terminal import say_traceback
 
 if TYPE_CHECKING:
     from vicuna.generate.events import Finished, Step
@@ -118,7 +117,7 @@ class Room:
         while (job := self.queue.next()) is not None:
             job.run()
             if job.error is not None and not isinstance(job.error, UserError):
-                traceback.print_exception(job.error, file=sys.stderr)
+                say_traceback(job.error)
 
     @property
     def loaded(self) -> Loaded:

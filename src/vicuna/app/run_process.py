@@ -21,8 +21,9 @@ from typing import Literal, get_args
 import psutil
 
 from vicuna.app import foreign
-from vicuna.cache import disk_error, whole_file
+from vicuna.cache import whole_file
 from vicuna.errors import UserError
+from vicuna.faults import cannot_write
 from vicuna.tables import read_json
 
 NOTE, OUTPUT, LOCK = ".process.json", "output.txt", ".lock"
@@ -85,7 +86,7 @@ def launch(folder: Path, words: Sequence[str]) -> Process:
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             )
     except OSError as e:
-        raise disk_error(e, folder) from e
+        raise cannot_write(e, folder) from e
     _children[child.pid] = child
     try:
         created = psutil.Process(child.pid).create_time()

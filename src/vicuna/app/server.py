@@ -16,6 +16,7 @@ from vicuna.app.login import LOOPBACK, made_up, password
 from vicuna.app.state import App
 from vicuna.config import WebSettings
 from vicuna.errors import UserError
+from vicuna.terminal import say
 
 USER = "vicuna"
 FIRST_PORT, PORTS = 7860, 40
@@ -51,7 +52,7 @@ def serve(app: App, wait: bool = True) -> Any:
     # No limit at once: an event that follows an answer only looks (`Room.follow`).
     page.queue(default_concurrency_limit=None, max_size=EVENTS)
     if settings.share:
-        print("warning: --share opens the page to the internet through somebody else's server")
+        say("warning: --share opens the page to the internet through somebody else's server")
     page.launch(
         server_name=settings.host,
         server_port=free_port(settings),
@@ -83,15 +84,15 @@ def serve(app: App, wait: bool = True) -> Any:
 
 def _tell(app: App, page: Any, word: str) -> None:
     settings = app.settings
-    print(f"The page is open at {page.local_url} (Ctrl-C ends it)")
+    say(f"The page is open at {page.local_url} (Ctrl-C ends it)")
     if word and made_up(settings):
-        print(f"user: {USER}   password: {word}")
+        say(f"user: {USER}   password: {word}")
     elif word:
-        print(f"user: {USER}   password: the one you gave")
+        say(f"user: {USER}   password: the one you gave")
     if settings.share:
-        print(f"and at {page.share_url}, for everybody on the internet who knows this address")
+        say(f"and at {page.share_url}, for everybody on the internet who knows this address")
     elif not word and settings.host not in LOOPBACK:
-        print("warning: everybody who reaches this machine can use the page: there is no password")
+        say("warning: everybody who reaches this machine can use the page: there is no password")
 
 
 def _place_uploads() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-import traceback
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -26,6 +24,7 @@ from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings
+from vicuna.terminal import say_traceback
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -260,7 +259,7 @@ class ChatTab:
     def _problem(self, error: Exception, words: Any) -> str:
         if isinstance(error, UserError):
             return chat_html.mistake(error, words)
-        traceback.print_exception(error, file=sys.stderr)
+        say_traceback(error)
         return chat_html.problem(words("chat.failed", words=f"{type(error).__name__}: {error}"))
 
     def _history(self, session: Session, words: Any) -> str:

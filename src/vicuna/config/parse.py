@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,15 @@ def _unknown(cls: type[Settings], keys: Any) -> list[str]:
     return found
 
 
+def _nearest_value(given: Any, allowed: str) -> str:
+    """`; did you mean q4_k_m?` of a value that is written nearly as one of those allowed."""
+    plain = {re.sub(r"\W|_", "", v.lower()): v for v in re.findall(r"'([^']*)'", allowed)}
+    if not isinstance(given, str):
+        return ""
+    close = difflib.get_close_matches(re.sub(r"\W|_", "", given.lower()), plain, n=1)
+    return f"; did you mean {plain[close[0]]}?" if close else ""
+
+
 def _in_words(cls: type[BaseModel], error: Any) -> str:
     """One of pydantic's errors as a sentence with the setting, the value and what is allowed."""
     place = [str(p) for p in error["loc"]]
@@ -203,7 +213,8 @@ def _in_words(cls: type[BaseModel], error: Any) -> str:
         "literal_error": "{expected}",
     }
     if kind in bounds:
-        return f"{name} is {given}, but must be {bounds[kind].format(**context)}"
+        near = _nearest_value(given, str(context.get("expected", "")))
+        return f"{name} is {given}, but must be {bounds[kind].format(**context)}{near}"
     if kind == "missing":
         return f"{name} is missing"
     if kind == "extra_forbidden":

@@ -3,7 +3,6 @@ today."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from vicuna.config import InspectSettings, UpgradeSettings
 from vicuna.convert.output import check_space, result_folder
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.model.adapter import AdapterFiles, read_adapter, save_files
+from vicuna.terminal import say, say_json
 from vicuna.verify.report import Report, size_of
 
 _LISTED = 3  # names of tensors or modules that a line shows
@@ -39,7 +39,7 @@ def inspect(words: Sequence[str]) -> int:
     files = read_adapter(_named(settings, free), checked=False)
     found = facts(files)
     if settings.json_output:
-        print(json.dumps(found, ensure_ascii=False))
+        say_json(found)
     else:
         _show(found)
     return EXIT_MISTAKE if found["not_finite"] else 0
@@ -81,9 +81,10 @@ def facts(files: AdapterFiles) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from vicuna.console import Console
 
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column(style="cyan")
@@ -104,7 +105,7 @@ def _show(found: dict[str, Any]) -> None:
     }
     for name, text in rows.items():
         table.add_row(name, escape(text))
-    console = Console(highlight=False)
+    console = Console()
     console.print(f"[bold]{escape(found['path'])}[/]: a LoRA adapter")
     console.print(table)
     for text, colour in _verdicts(found):
@@ -189,7 +190,8 @@ def _check_written(files: AdapterFiles, folder: Path) -> None:
 
 def _show_result(report: Report, target: Path, compared: bool) -> None:
     for note in report.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     same = f", all {report.about['tensors_compared']} tensors as they were" if compared else ""
-    print(f"{target}: {report.bytes_after / 2**20:.1f} MiB{same}")
-    print(f"\n  vicuna adapter inspect {target}")
+    say(f"{target}: {report.bytes_after / 2**20:.1f} MiB{same}")
+    say(f"report     {report.path}")
+    say(f"\n  vicuna adapter inspect {target}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from vicuna.data.lengths import CUTOFFS, Lost
 from vicuna.data.preview import spans
 from vicuna.data.template import Renderer, find
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
+from vicuna.terminal import say_json
 
 
 def _parse(cls: type[T], words: Sequence[str]) -> tuple[T, list[str]]:
@@ -43,11 +43,11 @@ def check(words: Sequence[str]) -> int:
     entries = config.dataset_entries(files)
     _, report = dataset.load(entries, settings, renderer_for(settings))
     if settings.json_output:
-        print(json.dumps(report.to_json(), ensure_ascii=False))
+        say_json(report.to_json())
     else:
-        from rich.console import Console
+        from vicuna.console import Console
 
-        Console(highlight=False).print(report.rich_table())
+        Console().print(report.rich_table())
     return 0 if all(f.used for f in report.files) else EXIT_MISTAKE
 
 
@@ -65,7 +65,7 @@ def stats(words: Sequence[str]) -> int:
         tokens, characters = _answer_lengths(found, renderer)
         results.append(_stats(name, found, tokens / max(1, characters)))
     if settings.json_output:
-        print(json.dumps({"files": results, "model": settings.model}, ensure_ascii=False))
+        say_json({"files": results, "model": settings.model})
     else:
         _print_stats(results, settings)
     return 0
@@ -104,10 +104,11 @@ def _cutoff(lost: Lost) -> dict[str, float]:
 
 
 def _print_stats(results: Sequence[dict[str, Any]], settings: DataSettings) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from vicuna.console import Console
+
+    console = Console()
     for r in results:
         length = r["length"]
         console.print(
@@ -139,9 +140,9 @@ def preview(words: Sequence[str]) -> int:
     found, _ = dataset.load(entries, settings, renderer)
     if settings.start >= len(found):
         raise UserError(f"there are only {len(found)} usable examples", where="start")
-    from rich.console import Console
+    from vicuna.console import Console
 
-    console = Console(highlight=False)
+    console = Console()
     console.print(
         f"template {renderer.template.name}; [green]learned[/], not learned, "
         f"[reverse]control token[/]; answers end with {renderer.encoder.token(renderer.end_id)}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from vicuna import config
+from vicuna.cache import whole_file
 from vicuna.config import ConvertSettings, DatasetEntry
 from vicuna.data import checks, columns, formats
 from vicuna.data.dataset import check_sources
@@ -20,6 +21,7 @@ from vicuna.data.report import DataReport, FileReport
 from vicuna.data.sources import expand_noting
 from vicuna.data.types import Conversation, Turn
 from vicuna.errors import SettingsError, UserError
+from vicuna.terminal import say
 
 
 def convert(words: Sequence[str]) -> int:
@@ -36,9 +38,8 @@ def convert(words: Sequence[str]) -> int:
     entries = config.dataset_entries(files)
     check_sources(entries, settings.encoding)
     reports: list[FileReport] = []
-    aside = output.with_name(f".{output.name}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as out:
+    with whole_file(output) as aside:
+        with aside.open("w", encoding="utf-8", errors="replace") as out:
             ranks: list[tuple[int, int, float]] = []
             written = 0
             for conversation in _conversations(entries, settings, reports):
@@ -52,13 +53,10 @@ def convert(words: Sequence[str]) -> int:
             raise UserError(
                 "no usable records", where=", ".join(files), fix="See vicuna data check."
             )
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
     dropped = sum(f.dropped for f in reports) + worse
-    print(f"{written - worse:,} records written to {output}, {dropped:,} dropped")
+    say(f"{written - worse:,} records written to {output}, {dropped:,} dropped")
     for note in DataReport(reports).notes():
-        print(note)
+        say(note)
     return 0
 
 

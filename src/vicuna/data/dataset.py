@@ -182,9 +182,9 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
         if record in outranked:
             report.drop_used(line, "", "there is a better answer to the same question")
         elif good[i]:
-            report.warn(line, "", f"cut to cutoff_len: {n} tokens")
+            report.warn(line, "", f"cut to cutoff_len: {n} tokens, cutoff_len is {cutoff}")
         elif record in used:
-            report.warn(line, "", f"a turn is too long: {n} tokens")
+            report.warn(line, "", f"a turn is too long: {n} tokens, cutoff_len is {cutoff}")
         elif index["targets"][i] == 0:
             report.drop_used(line, "", "nothing to learn")
         else:

@@ -323,7 +323,9 @@ class Work:
             report.warn(conversation.line, "", f"turn longer than cutoff_len left out: {lost}")
         if not parts:
             report.drop_used(
-                conversation.line, "", f"too long: {len(example.ids)} tokens in one turn"
+                conversation.line,
+                "",
+                f"too long: {len(example.ids)} tokens in one turn, cutoff_len is {limit}",
             )
         return parts
 

@@ -14,6 +14,7 @@ from vicuna.data.encode import Encoder, Segment, Vocabulary
 from vicuna.data.template_base import FIELD, Shape, Slot, Template, number_ends, shape_of
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.tables import read_yaml
 
 
 @dataclass
@@ -164,12 +165,7 @@ def find(name: str, vocabulary: Vocabulary) -> Template:
         return LiteralTemplate(name, builtin()[name])
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        import yaml
-
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(spec, dict):
-            raise UserError("expected keys such as user: and assistant:", where=str(path))
-        return LiteralTemplate(path.stem, spec)
+        return LiteralTemplate(path.stem, read_yaml(path))
     raise UserError(
         f"no template {name!r}",
         where="template",

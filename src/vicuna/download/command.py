@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vicuna.convert.output import check_space
 from vicuna.download.hubs import HUBS, Hub, Listed, Wanted, chosen
 from vicuna.errors import SettingsError, UserError
 from vicuna.interrupts import keeps
+from vicuna.terminal import say
 
 # The same weights once more, in layouts that are not read here; and what only a trainer reads.
 _ELSEWHERE = ["*.pth", "*.pt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "original/*"]
@@ -36,11 +36,11 @@ def run(words: Sequence[str]) -> int:
     )
     hub = HUBS[settings.source]
     if hub.offline():
-        print("offline: what was fetched before is used", file=sys.stderr)
-        print(hub.fetch(wanted, None))
+        say("offline: what was fetched before is used", error=True)
+        say(hub.fetch(wanted, None))
         return 0
     files = _files(hub, wanted, settings)
-    print(fetch(hub, wanted, files))
+    say(fetch(hub, wanted, files))
     return 0
 
 
@@ -53,7 +53,7 @@ def fetch(hub: Hub, wanted: Wanted, files: Sequence[Listed]) -> Path:
     total = sum(f.size for f in files)
     there = sum(f.size for f in files if wanted.folder and _whole(wanted.folder / f.path, f))
     check_space(wanted.folder or hub.cache(), total - there)
-    print(f"{len(files)} files, {total / 2**20:,.1f} MiB", file=sys.stderr)
+    say(f"{len(files)} files, {total / 2**20:,.1f} MiB", error=True)
     keeps("what was fetched is kept; the same command goes on where it stopped")
     folder = hub.fetch(wanted, [f.path for f in files])
     bad = [f.path for f in files if not _intact(folder / f.path, f)]
@@ -87,7 +87,7 @@ def _files(hub: Hub, wanted: Wanted, settings: DownloadSettings) -> list[Listed]
         )
     left = len(listed) - len(files)
     if left:
-        print(f"{left} files left out (--include takes what you name)", file=sys.stderr)
+        say(f"{left} files left out (--include takes what you name)", error=True)
     return files
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vicuna import config
-from vicuna.cache import whole_file
+from vicuna.cache import whole_files
 from vicuna.config import ExportSettings
 from vicuna.errors import SettingsError
 from vicuna.export.gguf_types import FULL
+from vicuna.terminal import say
 
 if TYPE_CHECKING:
     from vicuna.export.importance import Importance
@@ -29,7 +30,9 @@ def run(words: Sequence[str]) -> int:
         settings.adapter = free.pop(0)  # --adapter_only RUN
     mistakes = [f"{word!r} is not a setting (--key value)" for word in free]
     _check(settings, mistakes, {*given})
+    from vicuna.export import modelfile as modelfiles
     from vicuna.export.source import check_target, open_source
+    from vicuna.verify.report import beside
 
     target = Path(settings.output).expanduser()
     check_target(target, settings.force, "the file")
@@ -37,13 +40,17 @@ def run(words: Sequence[str]) -> int:
     if settings.modelfile:
         check_target(modelfile, settings.force, "the Modelfile")
     source = open_source(settings)
-    report = _adapter(settings, source, target) if settings.adapter_only else _base(
-        settings, source, target
-    )  # fmt: skip
-    if settings.modelfile:
-        _write_modelfile(source, target, modelfile, settings.adapter_only, report.notes)
-    report.write(target)
+    write = _adapter if settings.adapter_only else _base
+    told = beside(target)
+    with whole_files(target, modelfile, told) as (aside, model_aside, report_aside):
+        report = write(settings, source, target, aside)
+        if settings.modelfile:
+            made = modelfiles.modelfile(source.renderer, target, settings.adapter_only)
+            model_aside.write_text(made.text, encoding="utf-8")
+            report.notes += made.notes
+        report.write_as(report_aside)
     report.finish()
+    _say_next(settings, target, modelfile)
     return 0
 
 
@@ -71,7 +78,7 @@ def _check(settings: ExportSettings, mistakes: list[str], given: set[str]) -> No
 # -- a base ----
 
 
-def _base(settings: ExportSettings, source: Source, target: Path) -> Report:
+def _base(settings: ExportSettings, source: Source, target: Path, aside: Path) -> Report:
     from vicuna.export.gguf import write_base
     from vicuna.export.gguf_vocab import Spoken
     from vicuna.export.source import counter
@@ -85,22 +92,21 @@ def _base(settings: ExportSettings, source: Source, target: Path) -> Report:
     report = Report(f"export gguf --type {settings.type}", target, kind, about, source.notes)
     spoken = Spoken(jinja(source.renderer), source.renderer.end_id) if source.own_way else None
     importance = _importance(settings, source, target) if settings.imatrix else None
-    with whole_file(target) as aside:
-        write_base(
-            source.folder,
-            aside,
-            settings.type,
-            source.title,
-            base=source.name,
-            adapter=source.adapter,
-            spoken=spoken,
-            importance=importance,
-            progress=counter("tensors"),
-        )
-        report.measure(sum(size_of(f) for f in weight_files(source.folder)[0]), aside)
-        report.verify(
-            settings, source.scorer, lambda: GgufScorer(aside), lambda: source.renderer.encoder
-        )
+    write_base(
+        source.folder,
+        aside,
+        settings.type,
+        source.title,
+        base=source.name,
+        adapter=source.adapter,
+        spoken=spoken,
+        importance=importance,
+        progress=counter("tensors"),
+    )
+    report.measure(sum(size_of(f) for f in weight_files(source.folder)[0]), aside)
+    report.verify(
+        settings, source.scorer, lambda: GgufScorer(aside), lambda: source.renderer.encoder
+    )
     return report
 
 
@@ -145,7 +151,7 @@ def _loaded(source: Source) -> object:
 # -- an adapter ----
 
 
-def _adapter(settings: ExportSettings, source: Source, target: Path) -> Report:
+def _adapter(settings: ExportSettings, source: Source, target: Path, aside: Path) -> Report:
     from vicuna.export.gguf import write_adapter
     from vicuna.export.gguf_cache import base_file
     from vicuna.export.template_text import jinja
@@ -156,26 +162,28 @@ def _adapter(settings: ExportSettings, source: Source, target: Path) -> Report:
     about = {**source.about(), "type": settings.type, "adapter_only": True}
     report = Report("export gguf --adapter_only", target, "16bit", about, source.notes)
     template = jinja(source.renderer) if source.own_way else ""
-    with whole_file(target) as aside:
-        write_adapter(
-            source.adapter, source.config, aside, settings.type, source.title, template, source.name
-        )
-        report.measure(size_of(source.adapter.path), aside)
-        report.verify(
-            settings,
-            source.scorer,
-            lambda: GgufScorer(base_file(source.folder, "f16"), aside),
-            lambda: source.renderer.encoder,
-        )
+    write_adapter(
+        source.adapter, source.config, aside, settings.type, source.title, template, source.name
+    )
+    report.measure(size_of(source.adapter.path), aside)
+    report.verify(
+        settings,
+        source.scorer,
+        lambda: GgufScorer(base_file(source.folder, "f16"), aside),
+        lambda: source.renderer.encoder,
+    )
     return report
 
 
-def _write_modelfile(
-    source: Source, target: Path, path: Path, adapter_only: bool, notes: list[str]
-) -> None:
-    from vicuna.export.modelfile import modelfile
-
-    made = modelfile(source.renderer, target, adapter_only)
-    with whole_file(path) as aside:
-        aside.write_text(made.text, encoding="utf-8")
-    notes += made.notes
+def _say_next(settings: ExportSettings, target: Path, modelfile: Path) -> None:
+    """What lies where, and how to talk with it."""
+    if settings.modelfile:
+        name = target.stem.lower()
+        say(f"Modelfile  {modelfile}")
+        say(f"Ollama:    ollama create {name} -f {modelfile} && ollama run {name}")
+    else:
+        say("Ollama:    --modelfile writes a Modelfile with the template, too")
+    if settings.adapter_only:
+        say(f"talk:      vicuna run BASE.gguf --adapter {settings.adapter}")
+    else:
+        say(f"talk:      vicuna run {target}")

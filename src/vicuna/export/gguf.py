@@ -7,7 +7,6 @@ write_adapter(read_adapter("runs/law"), config, Path("law-lora.gguf"))
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -31,6 +30,7 @@ from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind,
 from vicuna.export.gguf_vocab import Spoken, add_vocabulary
 from vicuna.generate.engines.libllama import INSTALL
 from vicuna.model.adapter import even
+from vicuna.model.config_files import read_config
 from vicuna.model.merging import Addition
 from vicuna.model.weights import Weights, open_weights, shape_of, shapes
 
@@ -99,7 +99,7 @@ def write_base(
     check_kind(kind)
     if kind not in PLAIN and not ggml.available(kind):
         raise UserError(f"type {kind} needs llama.cpp", fix=INSTALL)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     shape = Shape.of(config, str(folder))
     plan = _plan_base(folder, Names(shape), kind, adapter, importance)
     factors = rope_factors(config, shape)

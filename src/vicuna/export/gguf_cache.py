@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from vicuna.cache import cache_dir
 from vicuna.export.gguf import write_adapter, write_base
 from vicuna.model.adapter import AdapterFiles, even, identify
+from vicuna.terminal import say
 
 _FORMAT = "2"  # counts up when what `export` writes changes
 
@@ -22,7 +22,7 @@ def base_file(folder: Path, kind: str) -> Path:
     """
     target = cache_dir("gguf", f"{folder.name}-{_digest(identify(folder))}-{kind}-{_FORMAT}.gguf")
     if not target.is_file():
-        print(f"Writing {folder.name} once as {target} ...", file=sys.stderr)
+        say(f"Writing {folder.name} once as {target} ...", error=True)
         write_base(folder, target, kind)
     return target
 

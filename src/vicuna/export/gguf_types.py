@@ -6,6 +6,7 @@ llama.cpp's, so that a file made here is the file that its own tool makes.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -48,7 +49,9 @@ class Model:
 def check_kind(kind: str) -> None:
     """Raises: UserError where there is no such type."""
     if kind not in FILE_TYPES:
-        raise UserError(f"no GGUF type {kind!r}", fix=f"Known: {', '.join(FILE_TYPES)}.")
+        close = difflib.get_close_matches(kind.lower(), FILE_TYPES, n=1)
+        near = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"no GGUF type {kind!r}{near}", fix=f"Known: {', '.join(FILE_TYPES)}.")
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str, model: Model) -> str:

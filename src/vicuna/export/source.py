@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,9 @@ from vicuna.generate.load import base_of, template_of
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import locate
+from vicuna.model.config_files import read_config
 from vicuna.model.vocabulary import load_vocabulary
+from vicuna.terminal import recount
 from vicuna.verify.scorers import FolderScorer, Scorer
 
 
@@ -44,8 +45,7 @@ class Source:
     @property
     def config(self) -> dict[str, Any]:
         """The base's config.json."""
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text("utf-8"))
-        return found
+        return read_config(self.folder)
 
     @property
     def title(self) -> str:
@@ -111,7 +111,6 @@ def counter(label: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if sys.stderr.isatty() and (done == of or now - last > 0.2):
             last = now
-            end = "\n" if done == of else ""
-            print(f"\r{label} {done}/{of}", end=end, file=sys.stderr, flush=True)
+            recount(f"{label} {done}/{of}", last=done == of)
 
     return tell

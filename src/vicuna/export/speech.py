@@ -8,6 +8,7 @@ from pathlib import Path
 from vicuna.data.template import Renderer
 from vicuna.export.template_text import jinja
 from vicuna.model.adapter import META
+from vicuna.tables import read_json
 
 
 def write_speech(renderer: Renderer, folder: Path) -> None:
@@ -20,7 +21,7 @@ def write_speech(renderer: Renderer, folder: Path) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     (folder / "chat_template.jinja").write_text(jinja(renderer), encoding="utf-8")
     generation = folder / "generation_config.json"
-    content = json.loads(generation.read_text("utf-8")) if generation.is_file() else {}
+    content = read_json(generation) if generation.is_file() else {}
     content["eos_token_id"] = sorted(renderer.stop_ids)
     _write(generation, content)
 

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from vicuna.data.template import Renderer
 from vicuna.data.types import Problem, Turn
 from vicuna.errors import UserError
+from vicuna.faults import cannot_read, cannot_write
 from vicuna.generate.chat import fit
 from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
@@ -18,6 +19,8 @@ from vicuna.generate.events import Finished, answer_json
 from vicuna.generate.questions import Question, questions
 from vicuna.generate.settings import Settings
 from vicuna.interrupts import keeps
+from vicuna.lines import Lines
+from vicuna.terminal import say
 
 # What an answer adds to its record.
 _ADDED = ("output", "finish_reason", "outputs", "dropped_turns", "error")
@@ -38,7 +41,7 @@ def answer_file(
     input: Path,
     output: Path,
     system: str = "",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> Tally:
     """Answer every record of `input` into `output`.
 
@@ -62,12 +65,11 @@ def answer_file(
     if before:
         say(f"{output} already has {before} answers: going on after them")
     answered = failed = 0
-    with _append(output) as file:
+    with Lines(output) as lines:
         for question in records:
             added = _answer(engine, renderer, settings, question, system)
             line = {**_without_answer(question.given), **added}
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-            file.flush()
+            lines.add(json.dumps(line, ensure_ascii=False, default=str))
             failed += "error" in added
             answered += "error" not in added
             done = before + answered + failed
@@ -76,17 +78,6 @@ def answer_file(
     for problem in problems:
         say(f"{input}:{problem.line}: {problem.reason} ({problem.action})")
     return Tally(answered, before, failed)
-
-
-def _append(path: Path) -> TextIO:
-    try:
-        return path.open("a", encoding="utf-8")
-    except OSError as e:
-        raise UserError(
-            f"cannot write: {e.strerror or e}",
-            where=str(path),
-            fix="Choose a file in a folder that exists and that you may write to.",
-        ) from e
 
 
 def _answer(
@@ -128,7 +119,10 @@ def _resume(records: Iterator[Question], input: Path, output: Path) -> int:
     """
     if not output.exists():
         return 0
-    lines, size = _whole_lines(output)
+    try:
+        lines, size = _whole_lines(output)
+    except OSError as e:
+        raise cannot_read(e, output) from e
     passed = 0
     with output.open("rb") as file:
         for question, line in zip(islice(records, lines), file):
@@ -137,8 +131,11 @@ def _resume(records: Iterator[Question], input: Path, output: Path) -> int:
             passed += 1
         if passed < lines or not _begins_object(output, size):
             raise _other(input, output, passed + 1)
-    with output.open("rb+") as file:
-        file.truncate(size)
+    try:
+        with output.open("rb+") as file:
+            file.truncate(size)
+    except OSError as e:
+        raise cannot_write(e, output) from e
     return passed
 
 

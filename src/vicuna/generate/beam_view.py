@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Protocol
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from vicuna.console import Console
 from vicuna.generate.events import Beam, Step
 
 # Drawings a second at most: a reader sees no more, and a slow terminal must not slow the answer.
@@ -55,7 +55,7 @@ def view_of(
         out: shows text as it is, without adding a line's end.
     """
     if show_beams:
-        console = console or Console(highlight=False)
+        console = console or Console()
         if console.is_terminal and not console.is_dumb_terminal:
             return BeamView(console, out)
     return TypedView(out)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
+from vicuna.faults import cannot_write
+from vicuna.lines import append_line
 
 # Characters that a token of a context may stand for: more than any real text has. What is longer
 # cannot fit, and is not given to the tokenizer: its memory and time grow with the text.
@@ -70,14 +72,9 @@ class Chat:
             raise UserError("nothing was said yet", where="/save")
         line = json.dumps({"messages": self.messages()}, ensure_ascii=False)
         try:
-            with path.expanduser().open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as e:
-            raise UserError(
-                f"cannot write: {e.strerror or e}",
-                where=str(path),
-                fix="Choose a file in a folder that exists and that you may write to.",
-            ) from e
+            append_line(path.expanduser(), line)
+        except (OSError, ValueError) as e:
+            raise cannot_write(e, path) from e
 
 
 class Fitted(NamedTuple):

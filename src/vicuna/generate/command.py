@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from vicuna import config
 from vicuna.data.types import Turn
-from vicuna.errors import SettingsError
+from vicuna.errors import SettingsError, UserError
+from vicuna.terminal import say, say_json
 
 if TYPE_CHECKING:
     from vicuna.generate.load import Loaded
@@ -66,7 +65,7 @@ def _converse(settings: config.AnswerSettings, mistakes: list[str]) -> int:
     from vicuna.generate.beam_view import view_of
     from vicuna.generate.terminal import converse
 
-    print("Type /help for what you can do here.")
+    say("Type /help for what you can do here.")
     view = partial(view_of, show_beams=settings.show_beams)
     switch = loaded.set_adapter
     converse(loaded.engine, loaded.renderer, choice, settings.system, view=view, switch=switch)
@@ -104,7 +103,7 @@ def _open(settings: config.AnswerSettings) -> Loaded:
 
     loaded = open_model(settings)
     for note in filter(None, [*loaded.notes, loaded.about]):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", error=True)
     return loaded
 
 
@@ -113,9 +112,15 @@ def _answer_file(loaded: Loaded, settings: config.GenerateSettings, choice: Sett
 
     tally = answer_file(
         loaded.engine, loaded.renderer, choice, Path(settings.input), Path(settings.output),
-        settings.system, say=lambda text: print(text, file=sys.stderr),
+        settings.system, say=partial(say, error=True),
     )  # fmt: skip
-    return 0 if tally.answered or tally.before else 2
+    if not tally.answered and not tally.before:
+        raise UserError(
+            "no record of this file could be answered",
+            where=settings.input,
+            fix="See the reasons above, or vicuna data check.",
+        )
+    return 0
 
 
 def _answer(
@@ -132,7 +137,7 @@ def _answer(
     prompt = loaded.renderer.prompt(turns)
     if settings.json_output:
         finished = complete(loaded.engine, prompt, choice, loaded.renderer)
-        print(json.dumps(one_shot_json(finished), ensure_ascii=False))
+        say_json(one_shot_json(finished))
         return
     with view_of(write, settings.show_beams) as view:
         for event in decode(loaded.engine, prompt, choice, loaded.renderer):
@@ -140,6 +145,6 @@ def _answer(
                 finished = event
             else:
                 view.show(event)
-    print()
+    say()
     for place, answer in enumerate(finished.answers[1:], 2):
-        print(f"--- {place}: {answer.score:.3f}\n{answer.text}")
+        say(f"--- {place}: {answer.score:.3f}\n{answer.text}")

@@ -16,7 +16,9 @@ from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.adapter_base import named_base
-from vicuna.model.base import EMBEDDED
+from vicuna.model.base import EMBEDDED, locate_vocabulary
+from vicuna.model.config_files import read_config
+from vicuna.model.token_rows import check_rows
 from vicuna.model.vocabulary import load_vocabulary
 
 FIRST = adapters.FIRST  # the name of the adapter that a model is opened with
@@ -192,6 +194,7 @@ def open_model(settings: AnswerSettings) -> Loaded:
     """
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
     base = settings.model or base_of(files)
+    _check_rows(settings, base, files)
     loaded = Loaded(open_engine(settings, base, files), settings, base)
     if files is None:
         return loaded
@@ -202,6 +205,14 @@ def open_model(settings: AnswerSettings) -> Loaded:
         getattr(loaded.engine, "close", loaded.engine.forget)()
         raise
     return loaded
+
+
+def _check_rows(settings: AnswerSettings, base: str, files: adapters.AdapterFiles | None) -> None:
+    """Raises: UserError where a token has no row in the embedding; no weights are read."""
+    folder = locate_vocabulary(base)
+    vocabulary = load_vocabulary(folder)
+    template = template_of(settings.template, files, vocabulary)
+    check_rows(Renderer(template, Encoder(vocabulary)), read_config(folder), folder)
 
 
 def base_of(files: adapters.AdapterFiles | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from vicuna.model import adapter as adapters
 from vicuna.model import adapter_fit
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
+from vicuna.model.config_files import read_config
 
 # precision -> type of the GGUF file that is written for it.
 _GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
@@ -128,7 +128,7 @@ def _open_llamacpp(settings: AnswerSettings, base: str, files: AdapterFiles | No
 
         if any(folder.glob("*.safetensors")):  # else a GGUF file is the base: llama.cpp looks
             adapter_fit.check_weights(files, folder)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         engine.load_adapter(name, adapter_file(files, config))
 
     many = "" if engine.threads == 1 else "s"
@@ -171,7 +171,7 @@ def _shape_checker(
     settings: AnswerSettings, folder: Path, base: str
 ) -> Callable[[AdapterFiles], list[str]]:
     """As `_checker`, for a GGUF file: of quantised weights only the shape can be compared."""
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape = read_config(folder)
 
     def check(files: AdapterFiles) -> list[str]:
         belongs = files.meta.get("base", {})

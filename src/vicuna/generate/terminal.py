@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import signal
 import sys
@@ -20,6 +21,7 @@ from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
 from vicuna.generate.events import FinishReason, Step
 from vicuna.generate.settings import Settings
+from vicuna.terminal import say
 
 HELP = """\
 /reset        forget what was said (the system prompt stays)
@@ -51,8 +53,7 @@ def read_line(prompt: str) -> str:
 
 def write(text: str) -> None:
     """Show text at once, unfinished lines too."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    say(text, end="")
 
 
 def converse(
@@ -131,7 +132,12 @@ class _Talk:
             "save": self.save,
             "adapter": self.set_adapter,
         }
-        self.out(commands.get(name, lambda _: f"No command /{name}; /help lists them.\n")(rest))
+        if name in commands:
+            self.out(commands[name](rest))
+        else:
+            close = difflib.get_close_matches(name, [*commands, "exit", "quit"], n=1)
+            near = f"did you mean /{close[0]}? " if close else ""
+            self.out(f"No command /{name}; {near}/help lists them.\n")
         return True
 
     def reset(self, _: str) -> str:

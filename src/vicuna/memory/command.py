@@ -5,17 +5,17 @@ Exit code 0 also where the run does not fit: that is an answer, not a mistake (`
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from vicuna import config
 from vicuna.config import PlanSettings
-from vicuna.errors import SettingsError
+from vicuna.errors import SettingsError, UserError
 from vicuna.memory import devices, plan, shapes
 from vicuna.memory.devices import GIB, Device
 from vicuna.memory.footprint import PARTS
 from vicuna.memory.plan import Plan
+from vicuna.terminal import say, say_json
 
 _ABOUT = {
     "base": "frozen weights",
@@ -24,7 +24,7 @@ _ABOUT = {
     "optimizer": "AdamW's two moments, fp32",
     "activations": "kept for backward, and temporaries",
     "loss": "scores over the vocabulary, a chunk at a time",
-    "runtime": "context, libraries, workspaces",
+    "runtime": "fixed part of a process: libraries, context, workspaces",
     "margin": "what the allocator keeps beyond that",
 }
 
@@ -33,12 +33,39 @@ def run(words: Sequence[str]) -> int:
     """Print the plan."""
     settings, given = config.parse(PlanSettings, words)
     device = device_of(settings)
-    found = plan.make(settings, shapes.config_of(settings.model), device, given)
+    shape, notes = shapes.config_and_notes(settings.model)
+    warnings = [] if notes else _check_base(settings)
+    found = plan.make(settings, shape, device, given)
     if settings.json_output:
-        print(json.dumps(as_json(found, settings), ensure_ascii=False))
+        say_json(as_json(found, settings) | {"notes": notes, "warnings": warnings})
     else:
+        for note in notes:
+            say(f"note: {note}")
         _show(found, settings)
+        for warning in warnings:
+            say(f"warning: {warning}")
     return 0
+
+
+def _check_base(settings: PlanSettings) -> list[str]:
+    """What `vicuna doctor` warns of; nothing of a shape that is known by name alone.
+
+    Raises: UserError where it finds an error: that base cannot be trained, whatever fits.
+    """
+    if shapes.is_known(settings.model):
+        return []
+    from vicuna.model.base import locate_vocabulary
+    from vicuna.model.doctor import examine
+
+    _, findings = examine(locate_vocabulary(settings.model), settings.template)
+    errors = [f.text for f in findings if f.level == "error"]
+    if errors:
+        raise UserError(
+            f"this base cannot be trained as it is: {'; '.join(errors)}",
+            where=settings.model,
+            fix=f"vicuna doctor {settings.model} lists all that was checked.",
+        )
+    return [f.text for f in findings if f.level == "warning"]
 
 
 def device_of(settings: PlanSettings) -> Device:
@@ -76,11 +103,12 @@ def as_json(found: Plan, settings: PlanSettings) -> dict[str, Any]:
 
 
 def _show(found: Plan, settings: PlanSettings) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from vicuna.console import Console
+
+    console = Console()
     console.print(f"[bold]{escape(settings.model)}[/] on {escape(found.device.name)}")
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column(style="cyan")

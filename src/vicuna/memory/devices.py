@@ -20,9 +20,9 @@ _UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
 _CUBLAS, _CUBLAS_HOPPER = int(8.125 * MIB), 32 * MIB
 # What a CPU process takes beside its tensors while it trains: packed matrices and scratch memory of
 # the threads inside oneDNN. Measured: docs/memory.md.
-_CPU_SCRATCH = 128 * MIB
+CPU_SCRATCH = 128 * MIB
 # A process that has loaded PyTorch, transformers and PEFT. Measured: docs/memory.md.
-_CPU_LIBRARIES = 700 * MIB
+CPU_LIBRARIES = 700 * MIB
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,12 @@ def parse_memory(text: str) -> int:
 
 
 def at_hand(kind: str) -> Device:
-    """The device that this machine has, with the memory that is free on it now.
+    """The device that this machine has, with the memory that a process of a run can have on it now.
 
     Args:
-        kind: `cuda` or `cpu`. On CUDA the context is there already, and not counted again; on the
-            CPU this process has its libraries already.
+        kind: `cuda` or `cpu`. On CUDA the context is there already, and not counted again. On the
+            CPU a run is the whole process, its libraries with it: what this process holds will be
+            free for it, or is part of it.
     """
     import torch
 
@@ -113,13 +114,16 @@ def at_hand(kind: str) -> Device:
     from vicuna.model.load import fastest
 
     bf16 = fastest(torch.device("cpu"))[0] == "bf16"
-    return Device("this CPU", "cpu", available_host(), (0, 0), _CPU_SCRATCH, bf16)
+    import psutil
+
+    memory = available_host() + int(psutil.Process().memory_info().rss)
+    return Device("this CPU", "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, bf16)
 
 
 def cpu(memory: int, bf16: bool = True) -> Device:
     """A CPU with so much memory, the libraries not loaded yet."""
     name = f"a CPU with {memory / GIB:.4g} GiB"
-    return Device(name, "cpu", memory, (0, 0), _CPU_SCRATCH + _CPU_LIBRARIES, bf16)
+    return Device(name, "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, bf16)
 
 
 def available_host() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +21,73 @@ def known() -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def config_of(model: str) -> Any:
-    """transformers' config of a base.
+def is_known(model: str) -> bool:
+    """Whether a model is a shape known by name, and no folder of that name is there."""
+    return model.lower() in known() and not Path(model).exists()
+
+
+def stand_in(model: str) -> str:
+    """The known shape that a hub id's name says it has; "" where none fits.
+
+    `Qwen/Qwen2.5-7B-Instruct` is of the shape `qwen2.5-7b`: what follows a shape's name only says
+    how the weights were trained.
+    """
+    _, slash, name = model.lower().partition("/")
+    if not slash or Path(model).exists():
+        return ""
+    plain = _plain(name)
+    # Publishers write `Llama-2-7b-hf`, `Meta-Llama-3-8B-Instruct`, `Qwen2.5-7B-Instruct-1M`.
+    for prefix in ("", "meta"):
+        fits = [
+            shape
+            for shape in known()
+            if re.fullmatch(f"{re.escape(prefix + _plain(shape))}({_TRAINED})*", plain)
+        ]
+        if fits:
+            return max(fits, key=len)
+    return ""
+
+
+# How weights of a shape were trained or packed, in the names that they are published under.
+_TRAINED = "hf|instruct|chat|base|it|v[0-9.]+|[0-9]+m|[0-9]{4}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def config_and_notes(model: str) -> tuple[Any, list[str]]:
+    """(transformers' config of a base, what the user should know of where it comes from).
 
     Args:
         model: a known shape (`llama-2-13b`), a folder, a GGUF file or a hub id, of which only
-            config.json is read.
+            config.json is read. A hub id that cannot be reached is planned by the shape that its
+            name says.
 
     Raises: UserError where there is no such model.
     """
-    shape = known().get(model.lower())
-    if shape is not None and not Path(model).exists():
-        return _of_shape(shape)
-    from transformers import AutoConfig
+    if is_known(model):
+        return _of_shape(known()[model.lower()]), []
+    from vicuna.model.base import locate
+    from vicuna.model.config_files import load_config
 
-    from vicuna.model.base import locate, quiet_transformers
-
-    quiet_transformers()
     try:
         folder = locate(model, weights=False)
     except UserError as e:
+        name = stand_in(model)
+        if name:
+            note = f"{e.what}; planned by the known shape {name}"
+            return _of_shape(known()[name]), [note]
         # A hub id's owner is no part of a shape's name.
         close = difflib.get_close_matches(model.lower().rpartition("/")[2], known(), n=3)
         hint = f" Known shapes near it: {', '.join(close)}." if close else ""
         raise UserError(e.what, where=e.where, fix=e.fix + hint) from e
-    try:
-        config = AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"transformers cannot read this config: {str(e).strip().splitlines()[0]}",
-            where=str(folder / "config.json"),
-        ) from e
-    return config.get_text_config()
+    return load_config(folder).get_text_config(), []
+
+
+def config_of(model: str) -> Any:
+    """transformers' config of a base; as `config_and_notes`."""
+    return config_and_notes(model)[0]
 
 
 def _of_shape(shape: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from vicuna.memory.target import as_on
 from vicuna.memory.track import Trace, Tracker, without_collection
 from vicuna.model import dropout, trial
 from vicuna.model.adapter import LoraSettings, attach
+from vicuna.model.config_files import library_error
 from vicuna.train.step import Learner
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +107,11 @@ def build(config: Any, job: Job, device: Device) -> Learner:
     from transformers import AutoModelForCausalLM
 
     with META:
-        model = AutoModelForCausalLM.from_config(config, dtype=job.dtype(device))
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=job.dtype(device))
+        except Exception as e:  # the library raises many kinds for a config it makes nothing of
+            name = Path(getattr(config, "_name_or_path", "") or "model")
+            raise library_error(e, "transformers cannot make this model", name) from e
         model.requires_grad_(False)
         model.config.use_cache = False
         if job.precision in ("int8", "nf4"):

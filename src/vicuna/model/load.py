@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from vicuna.errors import UserError
 from vicuna.model import attention
 from vicuna.model.base import quiet_transformers
+from vicuna.model.config_files import library_error
 from vicuna.model.weights import check_weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
@@ -100,11 +100,12 @@ def load_base(
             where=str(folder),
             fix="Try --precision nf4 (a quarter of fp16's memory), or a smaller model.",
         ) from e
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        raise UserError(
-            f"transformers cannot load this model: {str(e).strip().splitlines()[0]}",
-            where=str(folder),
-            fix="The folder needs config.json and *.safetensors of a causal language model.",
+    except Exception as e:  # the library raises many kinds for a model it cannot load
+        raise library_error(
+            e,
+            "transformers cannot load this model",
+            folder,
+            "The folder needs config.json and *.safetensors of a causal language model.",
         ) from e
     if not extra:
         model.to(device)  # type: ignore[arg-type]
@@ -142,12 +143,6 @@ def _quantization(chosen: Chosen) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=chosen.dtype,
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder."""
-    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return loaded
 
 
 def context_length(model: Any) -> int:

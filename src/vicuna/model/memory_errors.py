@@ -6,13 +6,7 @@ import gc
 
 import torch
 
-# What a CPU's allocator (Linux, Windows), CUDA's runtime, cuBLAS and Apple's GPU say.
-_WORDS = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "cublas_status_alloc_failed",
-)
+from vicuna.faults import MEMORY_WORDS
 
 
 def is_memory(error: BaseException) -> bool:
@@ -20,7 +14,7 @@ def is_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(w in words for w in _WORDS)
+    return isinstance(error, RuntimeError) and any(w in words for w in MEMORY_WORDS)
 
 
 def give_back(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from vicuna import config
 from vicuna.cache import whole_folder
 from vicuna.config import QuantizeSettings
 from vicuna.errors import SettingsError, UserError
+from vicuna.terminal import say
 
 if TYPE_CHECKING:
     from vicuna.export.source import Source
@@ -155,10 +155,10 @@ def _tell_how_long(source: Source, tokens: int) -> None:
         return
     # Measured on the embedded base: 1,100 to 5,300 tokens, one core and two.
     seconds = _size(source) / 2e6 * (0.4 + 0.00016 * tokens)
-    print(
+    say(
         f"Without a GPU, AWQ takes about {seconds / 60:,.0f} minutes of one core for this model "
         f"and {tokens:,} tokens; fewer --num_samples take less.",
-        file=sys.stderr,
+        error=True,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, file_hash
 from vicuna.errors import UserError
+from vicuna.terminal import say
 
 _READY = "ready"
 _ROOM = 8 << 30  # bytes: PyTorch with its libraries for a GPU is the larger part
@@ -66,7 +67,7 @@ def _make(folder: Path) -> None:
     from vicuna.convert.output import check_space
 
     check_space(folder, _ROOM)
-    print(f"Making an environment for gptqmodel once in {folder} ...", file=sys.stderr)
+    say(f"Making an environment for gptqmodel once in {folder} ...", error=True)
     venv.create(folder, with_pip=True, clear=True)
     pins = _requirements().read_text(encoding="utf-8").splitlines()
     torch = next(line for line in pins if line.startswith("torch=="))

@@ -127,7 +127,7 @@ def read_state(checkpoint: Path) -> State:
             if file_hash(checkpoint / name) != sha256:
                 raise ValueError(f"{name} is not what was written")
         return State(**noted)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
             f"the checkpoint is damaged: {e}",
             where=str(checkpoint),

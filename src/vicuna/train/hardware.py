@@ -15,6 +15,7 @@ from vicuna.errors import UserError
 from vicuna.memory.choose import ROWS, Choice, choose
 from vicuna.memory.devices import GIB, at_hand
 from vicuna.model import load, parts
+from vicuna.model.config_files import load_config
 from vicuna.model.load import Chosen
 from vicuna.train.loss import CHUNK
 from vicuna.train.screen import Screen
@@ -54,15 +55,13 @@ def decide(
     plain = by_hand(settings, device)
     if settings.memory == "manual" or device.type not in ("cpu", "cuda"):
         return plain
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(folder)).get_text_config()
+    config = load_config(folder).get_text_config()
     place = at_hand(device.type)
     rough = _rough(config, max(plain.rows, longest)) if device.type == "cpu" else None
     if rough is not None and rough + place.runtime < place.memory / 2:
         screen.say(
-            f"memory: {plain.rows:,} tokens at a time; by a rough count at most {rough / GIB:.1f} "
-            f"of {place.memory / GIB:.1f} GiB"
+            f"memory: {plain.rows:,} tokens at a time, which needs less than half of the "
+            f"{place.memory / GIB:.1f} GiB there are (vicuna plan says how much)"
         )
         return plain
     try:

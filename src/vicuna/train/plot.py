@@ -14,8 +14,9 @@ def plot_loss(run: Path) -> Path | None:
     Raises: UserError where the disk is full.
     """
     events = read_log(run / "log.jsonl")
-    steps = [e for e in events if e["event"] == "step" and e.get("loss") is not None]
-    evals = [e for e in events if e["event"] == "eval"]
+    told = [e for e in events if isinstance(e.get("loss"), (int, float)) and "step" in e]
+    steps = [e for e in told if e["event"] == "step"]
+    evals = [e for e in told if e["event"] == "eval"]
     if not steps and not evals:
         return None
     # The object interface: pyplot would keep global state and look for a display.
@@ -33,7 +34,7 @@ def plot_loss(run: Path) -> Path | None:
         axes.plot(*held_out, "o-", color="#c0504d", markersize=4, label="held out")
     axes.set_xlabel("update")
     axes.set_ylabel("loss per supervised token")
-    axes.set_title(run.name)
+    axes.set_title(run.name.encode("utf-8", "replace").decode())  # a path may be no text
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.tight_layout()

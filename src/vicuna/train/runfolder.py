@@ -20,8 +20,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vicuna.cache import disk_error, sweep, whole_file
+from vicuna.cache import sweep, whole_file
 from vicuna.errors import UserError
+from vicuna.faults import cannot_write, writing
+from vicuna.lines import Lines
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
 
@@ -38,9 +40,10 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (path / ".lock").open("a+")
         except OSError as e:
-            raise disk_error(e, path) from e
-        _lock(self._lock, path)
-        self._log: IO[str] | None = None
+            raise cannot_write(e, path) from e
+        with writing(path / ".lock"):
+            _lock(self._lock, path)
+        self._log: Lines | None = None
         self._sweep()
 
     def _sweep(self) -> None:
@@ -93,17 +96,13 @@ class RunFolder:
                 if event.get("step", 0) <= keep_steps and event.get("event") != "end"
             ]
         self.write("log.jsonl", "".join(line + "\n" for line in kept))
-        self._log = path.open("a", encoding="utf-8", errors="replace")
+        self._log = Lines(path)
 
     def log(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one event."""
         line = {"event": event, **fields, "time": round(time.time(), 3)}
         assert self._log is not None
-        try:
-            self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._log.flush()
-        except OSError as e:
-            raise disk_error(e, self.path / "log.jsonl") from e
+        self._log.add(json.dumps(line, ensure_ascii=False))
         return line
 
     def close(self) -> None:
@@ -134,13 +133,17 @@ def _lock(file: IO[str], path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The events of a log; a last line that a kill cut off is left out."""
+    """The events of a log; a last line that a kill cut off, and what is no event, is left out."""
     events = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            events.append(json.loads(line))
-        except ValueError:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(event, dict) and isinstance(event.get("event"), str):
+            step = event.get("step", 0)
+            if isinstance(step, (int, float)) and not isinstance(step, bool):
+                events.append(event)
     return events
 
 

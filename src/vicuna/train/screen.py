@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
+
+from vicuna.console import Console
 
 
 class Screen:
     """Prints to the terminal, or plain lines where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Console(soft_wrap=True)
         self.warnings: list[str] = []
 
     def say(self, text: str) -> None:

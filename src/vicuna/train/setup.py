@@ -24,6 +24,8 @@ from vicuna.model import adapter as adapters
 from vicuna.model import dropout, fused, kernels, load, targets
 from vicuna.model.adapter_files import CONFIG, read_json
 from vicuna.model.base import locate
+from vicuna.model.config_files import read_config
+from vicuna.model.token_rows import check_rows
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
@@ -96,6 +98,7 @@ def _build(
     encoder = Encoder(vocabulary)
     template = _template(settings, given, origin, encoder)
     renderer = Renderer(template, encoder)
+    check_rows(renderer, read_config(folder), folder)
     split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")
     hardware = _hardware(settings, given, origin, folder, split, screen)
     settings, chosen = hardware.settings, hardware.precision

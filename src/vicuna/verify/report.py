@@ -23,6 +23,7 @@ from vicuna import __version__
 from vicuna.config import VerifySettings
 from vicuna.data.encode import Encoder
 from vicuna.errors import UserError
+from vicuna.terminal import say
 from vicuna.verify.compare import Comparison, compare
 from vicuna.verify.scorers import Scorer
 from vicuna.verify.texts import texts_for
@@ -149,22 +150,30 @@ class Report:
             "notes": self.notes,
         }
 
-    def write(self, beside: Path) -> Path:
-        """Write report.json into a folder, or beside a file; returns where."""
-        path = beside / REPORT if beside.is_dir() else _beside(beside)
-        path.write_text(
-            json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-        )
+    def write(self, folder: Path) -> Path:
+        """Write report.json into a folder; returns where."""
+        self.write_as(path := folder / REPORT)
         return path
 
+    def write_as(self, path: Path) -> None:
+        """Write the report under this name."""
+        text = json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n"
+        path.write_text(text, encoding="utf-8", errors="replace")
+
     def finish(self) -> None:
-        """Print it.
+        """Print it, and where it lies.
 
         Raises: UserError where the gate was missed and the result was kept.
         """
         self.show()
+        say(f"report     {self.path}")
         if self.misses:
             raise self._failure("it was kept, as asked")
+
+    @property
+    def path(self) -> Path:
+        """Where the report of a result lies: in its folder, or beside its file."""
+        return self.result / REPORT if self.result.is_dir() else beside(self.result)
 
     def show(self, removed: bool = False) -> None:
         """A few lines for the terminal."""
@@ -173,8 +182,8 @@ class Report:
         show(self, removed)
 
 
-def _beside(file: Path) -> Path:
-    """report.json in a file's folder, unless that tells of another file."""
+def beside(file: Path) -> Path:
+    """Where a file's report lies: report.json, unless that tells of another file."""
     plain = file.parent / REPORT
     try:
         of = json.loads(plain.read_text(encoding="utf-8")).get("result")

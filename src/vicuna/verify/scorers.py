@@ -8,7 +8,6 @@ merge is compared with what it claims to equal, not with itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vicuna.errors import UserError
+from vicuna.model.config_files import library_error, load_config, read_config
 from vicuna.model.load import pick_device
-from vicuna.model.quiet import quiet_transformers
 from vicuna.model.weights import Weights, open_weights
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class FolderScorer:
         adapters: Iterable[tuple[AdapterFiles, float]] = (),
     ) -> None:
         self._folder, self._adapters = folder, list(adapters)
-        self._config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._config = read_config(folder)
         self._whole = (
             self._config.get("model_type") not in _STREAMED or "quantization_config" in self._config
         )
@@ -307,16 +306,12 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def _empty_model(folder: Path) -> Any:
     """The model as transformers computes it, without weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    quiet_transformers()
+    config = load_config(folder)
     try:
-        config = AutoConfig.from_pretrained(str(folder))
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise UserError(
-            f"transformers cannot make this model: {str(e).strip().splitlines()[0]}",
-            where=str(folder),
-        ) from e
+    except Exception as e:  # the library raises many kinds for a config it makes nothing of
+        raise library_error(e, "transformers cannot make this model", folder) from e
     return model.eval()

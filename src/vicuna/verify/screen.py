@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from vicuna.console import Console
 
 if TYPE_CHECKING:
     from vicuna.verify.report import Report
 
+# A perplexity that rose by more is said beside "passes": the gates of few bits are wide.
+_NOTABLE = 1.1
 _NAMES = {"zh": "Chinese", "en": "English", "data": "your data"}
 
 
 def show(report: Report, removed: bool = False) -> None:
     """Sizes, then a row for each kind of text, then the verdict."""
-    console = Console(highlight=False)
+    console = Console()
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     console.print(
@@ -54,7 +57,13 @@ def _passed(report: Report) -> str:
     assert gate is not None
     if gate.exact:
         return "every score is the same"
-    return f"gate: mean KL {gate.max_kl:g}, perplexity × {gate.max_perplexity_ratio:g}"
+    passed = f"gate: mean KL {gate.max_kl:g}, perplexity × {gate.max_perplexity_ratio:g}"
+    assert report.comparison is not None
+    ratio = report.comparison.perplexity_ratio
+    if ratio < _NOTABLE:
+        return passed
+    rose = f"{ratio:.1f} times what it was" if ratio >= 2 else f"up by {ratio - 1:.0%}"
+    return f"{passed}\n[yellow]but it is worse than before[/]: perplexity is {rose}"
 
 
 def _size(number: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vicuna.cache import cache_dir, scratch_folder, whole_folder
 from vicuna.errors import UserError
+from vicuna.terminal import say, visible
 
 # Only what the engine calls: no server, no tools, nothing that is fetched while it is built.
 _OPTIONS = (
@@ -110,11 +111,11 @@ def main() -> None:
     """Build the library of the version that the engine is written for."""
     from vicuna.generate.engines.libllama import VERSION
 
-    print(f"building llama.cpp {VERSION} for this CPU; this takes some minutes")
+    say(f"building llama.cpp {VERSION} for this CPU; this takes some minutes")
     try:
-        print(build(VERSION))
+        say(build(VERSION))
     except UserError as e:
-        raise SystemExit(f"error: {e}\n{e.fix or ''}") from e
+        raise SystemExit(visible(f"error: {e}")) from e
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ more than with the other engines: this one is for large models on several GPUs, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.rows import check_rows
+from vicuna.model.config_files import read_config
 
 # The ranks vLLM reserves memory for; an adapter's is rounded up to one of them.
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
@@ -67,7 +67,7 @@ class VllmEngine:
         lora_rank: int = 0,
     ) -> None:
         vllm = library()
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder)
         self.max_rows = max_rows
         self.context_length = context_length or int(config["max_position_embeddings"])
         self._vocabulary_size = int(config["vocab_size"])
