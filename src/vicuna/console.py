@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich import console as of_rich
 from rich.errors import MarkupError
+from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
 from vicuna.errors import EXIT_PIPE
 from vicuna.terminal import COMMANDS, visible
+
+SELDOM = 30.0  # seconds between lines in a log
+
+
+@contextmanager
+def working(
+    console: of_rich.Console, text: str, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[str], None]]:
+    """A line that says what takes long; the callable changes its details.
+
+    Into a file or a pipe the details go as lines, at most one in `SELDOM` seconds.
+    """
+    if console.is_terminal:
+        with console.status(f"{text} ...") as status:
+            yield lambda detail: status.update(f"{text}: {escape(detail)}")
+        return
+    last = clock()
+
+    def line(detail: str) -> None:
+        nonlocal last
+        if clock() - last >= SELDOM:
+            last = clock()
+            console.print(escape(f"{text}: {detail}"))
+
+    yield line
 
 
 class Console(of_rich.Console):

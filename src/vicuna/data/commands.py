@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vicuna import config
@@ -37,11 +38,22 @@ def renderer_for(settings: DataSettings) -> Renderer:
     return Renderer(find(settings.template, vocabulary), Encoder(vocabulary))
 
 
+@contextmanager
+def _reading() -> Iterator[dataset.Say]:
+    """How far the reading is, on standard error: the result alone goes to standard output."""
+    from vicuna.console import Console, working
+
+    with working(Console(stderr=True), "reading data") as say:
+        yield say
+
+
 def check(words: Sequence[str]) -> int:
     """Exit code 0 where every file has usable records, 2 where one has none."""
     settings, files = _parse(config.DataCommandSettings, words)
     entries = config.dataset_entries(files)
-    _, report = dataset.load(entries, settings, renderer_for(settings))
+    renderer = renderer_for(settings)
+    with _reading() as say:
+        _, report = dataset.load(entries, settings, renderer, say)
     if settings.json_output:
         say_json(report.to_json())
     else:
@@ -59,7 +71,8 @@ def stats(words: Sequence[str]) -> int:
     whole = settings.model_copy(update={"cutoff_len": 1 << 30, "overlong": "drop"})
     results = []
     for name in files:
-        found, _ = dataset.load(config.dataset_entries([name]), whole, renderer)
+        with _reading() as say:
+            found, _ = dataset.load(config.dataset_entries([name]), whole, renderer, say)
         if not len(found):
             raise UserError("no usable records", where=name, fix="vicuna data check says why.")
         tokens, characters = _answer_lengths(found, renderer)
@@ -137,7 +150,8 @@ def preview(words: Sequence[str]) -> int:
     settings, files = _parse(config.PreviewSettings, words)
     renderer = renderer_for(settings)
     entries = config.dataset_entries(files)
-    found, _ = dataset.load(entries, settings, renderer)
+    with _reading() as say:
+        found, _ = dataset.load(entries, settings, renderer, say)
     if settings.start >= len(found):
         raise UserError(f"there are only {len(found)} usable examples", where="start")
     from vicuna.console import Console

@@ -145,10 +145,7 @@ def load(
         own = columns.settled(entry.columns)
         for path in expand_noting(entry.path, notes):
             recipe = recipe_for(settings, renderer, entry.max_samples, own)
-            pace = Pace(path.name)
-            store = prepare_file(
-                path, recipe, lambda done, share, pace=pace: say(pace.words(done, share))
-            )
+            store = prepare_file(path, recipe, Pace(path.name, say))
             report = FileReport.from_json({**store.report, "path": str(path)})
             report.said, notes = [*report.said, *notes], []
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)

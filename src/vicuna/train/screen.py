@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from vicuna.console import Console
+from vicuna.console import Console, working
 
 
 class Screen:
@@ -34,11 +34,8 @@ class Screen:
     @contextmanager
     def working(self, text: str) -> Iterator[Callable[[str], None]]:
         """A line that says what takes long; the callable changes its details."""
-        if not self.console.is_terminal:
-            yield lambda _: None
-            return
-        with self.console.status(f"{text} ...") as status:
-            yield lambda detail: status.update(f"{text}: {escape(detail)}")
+        with working(self.console, text) as say:
+            yield say
 
     @contextmanager
     def bar(self, total: int, done: int) -> Iterator[Callable[[int, str], None]]:

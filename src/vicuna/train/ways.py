@@ -72,9 +72,9 @@ def _settle(learner: Learner) -> list[str]:
     if not why:
         return said
     learner.way = "alone"
-    if far := probe.alone():
+    if wrong := probe.alone():
         learner.way = "whole"
-        why += f"; {far}"
+        why += f"; {wrong}"
     return [*said, f"{ONE_BY_ONE}: {why}"]
 
 
