@@ -99,7 +99,9 @@ class Store:
         if noted.is_file():
             return noted.read_text()
         # Made before it was noted.
-        ids, labels = (hashlib.sha256(np.ascontiguousarray(part).data) for part in (self._ids, self._labels))
+        ids, labels = (
+            hashlib.sha256(np.ascontiguousarray(part).data) for part in (self._ids, self._labels)
+        )
         return _digest(ids, labels, self.index)
 
     def __len__(self) -> int:
