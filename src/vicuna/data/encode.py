@@ -57,13 +57,17 @@ class Example:
     labels: np.ndarray
 
 
+_OF_TEMPLATES = ("chat_template", "template", "named_tokens")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """All that is needed to encode and decode, as plain data that travels to worker processes.
 
     tokenizer_json: the `tokenizer.json` text. `bos_id` is None where the tokenizer does not itself
     put one in front; `end_ids` are all ids that generation may stop at, the template's first;
-    `template` is the one that a merged model brings (`Template.to_dict`).
+    `template` is the one that a merged model brings (`Template.to_dict`); `named_tokens` are those
+    that a chat template may name (`unk_token` and others).
     """
 
     tokenizer_json: str
@@ -76,10 +80,11 @@ class Vocabulary:
     end_ids: tuple[int, ...] = field(default_factory=tuple)
     special_tokens: dict[str, int] = field(default_factory=dict)
     template: dict[str, Any] | None = None
+    named_tokens: dict[str, str] = field(default_factory=dict)
 
     def digest(self) -> str:
         """A hash of everything that decides which ids a text becomes."""
-        parts = {k: v for k, v in asdict(self).items() if k not in ("chat_template", "template")}
+        parts = {k: v for k, v in asdict(self).items() if k not in _OF_TEMPLATES}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
