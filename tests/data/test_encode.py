@@ -85,12 +85,12 @@ def test_words_after_a_control_token_get_it_if_the_tokenizer_gives_it() -> None:
         max_size=6,
     )
 )
-def test_a_rendering_is_encoded_as_its_whole_text(
-    kind: str, parts: list[tuple[Any, str]]
-) -> None:
+def test_a_rendering_is_encoded_as_its_whole_text(kind: str, parts: list[tuple[Any, str]]) -> None:
     """Wherever marks and texts meet, and wherever a run is cut to save work."""
     encoder = ENCODERS[kind]
-    parts = [(k, t if k == "mark" or t not in SPECIALS and "<" not in t else "") for k, t in parts]
+    parts = [
+        (k, t if k == "mark" or (t not in SPECIALS and "<" not in t) else "") for k, t in parts
+    ]
     ids = encoder.encode([Segment(k, t) for k, t in parts], 1).ids.tolist()
     assert ids == encoder.reference("".join(t for _, t in parts))
 
@@ -224,7 +224,9 @@ def test_added_words_that_are_not_special_are_text(word: str) -> None:
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
     """With the special tokens alone among the special ones, as a tokenizer is read."""
     special = {
-        t["content"]: t["id"] for t in json.loads(tokenizer.to_str())["added_tokens"] if t["special"]
+        t["content"]: t["id"]
+        for t in json.loads(tokenizer.to_str())["added_tokens"]
+        if t["special"]
     }
     return replace(vocabulary(tokenizer), special_tokens=special)
 

@@ -47,7 +47,9 @@ def tokenizer() -> Any:
     marks: set[str] = set()
     for path in PATHS:
         text = path.read_text("utf-8")
-        marks.update(re.findall(r"<\|[a-zA-Z_]+\|?>|<[a-zA-Z]+\|>|<｜[^｜]+｜>|</?[a-z_]+_turn>", text))
+        marks.update(
+            re.findall(r"<\|[a-zA-Z_]+\|?>|<[a-zA-Z]+\|>|<｜[^｜]+｜>|</?[a-z_]+_turn>", text)
+        )
     words = byte_level()
     words.add_special_tokens(sorted(m for m in marks if not TEXT.match(m)))
     words.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])

@@ -16,7 +16,14 @@ from typing import Any, NamedTuple
 
 from vicuna.data.encode import Segment
 from vicuna.data.jinja_program import OTHER, Program
-from vicuna.data.template_base import Shape, Slot, Template, TrainTurns, split_thought
+from vicuna.data.template_base import (
+    Shape,
+    Slot,
+    Template,
+    ThoughtMarks,
+    TrainTurns,
+    split_thought,
+)
 from vicuna.data.types import Conversation, Turn
 from vicuna.errors import UserError
 
@@ -117,7 +124,6 @@ class ChatTemplate(Template):
         known = {**self.words, "bos_token": bos_token, "eos_token": eos_token}
         self._program = Program(source, known, date)
         self.date = self._program.date
-        self.notes: dict[str, None] = {}
         special = "|".join(map(re.escape, self.controls))
         self._special = re.compile(special)
         self._end = re.compile(rf"\s{{0,2}}(?:{special})+")
@@ -131,6 +137,7 @@ class ChatTemplate(Template):
         self._renderings: dict[tuple[_Outline, bool], _Rendered] = {}
         self._plans: dict[Any, list[_Plan]] = {}
         self._in_parts, self._merges = False, False
+        self.notes = {}
         self._find_form()
         self.end_token = self._find_end()
         super().__init__()
@@ -152,7 +159,7 @@ class ChatTemplate(Template):
 
     def _forget(self) -> None:
         super()._forget()
-        self._plans = {}
+        self._plans, self._openings, self._renderings = {}, {}, {}
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -473,9 +480,7 @@ class ChatTemplate(Template):
             if turn.role == "assistant":
                 said, thought = self._spoken(turn)
                 outline = None if not thought else self._cut(thought, "assistant", texts)
-                messages.append(
-                    _Message("assistant", self._cut(said, "assistant", texts), outline)
-                )
+                messages.append(_Message("assistant", self._cut(said, "assistant", texts), outline))
                 continue
             said = turn.text
             if turn.input:
@@ -573,6 +578,14 @@ class ChatTemplate(Template):
                 slots.append(Slot(kind, what))  # type: ignore[arg-type]
         return slots
 
+    def thought_marks(self) -> ThoughtMarks:
+        one = (_Message("user", _GAP),)
+        asked = self._opens_thought(one)
+        on = self._rendered((*one, _ANSWERS[True, "field"]), True).body
+        first, _, rest = on.partition(_hole(1))
+        close = rest.partition(_hole(2))[0]
+        return ThoughtMarks(first or "<think>", close, opened=asked and not first.strip())
+
     def _literals(self) -> list[str]:
         roles = ["user", "assistant", "user"] if self._merges else ["system", "user"]
         text = self._render(tuple(_Message(role, _GAP) for role in roles), True, None)
@@ -600,8 +613,6 @@ class ChatTemplate(Template):
             messages.append(self._message(turn.role, thought or None, merged + said))
             merged = ""
         return self._program.render(messages, False, opening.flag)
-
-
 
 
 def _begins_thought(content: str) -> bool:

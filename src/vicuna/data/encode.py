@@ -454,6 +454,10 @@ class Encoder:
         """Text of ids, control tokens left out, as transformers' `skip_special_tokens` has it."""
         return self._whole.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def spelled(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens among it."""
+        return self._whole.decode([int(i) for i in ids], skip_special_tokens=False)
+
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of an id, for display."""
         return self._whole.id_to_token(int(token_id)) or f"<{token_id}>"

@@ -218,3 +218,13 @@ class Renderer:
         """Token ids of a prompt whose last turn is the user's."""
         example = self.encoder.encode(self.template.prompt(turns), self.end_id)
         return [int(i) for i in example.ids]
+
+    def spelled(self, segments: Sequence[Segment]) -> str:
+        """A rendering as one text, its control tokens spelled."""
+        vocabulary = self.encoder.vocabulary
+        spelling = {
+            "bos": vocabulary.bos_token if vocabulary.bos_id is not None else "",
+            "end": self.encoder.token(self.end_id),
+            "silent_end": "",
+        }
+        return "".join(spelling.get(s.kind, s.text) for s in segments)

@@ -50,6 +50,18 @@ class Shape:
     inputs: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class ThoughtMarks:
+    """What stands before and behind a thought in an answer; opened: the prompt ends in the first.
+
+    Both are "" where the marks cannot be told in an answer's text.
+    """
+
+    open: str = "<think>"
+    close: str = "</think>"
+    opened: bool = False
+
+
 class Template:
     """Common to both kinds: from skeletons to segments."""
 
@@ -63,8 +75,11 @@ class Template:
     thinking: Thinking = "auto"
     thinking_loss: bool = True  # whether thoughts are learned
     date: str = ""  # the day that the template tells, if it tells one
+    # In what training differs from the rendering of the template's makers, as far as it was met.
+    notes: dict[str, None]
 
     def __init__(self) -> None:
+        self.notes = {}
         self._skeletons: dict[Shape, list[Slot]] = {}
         self._guard = _guard(self._literals())
 
@@ -91,14 +106,18 @@ class Template:
         parts = {k: v for k, v in self.to_dict().items() if k not in _CHOICES}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def choose(self, thinking: Thinking = "auto", thinking_loss: bool = True) -> Template:
-        """The same template, with or without thoughts; `auto` leaves what it has."""
+    def choose(self, thinking: Thinking | None = None, thinking_loss: bool = True) -> Template:
+        """The same template, with or without thoughts; None leaves what it has."""
         chosen = copy.copy(self)
-        if thinking != "auto":
-            chosen.thinking = thinking
+        chosen.thinking = thinking or self.thinking
         chosen.thinking_loss = thinking_loss
+        chosen.notes = dict(self.notes)
         chosen._forget()
         return chosen
+
+    def asked(self, thinking: Thinking) -> Template:
+        """The template as somebody asks for answers: `auto` is its own way."""
+        return self if thinking == "auto" else self.choose(thinking)
 
     def _forget(self) -> None:
         """Drop what was made for other choices."""
@@ -156,6 +175,10 @@ class Template:
         """The rendering of a whole conversation by the template's makers, if there is another than
         ours."""
         return None
+
+    def thought_marks(self) -> ThoughtMarks:
+        """How a thought is told from the answer behind it, in what the model says."""
+        return ThoughtMarks()
 
     def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
         shape = shape_of(turns)
