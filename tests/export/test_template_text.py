@@ -94,7 +94,7 @@ def test_go_renders_what_training_saw(name: str) -> None:
 
 
 def tokens(ids: list[int]) -> str:
-    return ENCODER._mark_first.decode(ids, skip_special_tokens=False)
+    return ENCODER.spelled(ids)
 
 
 def whole(text: str) -> list[int]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from vicuna.data.encode import Segment
@@ -253,9 +252,9 @@ class ChatTemplate(Template):
         for how in _WAYS[on]:
             for flag in (None, on):
                 ahead = self._ahead(before, _ANSWERS[on, how], flag)
-                if ahead is not None and ahead.startswith(prompt):
-                    if on or not ahead[len(prompt) :].strip():
-                        return _Opening(prompt, flag, prompt, how)
+                lead = _behind(ahead, prompt)
+                if lead is not None and (on or not lead.strip()):
+                    return _Opening(prompt, flag, prompt, how)
         return self._odd_opening(before, on, prompt)
 
     def _ahead(self, before: _Outline, answer: _Message, flag: bool | None) -> str | None:
@@ -275,7 +274,7 @@ class ChatTemplate(Template):
         for how in _WAYS[True]:
             thinking = self._ahead(before, _ANSWERS[True, how], None)
             if thinking is not None:
-                same = commonprefix([plain, thinking])
+                same = _in_common(plain, thinking)
                 if same != plain:
                     same = same[: max(len(prompt), same.rfind("<"))] if "<" in same else same
                 same = same.removesuffix(" ")
@@ -414,7 +413,7 @@ class ChatTemplate(Template):
         return plans
 
     def _plan(self, text: str, outline: _Outline, taught: frozenset[int]) -> _Plan:
-        """Cut a rendering at its answers, those that look as they looked when they were the last."""
+        """Cut a rendering at those of its answers that look as they did when they were the last."""
         plan = _Plan()
         at, number = 0, -1
         for i, message in enumerate(outline):
@@ -632,6 +631,16 @@ def _thought_of(body: str) -> str:
         return body[: end.end()] if end else ""
     holes = list(_HOLE.finditer(body))
     return body[: holes[1].start()] if len(holes) > 1 else ""
+
+
+def _behind(text: str | None, start: str) -> str | None:
+    """What follows `start` in a text that begins with it; None in any other."""
+    return text[len(start) :] if text is not None and text.startswith(start) else None
+
+
+def _in_common(a: str, b: str) -> str:
+    """What two texts begin with."""
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))]
 
 
 def _common_end(text: str, end: str) -> str:

@@ -1,4 +1,4 @@
-"""Text to token ids, as the base's own tokenizer gives them, and yet no text becomes a control token.
+"""Text to token ids as the base's own tokenizer gives them, but no text becomes a control token.
 
 A rendered conversation is a list of segments. *Marks* are the template's own words: special tokens
 in them are parsed. *Text* is what people and models wrote: `<|im_end|>` typed by a user stays eight

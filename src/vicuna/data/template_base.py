@@ -171,7 +171,7 @@ class Template:
         first = 0 if train_turns == "all" else len(answers) - 1
         return tuple(k for k in range(first, len(answers)) if answers[k].supervised)
 
-    def reference(self, turns: Sequence[Turn]) -> str | None:
+    def reference(self, turns: Sequence[Turn]) -> str | None:  # noqa: ARG002
         """The rendering of a whole conversation by the template's makers, if there is another than
         ours."""
         return None
