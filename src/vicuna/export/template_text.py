@@ -6,6 +6,7 @@ Both come from the template's own strings, so that they say what training and an
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 from vicuna.data.chat_template import ChatTemplate
@@ -21,9 +22,21 @@ def jinja(renderer: Renderer) -> str:
     """A template in Jinja, as `tokenizer.chat_template` has it."""
     template = renderer.template
     if isinstance(template, ChatTemplate):
-        return template.source
+        return _default_thinking(template) + template.source
     assert isinstance(template, LiteralTemplate)
     return _to_jinja(template, _end(renderer))
+
+
+def _default_thinking(template: ChatTemplate) -> str:
+    """What makes the template ask for answers with or without a thought if nobody says which."""
+    if template.thinking == "auto":
+        return ""
+    chosen = "true" if template.thinking == "on" else "false"
+    return "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {chosen} -%}}{{%- endif -%}}"
+        for name in ("enable_thinking", "thinking")
+        if re.search(rf"\b{name} is|\bif (?:not )?{name}\b", template.source)
+    )
 
 
 def go(renderer: Renderer) -> str | None:

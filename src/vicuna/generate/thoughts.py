@@ -11,6 +11,9 @@ and the white space beside them, belong to neither.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vicuna.data.template_base import ThoughtMarks
@@ -88,3 +91,39 @@ def split(text: str, marks: ThoughtMarks) -> Parts:
     stream = ThoughtStream(marks)
     first, rest = stream.push(text), stream.finish()
     return Parts(first.thought + rest.thought, first.answer + rest.answer)
+
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Typed:
+    """Types an answer as it comes: its thought above it, dim where the screen can show that.
+
+    It is called with text like the function that it types with.
+    """
+
+    def __init__(
+        self, out: Callable[[str], None], marks: ThoughtMarks, dim: bool | None = None
+    ) -> None:
+        self._out, self._stream = out, ThoughtStream(marks)
+        screen = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self._dim = screen if dim is None else dim
+        self._thought = self._answer = ""
+
+    def __call__(self, text: str) -> None:
+        self._show(self._stream.push(text))
+
+    def finish(self) -> Parts:
+        """Type what was held back; the whole thought and answer."""
+        self._show(self._stream.finish())
+        return Parts(self._thought, self._answer)
+
+    def _show(self, parts: Parts) -> None:
+        if parts.thought:
+            self._out(f"{_DIM}{parts.thought}{_PLAIN}" if self._dim else parts.thought)
+            self._thought += parts.thought
+        if parts.answer:
+            if self._thought and not self._answer:
+                self._out("\n\n")
+            self._out(parts.answer)
+            self._answer += parts.answer
