@@ -593,6 +593,9 @@ class ChatTemplate(Template):
         pieces = self._special.split(_HOLE.sub("\n", text))
         return [p for p in pieces if p]
 
+    def _role_marks(self) -> list[str]:
+        return sorted({m for part in self._literals() for m in re.findall(r"<\|\w+\|>", part)})
+
     def reference(self, turns: Sequence[Turn]) -> str:
         """The template's own rendering of a whole conversation, its texts in it as they are."""
         outline, _ = self._outline(turns)

@@ -81,7 +81,7 @@ class Template:
     def __init__(self) -> None:
         self.notes = {}
         self._skeletons: dict[Shape, list[Slot]] = {}
-        self._guard = _guard(self._literals())
+        self._guard = _guard(self._literals(), self._role_marks())
 
     # What a kind of template must say.
 
@@ -93,6 +93,10 @@ class Template:
 
     def _literals(self) -> list[str]:
         raise NotImplementedError
+
+    def _role_marks(self) -> list[str]:
+        """Marks such as `<|user|>` that open a turn but are no special tokens of the tokenizer."""
+        return []
 
     def to_dict(self) -> dict[str, Any]:
         """The template as plain data, to be written into an adapter."""
@@ -308,10 +312,10 @@ def _ends_at(slots: Sequence[Slot], i: int) -> bool:
     return i < len(slots) and slots[i].kind in ("end", "silent_end")
 
 
-def _guard(literals: Sequence[str]) -> re.Pattern[str] | None:
+def _guard(literals: Sequence[str], marks: Sequence[str] = ()) -> re.Pattern[str] | None:
     """A pattern of the role marks that are plain words: `### Response:`, `User:`, `[INST]`."""
     lines: set[str] = set()
-    brackets: set[str] = set()
+    brackets: set[str] = set(marks)
     for literal in literals:
         for part in re.split(r"\n|<\|.*?\|>", literal):
             brackets.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z]+>>", part))
