@@ -7,11 +7,13 @@ each in a folder of its own with tokenizer.json and tokenizer_config.json.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_template import CHATML, LLAMA2, VICUNA
 
 from vicuna.data.encode import Encoder
 from vicuna.data.fidelity import differences
@@ -96,6 +98,38 @@ def test_the_tokenizers_own_template_is_encoded_as_transformers_does(
     assert ids == wanted or r.template.notes
 
 
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + "
+    "' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+OTHERS = {"llama-2": LLAMA2, "mistral": MISTRAL, "chatml": CHATML, "vicuna": VICUNA}
+
+
+@every
+@pytest.mark.parametrize("case", ["one", "two", "many", "backwards"])
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_other_templates_are_encoded_as_transformers_does(
+    folder: Path, name: str, case: str
+) -> None:
+    """Also those that put a space at the border of a mark, or no control token behind an answer."""
+    if "bos_token" in OTHERS[name] and reference(folder).bos_token is None:
+        return  # transformers refuses it
+    known = replace(encoder(folder).vocabulary, chat_template=OTHERS[name])
+    r = Renderer(find("auto", known), encoder(folder))
+    turns = CASES[case]
+    segments = r.template.examples(Conversation(turns))[-1]
+    ids = r.encoder.encode(segments, r.end_id).ids.tolist()
+    wanted = reference(folder).apply_chat_template(
+        [{"role": t.role, "content": t.text} for t in turns],
+        chat_template=OTHERS[name],
+        return_dict=False,
+    )
+    if any(s.kind == "silent_end" for s in segments):
+        assert r.encoder.spelled(ids) == r.encoder.spelled(wanted)
+    else:
+        assert ids == wanted
+
+
 @every
 @pytest.mark.parametrize("name", [*builtin(), "auto"])
 def test_a_sequence_begins_once_and_only_if_the_tokenizer_begins_it(
@@ -107,9 +141,9 @@ def test_a_sequence_begins_once_and_only_if_the_tokenizer_begins_it(
     if isinstance(r.template, ChatTemplate):
         assert ids[:2].count(bos) <= 1
         return
-    begins = reference(folder)("a")["input_ids"][0] == bos and "{bos}" in builtin()[name].get(
-        "start", ""
-    )
+    begins = reference(folder)("a")["input_ids"][0] == bos and "{bos}" in builtin()[
+        r.template.name
+    ].get("start", "")
     assert ids.count(bos) == begins
 
 
