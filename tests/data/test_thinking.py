@@ -225,6 +225,16 @@ def test_what_a_template_has_no_place_for_is_said_where_it_matters() -> None:
     assert any("<think>" in line for line in differences(renderer("opens")))
 
 
+def test_an_answer_that_the_template_would_cut_up_is_taught_whole_and_told() -> None:
+    r = renderer("drops")
+    inside = Turn("assistant", "标记是 </think> 这个")
+    given, learned = rendered(r, [ASKED, inside])
+    assert (given, learned) == (ASK + EMPTY, "标记是 </think> 这个<|im_end|>\n")
+    assert "for a thought" in r.template.odd
+    rendered(r, [ASKED, INLINE])
+    assert not r.template.odd
+
+
 # -- the day ----
 
 DAY = "{{ '<|im_start|>system\n' + strftime_now('%d %B %Y') + '<|im_end|>\n' }}" + HEAD + TURN

@@ -34,7 +34,6 @@ def differences(renderer: Renderer, thoughts: bool = False) -> list[str]:
     thoughts: ask about a conversation with a thought, and no others.
     """
     template = renderer.template.choose()  # with no notes of what was asked before
-    template.notes = {}
     found: dict[str, None] = {}
     for name, turns in PROBES.items():
         if thoughts != (turns is _THOUGHT):

@@ -284,6 +284,8 @@ class Work:
                 owners.append(n)
             if len(rendered) == before:  # its last answer is not to be learned
                 report.drop_used(conversation.line, "", "nothing to learn")
+            if template.odd:
+                report.warn(conversation.line, "", template.odd)
         encoded = self.renderer.encoder.encode_many(rendered, end)
         examples: list[Example] = []
         records: list[int] = []

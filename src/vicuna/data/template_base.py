@@ -75,6 +75,7 @@ class Template:
     thinking: Thinking = "auto"
     thinking_loss: bool = True  # whether thoughts are learned
     date: str = ""  # the day that the template tells, if it tells one
+    odd: str = ""  # what was odd about the last examples
     # In what training differs from the rendering of the template's makers, as far as it was met.
     notes: dict[str, None]
 
