@@ -190,7 +190,8 @@ class ChatTemplate(Template):
             if not text.startswith(current.prompt + current.body) or len(current.prompt) < at:
                 continue
             learned = number in taught
-            plan.odd = (learned and current.odd) or plan.odd
+            if learned:
+                plan.odd = current.odd or _border(current.prompt, current.body) or plan.odd
             self._add(plan, text[at : len(current.prompt)], False, cut=bool(at))
             at = len(current.prompt)
             spoken = current.body
@@ -355,6 +356,13 @@ class ChatTemplate(Template):
             messages.append(self._show.message(turn.role, merged + said, thought or None))
             merged = ""
         return self._program.render(messages, False, opening.flag)
+
+
+def _border(prompt: str, body: str) -> str:
+    """What is to be said of the place where an answer begins."""
+    if prompt.endswith("\n") and body[:1].isspace():
+        return "the answer begins with white space, which is encoded apart from the prompt's end"
+    return ""
 
 
 def _thought_of(body: str) -> str:
