@@ -182,6 +182,12 @@ class Renderings:
             return Opening(ahead, None, ahead)
         if prompt.startswith(ahead):
             extra = prompt[len(ahead) :]
+            if extra.strip() and prompt != self.render(before, True, True):
+                self._note(
+                    f"the template asks for an answer without a thought with {extra!r}, but its "
+                    "rendering of one does not have it: training follows the prompt"
+                )
+                return Opening(prompt, None, ahead)
             if extra.strip():
                 self._note(
                     f"the template begins an answer with {extra!r}, but its rendering of an answer "
