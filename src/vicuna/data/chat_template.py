@@ -139,6 +139,7 @@ class ChatTemplate(Template):
     ) -> list[list[Segment]]:
         if conversation.kind == "text":
             return super().examples(conversation, train_turns)
+        self.odd = ""
         turns = conversation.turns
         taught = self._taught(turns, train_turns)
         if not taught:

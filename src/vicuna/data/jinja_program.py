@@ -1,25 +1,21 @@
-"""A chat template as a program: compiled in a sandbox, with what transformers gives it.
-
-The rules are those of `apply_chat_template`: its extensions (`{% generation %}` marks what an
-assistant says and changes nothing, `break` and `continue`), `raise_exception`, `strftime_now`, and
-`tojson` without HTML escapes.
-"""
+"""A chat template as a program, with what transformers gives it; it runs in `sandbox.py`."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from functools import lru_cache
 from typing import Any
 
+from vicuna.data.sandbox import compile_template, render
+from vicuna.data.sandbox_worker import environment
 from vicuna.errors import UserError
 
 OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
 
 
 class Program:
-    """A compiled template.
+    """A template that parses.
 
     date: the day that `strftime_now` tells (ISO), "" if the template does not ask.
     watched: a pattern of the texts that the template looks for in what is said (`</think>`), None
@@ -28,7 +24,8 @@ class Program:
 
     def __init__(self, source: str, words: dict[str, str], date: str = "") -> None:
         self.date = (date or datetime.date.today().isoformat()) if asks_date(source) else ""
-        self._compiled, self.watched = _compile(source)
+        self._compiled = compile_template(source)
+        self.watched = _watched_in(source)
         self._words = words
 
     def render(
@@ -40,15 +37,14 @@ class Program:
             generate: whether the beginning of an answer follows (`add_generation_prompt`).
             thinking: `enable_thinking`, None to leave it to the template.
 
-        Raises: whatever the template raises.
+        Raises: RenderError if the template refuses or fails, LimitError if it takes too much.
         """
         given: dict[str, Any] = {}
         if thinking is not None:
             given = {"enable_thinking": thinking, "thinking": thinking}
-        if self.date:
-            day = datetime.datetime.fromisoformat(self.date)
-            given["strftime_now"] = day.strftime
-        text: str = self._compiled.render(
+        return render(
+            self._compiled,
+            now=datetime.datetime.fromisoformat(self.date) if self.date else None,
             messages=messages,
             add_generation_prompt=generate,
             tools=None,
@@ -56,7 +52,6 @@ class Program:
             **self._words,
             **given,
         )
-        return text
 
 
 def asks_date(source: str) -> bool:
@@ -64,54 +59,14 @@ def asks_date(source: str) -> bool:
     return "strftime_now" in source
 
 
-@lru_cache(maxsize=8)
-def _compile(source: str) -> tuple[Any, frozenset[str]]:
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` ... `{% endgeneration %}`: the text between them."""
-
-        tags = {"generation"}  # noqa: RUF012  as the library declares it
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_inside")
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _inside(self, caller: Any) -> Any:
-            return caller()
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    env.globals["raise_exception"] = raise_exception
-    env.filters["tojson"] = tojson
+@lru_cache(maxsize=64)
+def _watched_in(source: str) -> frozenset[str]:
+    """The texts that a template looks for. It is parsed here, and runs elsewhere."""
     try:
-        return env.from_string(source), frozenset(_watched(env.parse(source)))
-    except TemplateError as e:
+        return frozenset(_watched(environment().parse(source)))
+    except RecursionError as e:
         raise UserError(
-            f"the tokenizer's chat template does not parse: {e}", where="template auto", fix=OTHER
+            "the tokenizer's chat template is nested too deep", where="template auto", fix=OTHER
         ) from e
 
 

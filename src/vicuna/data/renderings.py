@@ -11,6 +11,7 @@ from typing import Any
 
 from vicuna.data.jinja_program import OTHER, Program
 from vicuna.data.outline import ANSWERS, GAP, MANY, THINK, Message, Outline, filled, hole, numbered
+from vicuna.data.sandbox import LimitError, RenderError
 from vicuna.errors import UserError
 
 # How a thought gets into an answer: as a field of the message, or in its content.
@@ -85,7 +86,9 @@ class Renderings:
             return self._program.render(
                 [self.message(*m) for m in numbered(outline)], generate, thinking
             )
-        except Exception as e:  # a program of somebody else's may raise anything
+        except LimitError:
+            raise
+        except RenderError as e:
             raise UserError(
                 f"the tokenizer's chat template cannot render this conversation: {e}",
                 where="template auto",
