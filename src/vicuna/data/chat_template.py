@@ -306,6 +306,7 @@ class ChatTemplate(Template):
             places += [("user", n), ("assistant", n)]
         outline, _ = self._outline(turns[:-1])
         text = self._show.opening(outline, self._opens_thought(outline)).prompt
+        end = self.eos_token if self.end_token == "eos" else self.end_token
         slots: list[Slot] = []
         lead = ""  # white space before an answer belongs to it
         for kind, what, _, begins in self._plan(text, outline, frozenset()).pieces:
@@ -315,6 +316,10 @@ class ChatTemplate(Template):
                 lead = ""
             elif kind == "mark" and begins and not what.strip() and slots[-1].kind != "end":
                 lead = what
+            elif (
+                kind == "mark" and slots and slots[-1].kind == "assistant" and what.startswith(end)
+            ):
+                slots += [Slot("end"), Slot("mark", what.removeprefix(end))]
             elif kind != "silent_end":
                 slots.append(Slot(kind, what))  # type: ignore[arg-type]
         return slots
@@ -356,7 +361,7 @@ class ChatTemplate(Template):
                 said, thought = f"{THINK.replace(GAP, thought)}{said}", ""
             messages.append(self._show.message(turn.role, merged + said, thought or None))
             merged = ""
-        return self._program.render(messages, False, opening.flag)
+        return self._show.shown(messages, False, opening.flag)
 
 
 def _border(prompt: str, body: str) -> str:

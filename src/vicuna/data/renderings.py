@@ -82,12 +82,17 @@ class Renderings:
 
     def render(self, outline: Outline, generate: bool, thinking: bool | None = None) -> str:
         """The rendering of an outline; see `Program.render`."""
+        return self.shown([self.message(*m) for m in numbered(outline)], generate, thinking)
+
+    def shown(
+        self, messages: list[dict[str, Any]], generate: bool, thinking: bool | None = None
+    ) -> str:
+        """The rendering of messages.
+
+        Raises: UserError if the template refuses them, or takes more than it may.
+        """
         try:
-            return self._program.render(
-                [self.message(*m) for m in numbered(outline)], generate, thinking
-            )
-        except LimitError:
-            raise
+            return self._program.render(messages, generate, thinking)
         except RenderError as e:
             raise UserError(
                 f"the tokenizer's chat template cannot render this conversation: {e}",
@@ -104,6 +109,8 @@ class Renderings:
             try:
                 text = self.render(one, False, None)
             except UserError as e:
+                if isinstance(e.__cause__, LimitError):
+                    raise
                 error = error or e
                 continue
             if hole(0) in text and hole(1) in text:
@@ -118,7 +125,9 @@ class Renderings:
         system = (Message("system", GAP), Message("user", GAP))
         try:
             self.merges = hole(0) not in self.render(system, True, None)
-        except UserError:
+        except UserError as e:
+            if isinstance(e.__cause__, LimitError):
+                raise
             self.merges = True
 
     def opening(self, before: Outline, on: bool) -> Opening:
