@@ -47,10 +47,10 @@ def test_it_does_not_matter_how_the_text_comes(parts: list[str], opened: bool) -
         assert Parts("".join(f.thought for f in found), "".join(f.answer for f in found)) == whole
 
 
-def test_the_thought_is_typed_dim_above_the_answer() -> None:
+def test_the_thought_is_typed_above_the_answer() -> None:
     shown: list[str] = []
-    typed = Typed(shown.append, PLAIN, dim=True)
+    typed = Typed(shown.append, PLAIN, lambda text: shown.append(f"({text})"))
     for piece in ("<think>\n想", "一想\n</th", "ink>\n\n三", "。"):
         typed(piece)
     assert typed.finish() == Parts("想一想", "三。")
-    assert "".join(shown) == "\x1b[2m想\x1b[0m\x1b[2m一想\x1b[0m\n\n三。"
+    assert "".join(shown) == "(想)(一想)\n\n三。"

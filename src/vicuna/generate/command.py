@@ -131,7 +131,7 @@ def _answer(
     from vicuna.generate.chat import check_length
     from vicuna.generate.decode import Finished, complete, decode
     from vicuna.generate.events import one_shot_json
-    from vicuna.generate.terminal import write
+    from vicuna.generate.terminal import write, write_dim
     from vicuna.generate.thoughts import Typed
 
     check_length(turns, loaded.engine.context_length)
@@ -141,7 +141,7 @@ def _answer(
         finished = complete(loaded.engine, prompt, choice, loaded.renderer)
         say_json(one_shot_json(finished, marks))
         return
-    typed = Typed(write, marks)
+    typed = Typed(write, marks, write_dim)
     with view_of(typed, settings.show_beams) as view:
         for event in decode(loaded.engine, prompt, choice, loaded.renderer):
             if isinstance(event, Finished):

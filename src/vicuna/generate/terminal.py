@@ -57,6 +57,11 @@ def write(text: str) -> None:
     say(text, end="")
 
 
+def write_dim(text: str) -> None:
+    """The same, dim where the screen can show that."""
+    say(text, end="", dim=True)
+
+
 def converse(
     engine: Engine,
     renderer: Renderer,
@@ -176,7 +181,7 @@ class _Talk:
     def answer(self, question: str) -> None:
         """Type the answer; what was typed until an interruption is kept."""
         said: list[str] = []
-        typed = Typed(self.out, self.marks)
+        typed = Typed(self.out, self.marks, write_dim if self.out is write else None)
         try:
             with _ctrl_c() as cancelled:
                 note = self._type(self.chat.ask(question), said, cancelled, typed)

@@ -11,8 +11,6 @@ and the white space beside them, belong to neither.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -93,21 +91,20 @@ def split(text: str, marks: ThoughtMarks) -> Parts:
     return Parts(first.thought + rest.thought, first.answer + rest.answer)
 
 
-_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-
-
 class Typed:
-    """Types an answer as it comes: its thought above it, dim where the screen can show that.
+    """Types an answer as it comes, its thought above it.
 
-    It is called with text like the function that it types with.
+    It is called with text like the function that it types with. think: types thoughts; the same
+    function if not given.
     """
 
     def __init__(
-        self, out: Callable[[str], None], marks: ThoughtMarks, dim: bool | None = None
+        self,
+        out: Callable[[str], None],
+        marks: ThoughtMarks,
+        think: Callable[[str], None] | None = None,
     ) -> None:
-        self._out, self._stream = out, ThoughtStream(marks)
-        screen = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        self._dim = screen if dim is None else dim
+        self._out, self._think, self._stream = out, think or out, ThoughtStream(marks)
         self._thought = self._answer = ""
 
     def __call__(self, text: str) -> None:
@@ -120,7 +117,7 @@ class Typed:
 
     def _show(self, parts: Parts) -> None:
         if parts.thought:
-            self._out(f"{_DIM}{parts.thought}{_PLAIN}" if self._dim else parts.thought)
+            self._think(parts.thought)
             self._thought += parts.thought
         if parts.answer:
             if self._thought and not self._answer:
