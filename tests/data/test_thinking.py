@@ -225,6 +225,22 @@ def test_what_a_template_has_no_place_for_is_said_where_it_matters() -> None:
     assert any("<think>" in line for line in differences(renderer("opens")))
 
 
+def test_a_system_prompt_in_the_last_question_is_taught_and_said() -> None:
+    """The template's own rendering of a whole conversation leaves it out."""
+    source = (
+        "{%- if messages[0].role == 'system' -%}{%- set s = messages[0].content -%}"
+        "{%- set messages = messages[1:] -%}{%- else -%}{%- set s = '' -%}{%- endif -%}"
+        "{%- for m in messages -%}{{ '<|im_start|>' + (s if loop.last and m.role == 'user' else '')"
+        " + m.content + '<|im_end|>' }}{%- endfor -%}"
+    )
+    known = replace(words(), chat_template=source)
+    r = Renderer(find("auto", known), Encoder(known))
+    turns = [Turn("system", "短"), ASKED, PLAIN]
+    assert rendered(r, turns)[0].startswith("<|im_start|>短你好<|im_end|>")
+    assert any("follows the prompt" in note for note in r.template.notes)
+    assert any("follows the prompt" in line for line in differences(r))
+
+
 def test_an_answer_that_the_template_would_cut_up_is_taught_whole_and_told() -> None:
     r = renderer("drops")
     inside = Turn("assistant", "标记是 </think> 这个")

@@ -85,10 +85,10 @@ class ChatTemplate(Template):
         marks = [] if self._special_think else ["<think>", "</think>"]
         self._watched = {"user": any_of(watched), "assistant": any_of([*watched, *marks])}
         self._show = Renderings(self._program)
-        self.notes = self._show.notes
         self._plans: dict[Any, list[_Plan]] = {}
         self.end_token = self._find_end()
         super().__init__()
+        self.notes = self._show.notes
 
     def to_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {
