@@ -39,6 +39,7 @@ def load(
     engine: str = "torch",
     precision: str = "auto",
     template: str = "",
+    thinking: str = "auto",
     context_length: int = 0,
     cache_type: str = "auto",
     device_map: str = "auto",
@@ -57,6 +58,8 @@ def load(
         engine: torch, llama.cpp or vllm.
         precision: auto, fp32, bf16, fp16, int8 or nf4.
         template: where not given the adapter's own, else the tokenizer's.
+        thinking: on or off, whether answers begin with a thought; auto: as the adapter was trained,
+            else as the base's own template has it.
         context_length: tokens of prompt and answer together; 0: the model's own.
         cache_type: what keys and values are kept in: auto, f32, f16 or q8_0.
         device_map: where torch puts the base: auto, cpu, cuda:0, or several (cuda:0,cuda:1).
@@ -76,6 +79,7 @@ def load(
         "engine": engine,
         "precision": precision,
         "template": template,
+        "thinking": thinking,
         "context_length": context_length,
         "cache_type": cache_type,
         "device_map": device_map,

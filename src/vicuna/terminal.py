@@ -8,6 +8,7 @@ this project prints goes through here, where such characters become signs that a
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import traceback
@@ -38,11 +39,14 @@ def _sign(character: str) -> str:
     return "\u2421" if code == 0x7F else "\ufffd"
 
 
-def say(text: object = "", *, error: bool = False, end: str = "\n") -> None:
-    """Print a line, to standard error if `error`."""
+def say(text: object = "", *, error: bool = False, end: str = "\n", dim: bool = False) -> None:
+    """Print a line, to standard error if `error`; dim if a terminal shows it so."""
     stream = sys.stderr if error else sys.stdout
+    shown = visible(str(text))
+    if dim and stream.isatty() and "NO_COLOR" not in os.environ:
+        shown = f"\x1b[2m{shown}\x1b[0m"
     try:
-        stream.write(visible(str(text)) + end)
+        stream.write(shown + end)
         stream.flush()
     except BrokenPipeError:
         raise

@@ -338,8 +338,14 @@ def of_visitors(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sandbox, "OUTPUT", 50)
     for source in ("{{ 1 / 0 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
                    "{% endfor %}", "{{ 'a' * 99 }}", "{{ 'a' * 10 ** 10 }}",
-                   "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}"):  # fmt: skip
+                   "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "x"):  # fmt: skip
         say(ChatTemplate, source, "<s>", "</s>", ["</s>"])
+    hides = (
+        "{% for m in messages %}{% if messages|length < 3 or m.role == 'user' %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    talked = [Turn("user", "q"), Turn("assistant", "a"), Turn("user", "q")]
+    say(ChatTemplate(hides, "<s>", "</s>", ["</s>"]).prompt, talked)
     base = folder / "huge"
     base.mkdir()
     for config_ in ({"vocab_size": 0}, {"hidden_size": 9999, "vocab_size": 9999},

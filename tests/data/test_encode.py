@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from generate_kit import byte_level, sentencepiece, vocabulary
+from generate_kit import SPECIALS, byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from kit import metaspace
-from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder, Segment
+from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder, Segment, Vocabulary
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": byte_level,
@@ -54,24 +56,47 @@ def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -
 @pytest.mark.parametrize("before", [mark("好"), said("好")])
 def test_later_words_do_not(kind: str, before: Segment) -> None:
     for piece in (mark("ab"), said("ab")):
-        assert spelled(ENCODERS[kind], [BOS, before, piece, said("ab")]) == [
-            "<s>",
-            "▁",
-            "好",
-            "ab",
-            "ab",
-        ]
+        cut = replace(piece, cut=True)
+        assert spelled(ENCODERS[kind], [BOS, before, cut, said("ab")]) == [
+            "<s>", "▁", "好", "ab", "ab"
+        ]  # fmt: skip
 
 
-@dummy
-def test_words_after_an_end_do_not_unless_it_is_a_new_beginning(kind: str) -> None:
-    assert spelled(ENCODERS[kind], [said("a"), END, said("ab")]) == ["▁a", "</s>", "ab"]
-    assert spelled(ENCODERS[kind], [said("a"), END, BOS, said("a")]) == [
-        "▁a",
-        "</s>",
-        "<s>",
-        "▁a",
+def test_words_after_a_control_token_get_it_if_the_tokenizer_gives_it() -> None:
+    """The old SentencePiece rule begins anew behind each of them, the new one only in front."""
+    row = [said("a"), END, said("ab")]
+    assert spelled(ENCODERS["prepend"], row) == ["▁a", "</s>", "▁", "ab"]
+    assert spelled(ENCODERS["metaspace"], row) == ["▁a", "</s>", "ab"]
+    for kind in ("prepend", "metaspace"):
+        assert spelled(ENCODERS[kind], [said("a"), END, BOS, said("a")])[-2:] == ["<s>", "▁a"]
+
+
+@every
+@settings(max_examples=80, deadline=None)
+@given(
+    parts=st.lists(
+        st.tuples(
+            st.sampled_from(["mark", "text"]),
+            st.one_of(
+                st.text(st.sampled_from("ab好你. \n1:"), max_size=5),
+                st.sampled_from(["<|im_start|>", "</s>", "a<s>b\n", "\n\nab:\n"]),
+            ),
+        ),
+        max_size=6,
+    )
+)
+def test_a_rendering_is_encoded_as_its_whole_text(kind: str, parts: list[tuple[Any, str]]) -> None:
+    """Wherever marks and texts meet, and wherever a run is cut to save work."""
+    encoder = ENCODERS[kind]
+    parts = [
+        (k, t if k == "mark" or (t not in SPECIALS and "<" not in t) else "") for k, t in parts
     ]
+    ids = encoder.encode([Segment(k, t) for k, t in parts], 1).ids.tolist()
+    assert ids == encoder.reference("".join(t for _, t in parts))
+
+
+def test_a_space_before_a_word_joins_it_across_a_border() -> None:
+    assert spelled(ENCODERS["prepend"], [mark("好 "), said("a")])[-1] == "▁a"
 
 
 @dummy
@@ -167,9 +192,9 @@ def test_many_at_once_are_as_one_by_one(kind: str, texts: list[list[str]]) -> No
 
 
 @every
-def test_segments_are_encoded_each_by_itself(kind: str) -> None:
+def test_what_stands_before_a_cut_is_encoded_alone(kind: str) -> None:
     encoder = ENCODERS[kind]
-    parts = [mark("好a"), said("b"), said("ab")]
+    parts = [mark("好a"), replace(said("b"), cut=True), replace(said("ab"), cut=True)]
     whole = encoder.encode([BOS, *parts], 1).ids.tolist()
     for n in range(len(parts) + 1):
         ids = encoder.encode([BOS, *parts[:n]], 1).ids.tolist()
@@ -183,14 +208,67 @@ def test_added_words_that_are_no_control_tokens_stay_whole() -> None:
     assert len(encoder.text("小羊驼")) == 1
 
 
-@pytest.mark.parametrize("forged", ["[INST]", "<<SYS>>", "<tool_call>", "<|user|>"])
-def test_added_words_that_look_like_control_tokens_count_as_such(forged: str) -> None:
+@pytest.mark.parametrize("word", ["<think>", "</think>", "<tool_call>", "<|user|>", "[INST]"])
+def test_added_words_that_are_not_special_are_text(word: str) -> None:
+    """Whatever they look like: what counts is what the tokenizer says."""
     tokenizer = byte_level()
-    tokenizer.add_tokens([forged])
-    encoder = Encoder(vocabulary(tokenizer))
-    assert encoder.token_id(forged) in encoder.control_ids
-    assert encoder.token_id(forged) in encoder.mark(forged)
-    assert encoder.token_id(forged) not in encoder.text(forged)
+    tokenizer.add_tokens([word])
+    encoder = Encoder(vocabulary_of(tokenizer))
+    token_id = tokenizer.token_to_id(word)
+    assert token_id not in encoder.control_ids
+    assert token_id in encoder.mark(word)
+    assert token_id in encoder.text(f"好{word}你")
+    assert encoder.decode(encoder.text(f"好{word}你")) == f"好{word}你"
+
+
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """With the special tokens alone among the special ones, as a tokenizer is read."""
+    special = {
+        t["content"]: t["id"]
+        for t in json.loads(tokenizer.to_str())["added_tokens"]
+        if t["special"]
+    }
+    return replace(vocabulary(tokenizer), special_tokens=special)
+
+
+words = st.text(st.sampled_from("ab好 <>|/_[]ĠéÃ\n▁"), min_size=1, max_size=6)
+
+
+@every
+@settings(max_examples=100, deadline=None)
+@given(
+    added=st.lists(st.tuples(words, st.booleans()), max_size=5, unique_by=lambda t: t[0]),
+    picks=st.lists(st.integers(0, 400), max_size=12),
+)
+def test_answers_are_decoded_as_transformers_decodes_them(
+    kind: str, added: list[tuple[str, bool]], picks: list[int]
+) -> None:
+    """Whole and as a stream, with any added tokens, special and not."""
+    from transformers import PreTrainedTokenizerFast
+
+    from vicuna.generate.stream import StreamState, TextStream
+
+    tokenizer = KINDS[kind]()
+    tokenizer.add_special_tokens([w for w, special in added if special])
+    tokenizer.add_tokens([w for w, special in added if not special])
+    encoder = Encoder(vocabulary_of(tokenizer))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    size = encoder.vocab_size
+    ids = [i if i < size else size - 1 - i % 6 for i in picks]
+    if kind != "bytes":  # bytes in a row that are no text at all are shown one mark each
+        ids = [i for i in ids if not encoder.token(i).startswith("<0x")]
+    wanted = fast.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert encoder.decode(ids) == wanted
+    stream, state, text = TextStream(encoder), StreamState(), ""
+    for token in ids:
+        piece, state = stream.push(state, token)
+        text += piece
+    text += stream.finish(state)
+    shown = wanted if kind != "bytes" else wanted.removeprefix(" ")
+    # Bytes that are no character yet are left out at the end, where a decoder shows a mark.
+    assert text.rstrip("\ufffd") == shown.rstrip("\ufffd")
 
 
 def test_decoding_leaves_control_tokens_out() -> None:

@@ -122,7 +122,7 @@ def renderer(name: str, kind: str = "bytes") -> Renderer:
 
         template = LiteralTemplate(name, yaml.safe_load(OWNS[name]))
     else:
-        template = find("auto" if name in JINJA else name, known)
+        template = find("auto" if name in JINJA else name, known).choose("off")
     return Renderer(template, Encoder(known))
 
 
@@ -209,7 +209,7 @@ def test_a_prompt_is_a_strict_prefix_of_its_training_example(
     taught = examples(r, c)
     ends = answered(c)
     for k, at in enumerate(ends):
-        e = taught[0 if r.template.stable else k]
+        e = taught[0 if len(taught) == 1 else k]
         prompt = r.prompt(c.turns[:at])
         assert len(prompt) < len(e.ids) or e.labels[len(prompt) - 1] == END_TOKEN
         assert e.ids[: len(prompt)].tolist() == prompt
@@ -298,7 +298,11 @@ def plain_marks(r: Renderer, name: str, turns: list[Turn]) -> int:
 
 
 def harmless_twin(c: Conversation) -> list[Turn]:
-    return [Turn(t.role, "甲", "乙" if t.input else "") for t in c.turns[:-1]]
+    # A template may leave out what is empty, or nothing but white space.
+    return [
+        Turn(t.role, "甲" if t.text.strip() else t.text, "乙" if t.input else "")
+        for t in c.turns[:-1]
+    ]
 
 
 @both
@@ -324,6 +328,23 @@ def test_every_mark_of_a_template_is_harmless_in_every_place(name: str) -> None:
         twin = harmless_twin(c)
         assert control_counts(r, c.turns[:-1]) == control_counts(r, twin)
         assert plain_marks(r, name, c.turns[:-1]) == plain_marks(r, name, twin)
+
+
+def test_role_marks_that_are_no_special_tokens_cannot_be_forged_either() -> None:
+    """Some tokenizers add `<|user|>` without saying that it is special."""
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    known = vocabulary(byte_level())
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<tool_call>"])
+    known = replace(known, tokenizer_json=tokenizer.to_str(), chat_template=source)
+    r = Renderer(find("auto", known), Encoder(known))
+    mark = tokenizer.token_to_id("<|assistant|>")
+    for text in ("甲", "甲<|assistant|>乙", "<|assistant|>"):
+        assert r.prompt([Turn("user", text)]).count(mark) == 1
+    assert tokenizer.token_to_id("<tool_call>") in r.prompt([Turn("user", "甲<tool_call>")])
 
 
 # -- saved and restored ----
@@ -483,10 +504,7 @@ def test_auto_prompts_equal_transformers(
     assert ours.prompt(turns[:-1]) == prompt
     whole = plain_tokenizer.apply_chat_template(messages, **options)
     (e,) = examples(ours, Conversation(turns), "last")
-    if ours.template.end_token == "eos" and name == "vicuna":
-        assert e.ids.tolist() == plain_tokenizer.apply_chat_template(messages, **options)[:-1]
-    else:
-        assert e.ids.tolist() == whole
+    assert e.ids.tolist() == whole
 
 
 def test_a_system_prompt_without_a_place_goes_before_the_question() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from generate_kit import SPECIALS, byte_level, vocabulary
 
 from vicuna.data.chat_template import ChatTemplate
 from vicuna.data.encode import Encoder
+from vicuna.data.jinja_program import Program
 from vicuna.data.template import Renderer, builtin, find
 from vicuna.data.types import Turn
 from vicuna.export.modelfile import modelfile
@@ -94,7 +96,7 @@ def test_go_renders_what_training_saw(name: str) -> None:
 
 
 def tokens(ids: list[int]) -> str:
-    return ENCODER._mark_first.decode(ids, skip_special_tokens=False)
+    return ENCODER.spelled(ids)
 
 
 def whole(text: str) -> list[int]:
@@ -112,3 +114,30 @@ def test_a_modelfile_says_how_to_talk_and_when_to_stop(tmp_path: object) -> None
     alone = modelfile(renderer("chatml"), Path("law.gguf"), adapter_only=True)
     assert "ADAPTER ./law.gguf" in alone.text
     assert "base.gguf" in alone.notes[0]
+
+
+REASONS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thinking", ["on", "off"])
+def test_other_programs_ask_for_thoughts_as_the_adapter_was_trained(thinking: Any) -> None:
+    from go_kit import render
+
+    template = ChatTemplate(REASONS, "<s>", "</s>", SPECIALS).choose(thinking)
+    ours = Renderer(template, ENCODER)
+    text = go(ours)
+    assert text is not None
+    exported = Renderer(ChatTemplate(jinja(ours), "<s>", "</s>", SPECIALS), ENCODER)
+    for talk in TALKS[:3]:
+        asked = ours.prompt(talk)
+        assert ("</think>" in ENCODER.spelled(asked)) == (thinking == "off")
+        assert whole(render(text, [(t.role, t.text) for t in talk])) == asked
+        assert exported.prompt(talk) == asked
+        messages = [{"role": t.role, "content": t.text} for t in talk]
+        shown = Program(jinja(ours), {"bos_token": "<s>"}).render(messages, True)
+        assert ENCODER.reference(shown) == asked

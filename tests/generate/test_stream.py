@@ -64,7 +64,8 @@ def test_any_bytes_equal_decoding_at_once(ids: list[int]) -> None:
     encoder = ENCODERS["byte-level"]
     whole = encoder.decode(ids).removeprefix(" ")
     shown = "".join(pieces(encoder, ids))
-    assert whole in (shown, shown + "\ufffd")  # an unfinished last character is left out
+    # An unfinished last character is left out, up to three bytes of it.
+    assert whole in [shown + "\ufffd" * n for n in range(4)]
 
 
 @every_encoder

@@ -95,7 +95,7 @@ def test_calibration_is_what_the_model_was_trained_on(
     run("awq", words(shelf, target, *more))
     (ids,) = json.loads((target / "job.json").read_text())["texts"]
     encoder = Encoder(load_vocabulary(shelf / "base"))
-    text = encoder._mark_first.decode(ids, skip_special_tokens=False)
+    text = encoder.spelled(ids)
     assert text.startswith("Below is an instruction")
     assert text.endswith("### Instruction:\n你好吗\n\n### Response:\n我很好。</s>")
 

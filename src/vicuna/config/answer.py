@@ -36,6 +36,12 @@ class ModelSettings(Settings):
     template: str = setting(
         "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
     )
+    thinking: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Model",
+        "answers begin with a thought: on, off; auto: as the adapter was trained, else as the "
+        "base's own template has it",
+    )
     allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
 
 

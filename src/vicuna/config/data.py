@@ -25,6 +25,13 @@ class DataSettings(Settings):
         "what happens to longer ones: drop, split at turns, or cut (never taught to end)",
     )
     train_turns: Literal["all", "last"] = setting("all", "Data", "which answers are learned")
+    thinking: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Data",
+        "answers begin with a thought: as each record has it (auto), always (on), or never: "
+        "thoughts are left out (off)",
+    )
+    thinking_loss: bool = setting(True, "Data", "thoughts are learned, not only what follows them")
     max_samples: int = setting(
         0, "Data", "use at most so many records of each file; 0 is all", ge=0
     )

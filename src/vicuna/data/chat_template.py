@@ -1,21 +1,61 @@
-"""The tokenizer's own (Jinja) chat template; its literals are found by rendering placeholders."""
+"""The tokenizer's own (Jinja) chat template; what is learned in it is found by rendering it.
+
+The template never sees what people wrote. Of every text it is given the outline alone: a
+placeholder, between the white space at its ends and the words that the template looks for
+(`</think>`), because these decide how it renders. So nothing said can be taken for a special token,
+and conversations of one outline are rendered once.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from vicuna.data.sandbox import LimitError, compile_template, render
-from vicuna.data.template_base import Shape, Slot, Template
-from vicuna.errors import UserError
+from vicuna.data.encode import Segment
+from vicuna.data.jinja_program import Program
+from vicuna.data.outline import (
+    ANSWERS,
+    GAP,
+    HOLE,
+    MANY,
+    THINK,
+    Message,
+    Outline,
+    any_of,
+    begins_thought,
+    cut,
+    hole,
+)
+from vicuna.data.renderings import Renderings
+from vicuna.data.template_base import (
+    Shape,
+    Slot,
+    Template,
+    ThoughtMarks,
+    TrainTurns,
+    split_thought,
+)
+from vicuna.data.types import Conversation, Turn
+
+
+@dataclass
+class _Plan:
+    """One example of an outline: pieces to be filled with the conversation's texts.
+
+    pieces: (kind, text or number of a text, supervised, cut).
+    """
+
+    pieces: list[tuple[str, str | int, bool, bool]] = field(default_factory=list)
+    odd: str = ""  # what the template does with an answer that is not taught
 
 
 class ChatTemplate(Template):
-    """A tokenizer's own (Jinja) chat template, rendered in a process of its own (`sandbox.py`).
+    """A tokenizer's own (Jinja) chat template, rendered in a sandbox.
 
-    Its literals are found by rendering it with placeholders; what people wrote never passes through
-    Jinja, so it can neither be changed nor taken for special tokens.
+    notes: in what training differs from the template's own rendering of a whole conversation, as
+        far as it was met.
     """
 
     def __init__(
@@ -25,18 +65,33 @@ class ChatTemplate(Template):
         eos_token: str,
         controls: Sequence[str],
         name: str = "auto",
+        words: dict[str, str] | None = None,
+        date: str = "",
     ) -> None:
         self.name = name
         self.source, self.bos_token, self.eos_token = source, bos_token, eos_token
-        # Longest first, for patterns; a total order, because it gets into the template's digest.
         self.controls = sorted(set(controls) | {eos_token}, key=lambda t: (-len(t), t))
-        self._compiled = compile_template(source)
-        self.end_token, self._tail = self._find_end()
-        self._lead = self._find_lead()
+        self.words = {k: v for k, v in (words or {}).items() if k in source}
+        known = {**self.words, "bos_token": bos_token, "eos_token": eos_token}
+        self._program = Program(source, known, date)
+        self.date = self._program.date
+        special = "|".join(map(re.escape, self.controls))
+        self._special = re.compile(special)
+        self._end = re.compile(rf"\s{{0,2}}(?:{special})+")
+        # What looks like a special token is never shown to the template: nobody can write one.
+        watched = [w for w in self._program.watched if not self._special.search(w)]
+        # Answers of reasoning models hold a thought between these two.
+        self._special_think = bool({"<think>", "</think>"} & set(self.controls))
+        marks = [] if self._special_think else ["<think>", "</think>"]
+        self._watched = {"user": any_of(watched), "assistant": any_of([*watched, *marks])}
+        self._show = Renderings(self._program)
+        self._plans: dict[Any, list[_Plan]] = {}
+        self.end_token = self._find_end()
         super().__init__()
+        self.notes = self._show.notes
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        saved: dict[str, Any] = {
             "kind": "jinja",
             "name": self.name,
             "source": self.source,
@@ -44,116 +99,283 @@ class ChatTemplate(Template):
             "eos_token": self.eos_token,
             "controls": self.controls,
         }
+        if self.words:
+            saved["words"] = self.words
+        if self.date:
+            saved["date"] = self.date
+        return {**saved, **self._thinking_dict(always=True)}
 
-    def _render(self, messages: list[dict[str, str]], generate: bool) -> str:
-        return render(
-            self._compiled,
-            messages=messages,
-            add_generation_prompt=generate,
-            bos_token=self.bos_token,
-            eos_token=self.eos_token,
-            tools=None,
-            documents=None,
-            enable_thinking=False,
-        )
+    def _forget(self) -> None:
+        super()._forget()
+        self._show, self._plans = Renderings(self._program), {}
+        self.notes = self._show.notes
 
-    def _messages(self, shape: Shape, answered: bool, merge_system: bool) -> list[dict[str, str]]:
-        messages: list[dict[str, str]] = []
-        if shape.system and not merge_system:
-            messages.append({"role": "system", "content": _hole("system", 0)})
-        last = len(shape.inputs) - 1
-        for n in range(len(shape.inputs)):
-            content = _hole("user", n)
-            if n == 0 and shape.system and merge_system:
-                content = f"{_hole('system', 0)}\n\n{content}"
-            messages.append({"role": "user", "content": content})
-            if n < last or answered:
-                messages.append({"role": "assistant", "content": _hole("assistant", n)})
-        return messages
+    def _find_end(self) -> str:
+        """The control token that ends an answer; "eos" is the tokenizer's own."""
+        one = (Message("user", GAP), Message("assistant", GAP))
+        token = self._ends_with(self._show.rendered(one, False).tail)
+        return "eos" if token in ("", self.eos_token) else token
 
-    def _try_render(self, shape: Shape, answered: bool) -> str:
-        for merge in (False, True):
-            try:
-                text = self._render(self._messages(shape, answered, merge), not answered)
-            except Exception as e:
-                if not merge and shape.system and not isinstance(e, LimitError):
-                    continue
-                raise UserError(
-                    f"the tokenizer's chat template cannot render this conversation: {e}",
-                    where="template auto",
-                    fix="Choose another one with --template (alpaca, chatml, llama3 ...).",
-                ) from e
-            if not shape.system or _hole("system", 0) in text:
-                return text
-        return text
+    def _ends_with(self, tail: str) -> str:
+        """The control token, among those directly behind an answer, that ends it: the tokenizer's
+        end if it is there, else the first."""
+        found = self._end.match(tail)
+        tokens = self._special.findall(found[0]) if found else []
+        return self.eos_token if self.eos_token in tokens else tokens[0] if tokens else ""
 
-    def _find_end(self) -> tuple[str, list[Slot]]:
-        """The control token after an answer, and what follows the answer in the rendering."""
-        text = self._try_render(Shape(False, (False,)), answered=True)
-        tail = text.split(_hole("assistant", 0))[-1]
-        found = re.match(rf"(\s{{0,2}})({'|'.join(map(re.escape, self.controls))})", tail)
-        if not found:
-            return "eos", [Slot("silent_end")]
-        lead = [Slot("mark", found[1])] if found[1] else []
-        rest = tail[found.end() :]
-        slots = [*lead, Slot("end"), *([Slot("mark", rest)] if rest else [])]
-        return ("eos" if found[2] == self.eos_token else found[2]), slots
+    # -- examples and prompts -----------------------------------------------------------------
 
-    def _find_lead(self) -> str:
-        """White space that stands before an answer but not at the end of its prompt.
+    def prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+        outline, texts = self._outline(turns)
+        on = self._opens_thought(outline)
+        key = outline, on
+        if key not in self._plans:
+            text = self._show.opening(outline, on).prompt
+            self._keep(key, [self._plan(text, outline, frozenset())])
+        return self._fill_plan(self._plans[key][0], texts)
 
-        It belongs to the answer (Llama 2's space), as in the literal templates.
-        """
-        prompt = self._try_render(Shape(False, (False,)), answered=False)
-        before = self._try_render(Shape(False, (False,)), answered=True)
-        before = before.split(_hole("assistant", 0))[0]
-        lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        return "" if lead.strip() else lead
+    def examples(
+        self, conversation: Conversation, train_turns: TrainTurns = "all"
+    ) -> list[list[Segment]]:
+        if conversation.kind == "text":
+            return super().examples(conversation, train_turns)
+        self.odd = ""
+        turns = conversation.turns
+        taught = self._taught(turns, train_turns)
+        if not taught:
+            return []
+        outline, texts = self._outline(turns)
+        key = outline, taught, "examples"
+        if key not in self._plans:
+            self._keep(key, self._find_plans(outline, frozenset(taught)))
+        self.odd = next((p.odd for p in self._plans[key] if p.odd), "")
+        return [self._fill_plan(plan, texts) for plan in self._plans[key]]
 
-    def _answer(self, turn: int) -> Slot:
-        return Slot("assistant", self._lead, turn)
+    def _keep(self, key: Any, plans: list[_Plan]) -> None:
+        if len(self._plans) > MANY:
+            self._plans.clear()
+        self._plans[key] = plans
 
-    def _closing(self) -> list[Slot]:
-        return list(self._tail)
+    def _find_plans(self, outline: Outline, taught: frozenset[int]) -> list[_Plan]:
+        """One example with all answers that look there as they look when they are the last; one
+        for each other answer."""
+        answers = [i for i, m in enumerate(outline) if m.role == "assistant"]
+        whole = self._show.rendered(outline, self._thinks(outline[-1]))
+        inside, apart = set(), []
+        for n in sorted(taught):
+            current = self._show.rendered(
+                outline[: answers[n] + 1], self._thinks(outline[answers[n]])
+            )
+            if whole.text.startswith(current.prompt + current.body):
+                inside.add(n)
+            else:
+                apart.append(n)
+        plans = []
+        for n in apart:
+            past = outline[: answers[n] + 1]
+            current = self._show.rendered(past, self._thinks(past[-1]))
+            plans.append(self._plan(current.text, past, frozenset([n])))
+        if inside:
+            plans.append(self._plan(whole.text, outline, frozenset(inside)))
+        return plans
 
-    def _literals(self) -> list[str]:
-        text = self._try_render(Shape(True, (False, False)), answered=False)
-        pieces = re.split("|".join(map(re.escape, self.controls)), _HOLE.sub("\n", text))
-        return [p for p in pieces if p]
+    def _plan(self, text: str, outline: Outline, taught: frozenset[int]) -> _Plan:
+        """Cut a rendering at those of its answers that look as they did when they were the last."""
+        plan = _Plan()
+        at, number = 0, -1
+        for i, message in enumerate(outline):
+            if message.role != "assistant":
+                continue
+            number += 1
+            current = self._show.rendered(outline[: i + 1], self._thinks(message))
+            if not text.startswith(current.prompt + current.body) or len(current.prompt) < at:
+                continue
+            learned = number in taught
+            if learned:
+                plan.odd = current.odd or _border(current.prompt, current.body) or plan.odd
+            self._add(plan, text[at : len(current.prompt)], False, cut=bool(at))
+            at = len(current.prompt)
+            spoken = current.body
+            if not self.thinking_loss and self._thinks(message):
+                thought = _thought_of(spoken)
+                self._add(plan, thought, False, cut=True)
+                self._add(plan, spoken[len(thought) :], learned, cut=not thought)
+            else:
+                self._add(plan, spoken, learned, cut=True)
+            if not spoken:
+                plan.pieces.append(("text", "", learned, True))
+            at += len(spoken)
+            at += self._add_end(plan, text[at:], learned)
+        self._add(plan, text[at:], False, cut=bool(at))
+        return plan
+
+    def _add(self, plan: _Plan, text: str, supervised: bool, cut: bool) -> None:
+        for n, part in enumerate(HOLE.split(text)):
+            if n % 2:
+                plan.pieces.append(("text", int(part), supervised, cut))
+                cut = False
+            elif part:
+                plan.pieces.append(("mark", part, supervised, cut))
+                cut = False
+
+    def _add_end(self, plan: _Plan, tail: str, supervised: bool) -> int:
+        """What closes an answer; the characters of it that are the answer's."""
+        end = self.eos_token if self.end_token == "eos" else self.end_token
+        found = self._end.match(tail)
+        tokens = list(self._special.finditer(found[0])) if found else []
+        place = next((t for t in tokens if t[0] == end), None)
+        if place is None:
+            plan.pieces.append(("silent_end", "", supervised, False))
+            return 0
+        self._add(plan, tail[: place.start()], supervised, cut=False)
+        plan.pieces.append(("end", "", supervised, False))
+        return place.end()
+
+    def _fill_plan(self, plan: _Plan, texts: Sequence[str]) -> list[Segment]:
+        return [
+            Segment(kind, self.harmless(texts[what]) if isinstance(what, int) else what, sup, cut)  # type: ignore[arg-type]
+            for kind, what, sup, cut in plan.pieces
+        ]
+
+    # -- outlines -----------------------------------------------------------------------------
+
+    def _outline(self, turns: Sequence[Turn]) -> tuple[Outline, list[str]]:
+        """The outline of turns, and the texts that belong into its gaps."""
+        texts: list[str] = []
+        messages: list[Message] = []
+        merged, watched = "", self._watched["assistant"]
+        for turn in turns:
+            if turn.role == "assistant":
+                said, thought = self._spoken(turn)
+                outline = None if not thought else cut(thought, watched, texts)
+                messages.append(Message("assistant", cut(said, watched, texts), outline))
+                continue
+            said = turn.text
+            if turn.input:
+                said = f"{said}\n{turn.input}" if said else turn.input
+            if turn.role == "system" and self._show.merges:
+                merged = said
+                continue
+            asked = cut(said, self._watched["user"], texts)
+            if merged:
+                # The system prompt first: its texts come before the question's.
+                own = len(texts) - asked.count(GAP)
+                head: list[str] = []
+                asked = f"{cut(merged, self._watched['user'], head)}\n\n{asked}"
+                texts[own:own] = head
+                merged = ""
+            messages.append(Message(turn.role, asked))
+        return tuple(messages), texts
+
+    def _spoken(self, turn: Turn) -> tuple[str, str]:
+        """What an answer says, and the thought beside it."""
+        if self.thinking == "off":
+            return (turn.text if turn.thought else split_thought(turn.text)[1]), ""
+        if self._special_think and not turn.thought:
+            # Only as a whole block can they be meant: everywhere else they are harmless words.
+            thought, said = split_thought(turn.text)
+            return said, thought
+        return turn.text, turn.thought
+
+    def _thinks(self, answer: Message) -> bool:
+        """Whether an answer is rendered as one with a thought."""
+        if self.thinking != "auto":
+            return self.thinking == "on"
+        return answer.thought is not None or begins_thought(answer.content)
+
+    def _opens_thought(self, outline: Outline) -> bool:
+        """Whether an answer is asked for as one with a thought."""
+        if self.thinking != "auto":
+            return self.thinking == "on"
+        return self._show.opening(outline, True).prompt == self._show.render(outline, True, None)
+
+    # -- for other programs -------------------------------------------------------------------
+
+    @property
+    def stable(self) -> bool:
+        """Whether past turns are rendered as they were when they were current."""
+        turn = (Message("user", GAP), ANSWERS[False, "field"])
+        return len(self._find_plans(turn * 2, frozenset([0, 1]))) == 1
 
     def _prompt(self, shape: Shape) -> list[Slot]:
-        text = self._try_render(shape, answered=False)
+        """The skeleton of a prompt whose texts are all plain."""
+        turns = [Turn("system", "s")] if shape.system else []
+        places = [("system", -1)] if shape.system else []
+        for n in range(len(shape.inputs)):
+            turns += [Turn("user", "u"), Turn("assistant", "a")]
+            places += [("user", n), ("assistant", n)]
+        outline, _ = self._outline(turns[:-1])
+        text = self._show.opening(outline, self._opens_thought(outline)).prompt
         end = self.eos_token if self.end_token == "eos" else self.end_token
         slots: list[Slot] = []
-        for i, part in enumerate(_HOLE.split(text)):
-            if i % 3 == 1:
-                kind = part
-            elif i % 3 == 2:
-                turn = int(part) if kind != "system" else -1
-                if kind == "assistant" and slots[-1].text.endswith(self._lead):
-                    before = slots.pop().text.removesuffix(self._lead)
-                    slots += [Slot("mark", before), self._answer(turn)]
-                else:
-                    slots.append(Slot(kind, turn=turn))  # type: ignore[arg-type]
-            elif part:
-                after_answer = bool(slots) and slots[-1].kind == "assistant"
-                slots += _split_end(part, end) if after_answer else [Slot("mark", part)]
+        lead = ""  # white space before an answer belongs to it
+        for kind, what, _, begins in self._plan(text, outline, frozenset()).pieces:
+            if isinstance(what, int):
+                name, turn = places[what]
+                slots.append(Slot(name, lead, turn))  # type: ignore[arg-type]
+                lead = ""
+            elif kind == "mark" and begins and not what.strip() and slots[-1].kind != "end":
+                lead = what
+            elif (
+                kind == "mark" and slots and slots[-1].kind == "assistant" and what.startswith(end)
+            ):
+                slots += [Slot("end"), Slot("mark", what.removeprefix(end))]
+            elif kind != "silent_end":
+                slots.append(Slot(kind, what))  # type: ignore[arg-type]
         return slots
 
+    def thought_marks(self) -> ThoughtMarks:
+        one = (Message("user", GAP),)
+        asked = self._opens_thought(one)
+        on = self._show.rendered((*one, ANSWERS[True, "field"]), True).body
+        first, _, rest = on.partition(hole(1))
+        close = rest.partition(hole(2))[0]
+        return ThoughtMarks(first or "<think>", close, opened=asked and not first.strip())
 
-def _split_end(literal: str, end: str) -> list[Slot]:
-    found = re.match(rf"(\s{{0,2}}){re.escape(end)}", literal)
-    if not found:
-        return [Slot("mark", literal)]
-    slots = [Slot("mark", found[1])] if found[1] else []
-    slots.append(Slot("end"))
-    if literal[found.end() :]:
-        slots.append(Slot("mark", literal[found.end() :]))
-    return slots
+    def _literals(self) -> list[str]:
+        roles = ["user", "assistant", "user"] if self._show.merges else ["system", "user"]
+        text = self._show.render(tuple(Message(role, GAP) for role in roles), True, None)
+        if not self._show.merges:
+            text += self._show.render((Message("user", GAP), ANSWERS[False, "field"]), False, None)
+        pieces = self._special.split(HOLE.sub("\n", text))
+        return [p for p in pieces if p]
+
+    def _role_marks(self) -> list[str]:
+        return sorted({m for part in self._literals() for m in re.findall(r"<\|\w+\|>", part)})
+
+    def reference(self, turns: Sequence[Turn]) -> str:
+        """The template's own rendering of a whole conversation, its texts in it as they are."""
+        outline, _ = self._outline(turns)
+        on = self._thinks(outline[-1])
+        opening = self._show.opening(outline[:-1], on)
+        messages: list[dict[str, Any]] = []
+        merged = ""
+        for turn in turns:
+            said, thought = self._spoken(turn)
+            if turn.input:
+                said = f"{said}\n{turn.input}" if said else turn.input
+            if turn.role == "system" and self._show.merges:
+                merged = f"{said}\n\n"
+                continue
+            if thought and opening.thought == "inline":
+                said, thought = f"{THINK.replace(GAP, thought)}{said}", ""
+            messages.append(self._show.message(turn.role, merged + said, thought or None))
+            merged = ""
+        return self._show.shown(messages, False, opening.flag)
 
 
-_HOLE = re.compile(r"XqZ(system|user|assistant)(\d+)ZqX")
+def _border(prompt: str, body: str) -> str:
+    """What is to be said of the place where an answer begins."""
+    if prompt.endswith("\n") and body[:1].isspace():
+        return "the answer begins with white space, which is encoded apart from the prompt's end"
+    return ""
 
 
-def _hole(kind: str, n: int) -> str:
-    return f"XqZ{kind}{n}ZqX"
+def _thought_of(body: str) -> str:
+    """The part of an answer's rendering that is its thought and the marks around it."""
+    at = body.rfind("</think>")
+    if at >= 0:
+        end = re.compile(r"</think>\s*").match(body, at)
+        return body[: end.end()] if end else ""
+    holes = list(HOLE.finditer(body))
+    return body[: holes[1].start()] if len(holes) > 1 else ""

@@ -11,6 +11,7 @@ from vicuna.config import DataSettings
 from vicuna.config.parse import T
 from vicuna.data import dataset
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example
+from vicuna.data.fidelity import lines_for
 from vicuna.data.lengths import CUTOFFS, Lost
 from vicuna.data.preview import spans
 from vicuna.data.template import Renderer, find
@@ -35,7 +36,9 @@ def renderer_for(settings: DataSettings) -> Renderer:
     from vicuna.model.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(locate_vocabulary(settings.model))
-    return Renderer(find(settings.template, vocabulary), Encoder(vocabulary))
+    template = find(settings.template, vocabulary)
+    template = template.choose(settings.thinking, settings.thinking_loss)
+    return Renderer(template, Encoder(vocabulary))
 
 
 @contextmanager
@@ -53,13 +56,16 @@ def check(words: Sequence[str]) -> int:
     entries = config.dataset_entries(files)
     renderer = renderer_for(settings)
     with _reading() as say:
-        _, report = dataset.load(entries, settings, renderer, say)
+        found, report = dataset.load(entries, settings, renderer, say)
     if settings.json_output:
         say_json(report.to_json())
     else:
         from vicuna.console import Console
 
-        Console().print(report.rich_table())
+        console = Console()
+        console.print(report.rich_table())
+        for line in lines_for(renderer, _some(found)):
+            console.print(line, markup=False)
     return 0 if all(f.used for f in report.files) else EXIT_MISTAKE
 
 
@@ -82,6 +88,11 @@ def stats(words: Sequence[str]) -> int:
     else:
         _print_stats(results, settings)
     return 0
+
+
+def _some(found: dataset.Dataset) -> list[Example]:
+    """At most 256 examples from all over the data."""
+    return [found[i] for i in range(0, len(found), max(1, len(found) // 256))][:256]
 
 
 def _answer_lengths(found: dataset.Dataset, renderer: Renderer) -> tuple[int, int]:
@@ -161,6 +172,8 @@ def preview(words: Sequence[str]) -> int:
         f"template {renderer.template.name}; [green]learned[/], not learned, "
         f"[reverse]control token[/]; answers end with {renderer.encoder.token(renderer.end_id)}"
     )
+    for line in lines_for(renderer, _some(found)):
+        console.print(line, markup=False)
     for i in range(settings.start, min(settings.start + settings.number, len(found))):
         example = found[i]
         learned = int((example.labels != NO_TARGET).sum())

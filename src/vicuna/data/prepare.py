@@ -36,7 +36,7 @@ from vicuna.data.types import Conversation, Problem, Raw, Turn
 from vicuna.interrupts import children_spared
 
 # Counts up when anything here changes what a record becomes.
-FORMAT = 10
+FORMAT = 11
 CHUNK = 512
 # Below this, starting worker processes costs more than it saves.
 SMALL = 8 << 20
@@ -284,6 +284,8 @@ class Work:
                 owners.append(n)
             if len(rendered) == before:  # its last answer is not to be learned
                 report.drop_used(conversation.line, "", "nothing to learn")
+            if template.odd:
+                report.warn(conversation.line, "", template.odd)
         encoded = self.renderer.encoder.encode_many(rendered, end)
         examples: list[Example] = []
         records: list[int] = []

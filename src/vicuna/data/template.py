@@ -59,7 +59,7 @@ class LiteralTemplate(Template):
 
     def to_dict(self) -> dict[str, Any]:
         given = {k: v for k, v in self.spec.__dict__.items() if v and k != "about"}
-        return {"kind": "literal", "name": self.name, **given}
+        return {"kind": "literal", "name": self.name, **given, **self._thinking_dict()}
 
     def _literals(self) -> list[str]:
         spec = self.spec
@@ -160,6 +160,7 @@ def find(name: str, vocabulary: Vocabulary) -> Template:
             vocabulary.bos_token,
             vocabulary.eos_token,
             list(vocabulary.special_tokens),
+            words=vocabulary.named_tokens,
         )
     if name in builtin():
         return LiteralTemplate(name, builtin()[name])
@@ -174,14 +175,26 @@ def find(name: str, vocabulary: Vocabulary) -> Template:
 
 
 def from_dict(saved: dict[str, Any]) -> Template:
-    """The template that `to_dict` wrote."""
+    """The template that `to_dict` wrote, now or in an older version."""
     saved = dict(saved)
     kind, name = saved.pop("kind"), saved.pop("name")
+    # Chat templates of older versions were asked for answers without a thought.
+    thinking = saved.pop("thinking", "off" if kind == "jinja" else "auto")
+    loss = saved.pop("thinking_loss", True)
+    template: Template
     if kind == "jinja":
-        return ChatTemplate(
-            saved["source"], saved["bos_token"], saved["eos_token"], saved["controls"], name
+        template = ChatTemplate(
+            saved["source"],
+            saved["bos_token"],
+            saved["eos_token"],
+            saved["controls"],
+            name,
+            saved.get("words"),
+            saved.get("date", ""),
         )
-    return LiteralTemplate(name, saved)
+    else:
+        template = LiteralTemplate(name, saved)
+    return template.choose(thinking, loss)
 
 
 @dataclass
@@ -205,3 +218,13 @@ class Renderer:
         """Token ids of a prompt whose last turn is the user's."""
         example = self.encoder.encode(self.template.prompt(turns), self.end_id)
         return [int(i) for i in example.ids]
+
+    def spelled(self, segments: Sequence[Segment]) -> str:
+        """A rendering as one text, its control tokens spelled."""
+        vocabulary = self.encoder.vocabulary
+        spelling = {
+            "bos": vocabulary.bos_token if vocabulary.bos_id is not None else "",
+            "end": self.encoder.token(self.end_id),
+            "silent_end": "",
+        }
+        return "".join(spelling.get(s.kind, s.text) for s in segments)

@@ -12,6 +12,7 @@ turns), every supervised turn becomes an example of its own.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -23,6 +24,9 @@ from vicuna.data.encode import Segment
 from vicuna.data.types import Conversation, Turn
 
 TrainTurns = Literal["all", "last"]
+Thinking = Literal["auto", "on", "off"]
+# What `to_dict` holds beside the template itself: what a run chose.
+_CHOICES = ("thinking", "thinking_loss", "date", "words")
 FIELD = re.compile(r"\{(bos|end|system|text|input)\}")
 
 
@@ -46,6 +50,18 @@ class Shape:
     inputs: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class ThoughtMarks:
+    """What stands before and behind a thought in an answer; opened: the prompt ends in the first.
+
+    Both are "" where the marks cannot be told in an answer's text.
+    """
+
+    open: str = "<think>"
+    close: str = "</think>"
+    opened: bool = False
+
+
 class Template:
     """Common to both kinds: from skeletons to segments."""
 
@@ -54,10 +70,19 @@ class Template:
     default_system: str = ""
     default_system_input: str = ""
     separate_input: bool = False
+    # Whether answers begin with a thought: in training `auto` goes by the record, in a prompt by
+    # the template's own habit.
+    thinking: Thinking = "auto"
+    thinking_loss: bool = True  # whether thoughts are learned
+    date: str = ""  # the day that the template tells, if it tells one
+    odd: str = ""  # what was odd about the last examples
+    # In what training differs from the rendering of the template's makers, as far as it was met.
+    notes: dict[str, None]
 
     def __init__(self) -> None:
+        self.notes = {}
         self._skeletons: dict[Shape, list[Slot]] = {}
-        self._guard = _guard(self._literals())
+        self._guard = _guard(self._literals(), self._role_marks())
 
     # What a kind of template must say.
 
@@ -70,6 +95,10 @@ class Template:
     def _literals(self) -> list[str]:
         raise NotImplementedError
 
+    def _role_marks(self) -> list[str]:
+        """Marks such as `<|user|>` that open a turn but are no special tokens of the tokenizer."""
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """The template as plain data, to be written into an adapter."""
         raise NotImplementedError
@@ -78,7 +107,34 @@ class Template:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """A hash of the template itself, without the choices of a run (thinking, the day)."""
+        parts = {k: v for k, v in self.to_dict().items() if k not in _CHOICES}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def choose(self, thinking: Thinking | None = None, thinking_loss: bool = True) -> Template:
+        """The same template, with or without thoughts; None leaves what it has."""
+        chosen = copy.copy(self)
+        chosen.thinking = thinking or self.thinking
+        chosen.thinking_loss = thinking_loss
+        chosen.notes = dict(self.notes)
+        chosen._forget()
+        return chosen
+
+    def asked(self, thinking: Thinking) -> Template:
+        """The template as somebody asks for answers: `auto` is its own way."""
+        return self if thinking == "auto" else self.choose(thinking)
+
+    def _forget(self) -> None:
+        """Drop what was made for other choices."""
+        self._skeletons = {}
+
+    def _thinking_dict(self, always: bool = False) -> dict[str, Any]:
+        chosen: dict[str, Any] = {}
+        if always or self.thinking != "auto":
+            chosen["thinking"] = self.thinking
+        if not self.thinking_loss:
+            chosen["thinking_loss"] = False
+        return chosen
 
     @property
     def stable(self) -> bool:
@@ -104,16 +160,30 @@ class Template:
             return [
                 [Segment("bos"), Segment("text", turns[-1].text, True), Segment("end", "", True)]
             ]
-        turns = self._with_system(turns)
-        answers = [t for t in turns if t.role == "assistant"]
-        first = 0 if train_turns == "all" else len(answers) - 1
-        taught = [k for k in range(first, len(answers)) if answers[k].supervised]
+        taught = self._taught(turns, train_turns)
         if not taught:
             return []
+        turns = self._with_system(turns)
         if self.stable:
             return [self._example(turns, frozenset(taught))]
         head = 1 if turns[0].role == "system" else 0
         return [self._example(turns[: head + 2 * (k + 1)], frozenset([k])) for k in taught]
+
+    @staticmethod
+    def _taught(turns: Sequence[Turn], train_turns: TrainTurns) -> tuple[int, ...]:
+        """Which answers are learned, counted from 0."""
+        answers = [t for t in turns if t.role == "assistant"]
+        first = 0 if train_turns == "all" else len(answers) - 1
+        return tuple(k for k in range(first, len(answers)) if answers[k].supervised)
+
+    def reference(self, turns: Sequence[Turn]) -> str | None:  # noqa: ARG002
+        """The rendering of a whole conversation by the template's makers, if there is another than
+        ours."""
+        return None
+
+    def thought_marks(self) -> ThoughtMarks:
+        """How a thought is told from the answer behind it, in what the model says."""
+        return ThoughtMarks()
 
     def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
         shape = shape_of(turns)
@@ -161,11 +231,27 @@ class Template:
             elif slot.kind in ("bos", "end", "silent_end"):
                 segments.append(Segment(slot.kind, "", supervised))
             elif slot.kind == "assistant":
-                text = slot.text + self.harmless(answers[slot.turn].text)
-                segments.append(Segment("text", text, supervised))
+                thought, said = self._spoken(answers[slot.turn])
+                lead = slot.text + self.harmless(thought)
+                if thought and not self.thinking_loss:
+                    segments.append(Segment("text", lead, False, cut=True))
+                    segments.append(Segment("text", self.harmless(said), supervised))
+                else:
+                    text = lead + self.harmless(said)
+                    segments.append(Segment("text", text, supervised, cut=True))
             else:
                 segments.append(Segment("text", self._said(slot, system, questions, placed)))
         return segments
+
+    def _spoken(self, turn: Turn) -> tuple[str, str]:
+        """(thought with its marks, the rest) of an answer; no thought if none is wanted."""
+        thought, said = (turn.thought, turn.text) if turn.thought else split_thought(turn.text)
+        if self.thinking == "off" or not thought:
+            return "", said
+        marked = f"<think>\n{thought}\n</think>\n\n"
+        if not turn.thought:  # as it was written
+            marked = turn.text[: len(turn.text) - len(said)]
+        return marked, said
 
     def _said(self, slot: Slot, system: str, questions: Sequence[Turn], placed: set[int]) -> str:
         """What stands in a slot; an input without a place of its own follows its question."""
@@ -181,6 +267,15 @@ class Template:
     def harmless(self, text: str) -> str:
         """The text with this template's plain-word role marks made unable to open a turn."""
         return self._guard.sub(r" \g<0>", text) if self._guard else text
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """(thought, answer) of a text that begins with a `<think>` block; no thought if it does not."""
+    found = _BLOCK.match(text)
+    return (found[1].strip("\n"), found[2]) if found else ("", text)
+
+
+_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.S)
 
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
@@ -218,10 +313,10 @@ def _ends_at(slots: Sequence[Slot], i: int) -> bool:
     return i < len(slots) and slots[i].kind in ("end", "silent_end")
 
 
-def _guard(literals: Sequence[str]) -> re.Pattern[str] | None:
+def _guard(literals: Sequence[str], marks: Sequence[str] = ()) -> re.Pattern[str] | None:
     """A pattern of the role marks that are plain words: `### Response:`, `User:`, `[INST]`."""
     lines: set[str] = set()
-    brackets: set[str] = set()
+    brackets: set[str] = set(marks)
     for literal in literals:
         for part in re.split(r"\n|<\|.*?\|>", literal):
             brackets.update(re.findall(r"\[/?[A-Z_]+\]|<</?[A-Z]+>>", part))

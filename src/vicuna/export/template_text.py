@@ -6,6 +6,7 @@ Both come from the template's own strings, so that they say what training and an
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 from vicuna.data.chat_template import ChatTemplate
@@ -21,9 +22,21 @@ def jinja(renderer: Renderer) -> str:
     """A template in Jinja, as `tokenizer.chat_template` has it."""
     template = renderer.template
     if isinstance(template, ChatTemplate):
-        return template.source
+        return _default_thinking(template) + template.source
     assert isinstance(template, LiteralTemplate)
     return _to_jinja(template, _end(renderer))
+
+
+def _default_thinking(template: ChatTemplate) -> str:
+    """What makes the template ask for answers with or without a thought if nobody says which."""
+    if template.thinking == "auto":
+        return ""
+    chosen = "true" if template.thinking == "on" else "false"
+    return "".join(
+        f"{{%- if {name} is not defined -%}}{{%- set {name} = {chosen} -%}}{{%- endif -%}}"
+        for name in ("enable_thinking", "thinking")
+        if re.search(rf"\b{name} is|\bif (?:not )?{name}\b", template.source)
+    )
 
 
 def go(renderer: Renderer) -> str | None:
@@ -33,7 +46,10 @@ def go(renderer: Renderer) -> str | None:
     """
     known = recognised(renderer.template)
     bos = renderer.encoder.vocabulary.bos_token
-    return _to_go(known, bos, _end(renderer)) if known else None
+    if known is None:
+        return None
+    end = block(renderer.template)
+    return _to_go(known, bos, _end(renderer)) + (f"{{{{ {_quoted(end)} }}}}" if end else "")
 
 
 def _end(renderer: Renderer) -> str:
@@ -42,19 +58,35 @@ def _end(renderer: Renderer) -> str:
 
 
 def recognised(template: Template) -> LiteralTemplate | None:
-    """The literal template that renders as this one does, itself where it is literal.
+    """The literal template that renders as this one does, itself if it is literal.
 
-    A tokenizer's own template is compared on one and two questions behind a system prompt.
+    A tokenizer's own template is compared on one and two questions behind a system prompt; it may
+    begin the answer's thought, or close it (`block`).
     """
     if isinstance(template, LiteralTemplate):
         return template
+    return _recognised(template)[0]
+
+
+def block(template: Template) -> str:
+    """What a recognised template writes at a prompt's end for thoughts: `<think>`, or an empty
+    block of one; "" if it writes nothing."""
+    return "" if isinstance(template, LiteralTemplate) else _recognised(template)[1]
+
+
+def _recognised(template: Template) -> tuple[LiteralTemplate | None, str]:
     shapes = [Shape(True, (False,)), Shape(True, (False, False))]
     for name, spec in builtin().items():
         found = LiteralTemplate(name, spec)
         for bos in (getattr(template, "bos_token", ""), ""):
-            if all(_flat(found, s, bos) == _flat(template, s) for s in shapes):
-                return found
-    return None
+            pairs = [(_flat(template, s), _flat(found, s, bos)) for s in shapes]
+            if not all(own.startswith(known) for own, known in pairs):
+                continue
+            ends = {own[len(known) :] for own, known in pairs}
+            end = ends.pop()
+            if not ends and (not end or "think" in end):
+                return found, end
+    return None, ""
 
 
 def default_system(template: Template) -> str:
@@ -62,7 +94,7 @@ def default_system(template: Template) -> str:
     known = recognised(template)
     if known is None or known is template:
         return known.default_system if known else ""
-    own = _flat(template, Shape(False, (False,)))
+    own = _flat(template, Shape(False, (False,))).removesuffix(block(template))
     for bos in (getattr(template, "bos_token", ""), ""):
         before, _, after = _flat(known, Shape(True, (False,)), bos).partition("\x00system-1\x00")
         if own.startswith(before) and own.endswith(after) and len(own) > len(before + after):

@@ -18,12 +18,13 @@ from vicuna.generate.engines.base import Engine
 from vicuna.generate.events import Finished, answer_json
 from vicuna.generate.questions import Question, questions
 from vicuna.generate.settings import Settings
+from vicuna.generate.thoughts import split
 from vicuna.interrupts import keeps
 from vicuna.lines import Lines
 from vicuna.terminal import say
 
 # What an answer adds to its record.
-_ADDED = ("output", "finish_reason", "outputs", "dropped_turns", "error")
+_ADDED = ("output", "finish_reason", "reasoning_content", "outputs", "dropped_turns", "error")
 
 
 class Tally(NamedTuple):
@@ -48,6 +49,8 @@ def answer_file(
     A line is the record as it was given, and `output`, `finish_reason`; an answer that the record
     already had moves to `reference`. Where several answers or log-probabilities are asked for,
     `outputs` holds all answers as `vicuna generate --json` prints them, best first.
+
+    The thought of a reasoning model lies apart from its answer, in `reasoning_content`.
 
     A record that asks nothing, or that fits no context, gets a line too, with `finish_reason`
     "error" and the reason in `error`. Each line is written when its answer is whole, and whole
@@ -96,7 +99,10 @@ def _answer(
         return {"output": "", "finish_reason": "error", "error": e.what}
     *_, last = events
     assert isinstance(last, Finished)
-    added: dict[str, Any] = {"output": last.text, "finish_reason": last.finish_reason}
+    thought, text = split(last.text, renderer.template.thought_marks())
+    added: dict[str, Any] = {"output": text, "finish_reason": last.finish_reason}
+    if thought:
+        added["reasoning_content"] = thought
     if settings.num_return_sequences > 1 or settings.logprobs:
         added["outputs"] = [answer_json(a) for a in last.answers]
     if fitted.dropped:

@@ -35,10 +35,10 @@ class Chat:
         self.turns.append(Turn("user", text))
         return self.all_turns()
 
-    def answer(self, text: str) -> None:
-        """Add the answer to the last question. Where nothing was said, the question goes too."""
-        if text.strip():
-            self.turns.append(Turn("assistant", text))
+    def answer(self, text: str, thought: str = "") -> None:
+        """Add the answer to the last question. If nothing was said, the question goes too."""
+        if text.strip() or thought.strip():
+            self.turns.append(Turn("assistant", text, thought=thought))
         else:
             self.turns.pop()
 
@@ -60,8 +60,12 @@ class Chat:
         return [*([Turn("system", self.system)] if self.system else []), *self.turns]
 
     def messages(self) -> list[dict[str, str]]:
-        """The conversation in OpenAI's form."""
-        return [{"role": t.role, "content": t.text} for t in self.all_turns()]
+        """The conversation in OpenAI's form; thoughts stand beside their answers."""
+        return [
+            {"role": t.role, "content": t.text}
+            | ({"reasoning_content": t.thought} if t.thought else {})
+            for t in self.all_turns()
+        ]
 
     def save(self, path: Path) -> None:
         """Append the conversation to a JSONL file, one line that `vicuna train` accepts.

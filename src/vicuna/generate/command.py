@@ -131,20 +131,24 @@ def _answer(
     from vicuna.generate.chat import check_length
     from vicuna.generate.decode import Finished, complete, decode
     from vicuna.generate.events import one_shot_json
-    from vicuna.generate.terminal import write
+    from vicuna.generate.terminal import write, write_dim
+    from vicuna.generate.thoughts import Typed
 
     check_length(turns, loaded.engine.context_length)
     prompt = loaded.renderer.prompt(turns)
+    marks = loaded.renderer.template.thought_marks()
     if settings.json_output:
         finished = complete(loaded.engine, prompt, choice, loaded.renderer)
-        say_json(one_shot_json(finished))
+        say_json(one_shot_json(finished, marks))
         return
-    with view_of(write, settings.show_beams) as view:
+    typed = Typed(write, marks, write_dim)
+    with view_of(typed, settings.show_beams) as view:
         for event in decode(loaded.engine, prompt, choice, loaded.renderer):
             if isinstance(event, Finished):
                 finished = event
             else:
                 view.show(event)
+    typed.finish()
     say()
     for place, answer in enumerate(finished.answers[1:], 2):
         say(f"--- {place}: {answer.score:.3f}\n{answer.text}")

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from vicuna.generate.thoughts import split
+
 if TYPE_CHECKING:
+    from vicuna.data.template_base import ThoughtMarks
     from vicuna.generate.tree import Node
 
 FinishReason = Literal["stop", "stop_string", "length", "context", "cancelled", "memory"]
@@ -149,13 +152,13 @@ class Finished:
 Event = Step | Finished
 
 
-def one_shot_json(finished: Finished) -> dict[str, Any]:
+def one_shot_json(finished: Finished, marks: ThoughtMarks | None = None) -> dict[str, Any]:
     """What `vicuna generate --json` prints: the answers to one prompt, best first.
 
     The prompt counts once, because it is computed once.
     """
     return {
-        "outputs": [answer_json(a) for a in finished.answers],
+        "outputs": [answer_json(a, marks) for a in finished.answers],
         "usage": {
             "prompt_tokens": finished.prompt_tokens,
             "completion_tokens": finished.completion_tokens,
@@ -168,14 +171,19 @@ def one_shot_json(finished: Finished) -> dict[str, Any]:
     }
 
 
-def answer_json(answer: Answer) -> dict[str, Any]:
-    """One answer; `logprobs` only where they were asked for."""
+def answer_json(answer: Answer, marks: ThoughtMarks | None = None) -> dict[str, Any]:
+    """One answer; `logprobs` only where they were asked for.
+
+    marks: of its thought. If there is one, `thought` and `answer` are the two parts of the text.
+    """
     plain: dict[str, Any] = {
         "text": answer.text,
         "token_ids": list(answer.token_ids),
         "score": answer.score,
         "finish_reason": answer.finish_reason,
     }
+    if marks is not None and (parts := split(answer.text, marks)).thought:
+        plain |= {"thought": parts.thought, "answer": parts.answer}
     if answer.logprobs is not None:
         plain["logprobs"] = [_logprob_json(t) for t in answer.logprobs]
     return plain

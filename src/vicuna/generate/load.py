@@ -69,7 +69,8 @@ class Loaded:
         Raises: UserError where there is no such template.
         """
         name = template or self._settings.template or "auto"
-        return Renderer(find(name, self.vocabulary), Encoder(self.vocabulary))
+        found = find(name, self.vocabulary).asked(self._settings.thinking)
+        return Renderer(found, Encoder(self.vocabulary))
 
     def open_with(self, name: str) -> None:
         """Answer with this adapter; its template is that of the base alone, too."""
@@ -93,6 +94,7 @@ class Loaded:
         """The same, of an adapter that was read."""
         notes = self._opened.check(files)
         template = template_of(self._settings.template, files, self.vocabulary)
+        template = template.asked(self._settings.thinking)
         renderer = Renderer(template, Encoder(self.vocabulary))
         self._count += 1
         inner = FIRST if self._count == 1 else f"{FIRST}{self._count}"

@@ -24,7 +24,7 @@ class TokenBytes:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         # A decoder treats the first token apart; behind this one, each is as within a text.
-        self._before = encoder.text("a")
+        self._before = _ordinary(encoder)
         self._skip = len(encoder.decode(self._before))
         self._known: dict[int, bytes] = {}
 
@@ -51,6 +51,15 @@ class TokenBytes:
             return bytes(_BYTE_OF[c] for c in spelled)
         except KeyError:
             return text.encode()
+
+
+def _ordinary(encoder: Encoder) -> list[int]:
+    """Tokens of a word that none of the tokenizer's added tokens is."""
+    for letter in "abcxyz01好":
+        ids = encoder.text(letter)
+        if not encoder.control_ids.intersection(ids) and letter in encoder.decode(ids):
+            return ids
+    return []
 
 
 @lru_cache(maxsize=4)

@@ -21,6 +21,7 @@ from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
 from vicuna.generate.events import FinishReason, Step
 from vicuna.generate.settings import Settings
+from vicuna.generate.thoughts import Typed, split
 from vicuna.terminal import say
 
 HELP = """\
@@ -54,6 +55,11 @@ def read_line(prompt: str) -> str:
 def write(text: str) -> None:
     """Show text at once, unfinished lines too."""
     say(text, end="")
+
+
+def write_dim(text: str) -> None:
+    """The same, dim where the screen can show that."""
+    say(text, end="", dim=True)
 
 
 def converse(
@@ -110,6 +116,7 @@ class _Talk:
     ) -> None:
         self.engine, self.renderer, self.settings = engine, renderer, settings
         self.chat, self.out, self.view, self.switch = chat, out, view, switch
+        self.marks = renderer.template.thought_marks()
         self.dropped = 0  # turns that did not fit, as last told
 
     def take(self, line: str) -> bool:
@@ -174,25 +181,34 @@ class _Talk:
     def answer(self, question: str) -> None:
         """Type the answer; what was typed until an interruption is kept."""
         said: list[str] = []
+        typed = Typed(self.out, self.marks, write_dim if self.out is write else None)
         try:
             with _ctrl_c() as cancelled:
-                note = self._type(self.chat.ask(question), said, cancelled)
+                note = self._type(self.chat.ask(question), said, cancelled, typed)
+            typed.finish()
         except KeyboardInterrupt:  # a second Ctrl-C, or where no handler can be set
             note = _NOTES["cancelled"] + "\n"
         finally:
-            self.chat.answer("".join(said))
+            thought, text = split("".join(said), self.marks)
+            self.chat.answer(text, thought)
         if not (note or "".join(said).strip()):
             note = "(the model said nothing)\n"
         self.out("\n" + note)
 
-    def _type(self, turns: list[Turn], said: list[str], cancelled: Callable[[], bool]) -> str:
+    def _type(
+        self,
+        turns: list[Turn],
+        said: list[str],
+        cancelled: Callable[[], bool],
+        typed: Callable[[str], None],
+    ) -> str:
         """Show the answer and put its text into `said`; a note on how it ended."""
         context, limit = self.engine.context_length, self.settings.max_new_tokens
         fitted = fit(turns, self.renderer, context, limit)
         events = decode(self.engine, fitted.prompt_ids, self.settings, self.renderer, cancelled)
         self._tell_dropped(len(fitted.dropped))
         note = ""
-        with self.view(self.out) as view:
+        with self.view(typed) as view:
             for event in events:
                 if isinstance(event, Step):
                     said.append(event.text)

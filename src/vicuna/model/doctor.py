@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vicuna import config
 from vicuna.data.encode import Encoder
+from vicuna.data.fidelity import differences
 from vicuna.data.template import Renderer, Template, find
 from vicuna.errors import EXIT_MISTAKE, UserError
 from vicuna.model.base import locate_vocabulary
@@ -38,7 +39,19 @@ def examine(folder: Path, template: str) -> tuple[Template, list[Finding]]:
         check_weights(folder)
     except UserError as e:
         found.append(Finding("error", str(e).split("\n")[0]))
-    return chosen, found
+    return chosen, found + _fidelity(Renderer(chosen, encoder))
+
+
+def _fidelity(renderer: Renderer) -> list[Finding]:
+    """Whether training examples are what the template's makers render."""
+    name = renderer.template.name
+    lines = differences(renderer)
+    found = [Finding("warning", f"template {name}: {line}") for line in lines]
+    found += [Finding("ok", line) for line in differences(renderer, thoughts=True)]
+    if not lines:
+        same = "training examples are the template's own rendering, token for token"
+        found.append(Finding("ok", same))
+    return found
 
 
 def run(words: Sequence[str]) -> int:

@@ -34,7 +34,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     META,
 )
-_FORMAT = "2"  # counts up when what is derived here changes
+_FORMAT = "3"  # counts up when what is derived here changes
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -97,6 +97,7 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
     added: dict[str, int] = {
         t["content"]: t["id"] for t in json.loads(text)["added_tokens"] if t["special"]
     }
+    named = tokenizer.special_tokens_map
     return Vocabulary(
         tokenizer_json=text,
         bos_id=int(bos) if adds_bos and bos is not None else None,
@@ -108,6 +109,7 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
         end_ids=_generation_ends(folder, eos),
         special_tokens=added,
         template=_brought_template(folder),
+        named_tokens={k: str(v) for k, v in named.items() if isinstance(v, str)},
     )
 
 

@@ -33,6 +33,8 @@ DECISIVE = (
     "cutoff_len",
     "overlong",
     "train_turns",
+    "thinking",
+    "thinking_loss",
     "val_size",
     "seed",
     "batch_size",

@@ -18,6 +18,7 @@ from vicuna import interrupts
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
 from vicuna.data.encode import Encoder
+from vicuna.data.fidelity import differences, share_of_thoughts
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
@@ -97,9 +98,14 @@ def _build(
     vocabulary = load_vocabulary(folder)
     encoder = Encoder(vocabulary)
     template = _template(settings, given, origin, encoder)
+    template = template.choose(settings.thinking, settings.thinking_loss)
     renderer = Renderer(template, encoder)
     check_rows(renderer, read_config(folder), folder)
+    for line in differences(renderer):
+        screen.say(f"template {template.name}: {line}")
     split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")
+    renderer = Renderer(_answering(settings, renderer, split, screen), encoder)
+    template = renderer.template
     hardware = _hardware(settings, given, origin, folder, split, screen)
     settings, chosen = hardware.settings, hardware.precision
     learner, context = _learner(hardware, origin, folder, split, screen)
@@ -213,6 +219,28 @@ def _template(
             fix="Leave out --template, or add --allow_changes template.",
         )
     return own
+
+
+def _answering(
+    settings: TrainSettings, renderer: Renderer, split: datasets.Split, screen: Screen
+) -> Template:
+    """The template as the adapter will be asked with: with thoughts, if most records have one."""
+    template = renderer.template
+    if template.date:
+        screen.say(f"template {template.name} tells the day: {template.date}, in answers too")
+    if settings.thinking != "auto":
+        return template
+    count = len(split.dataset)
+    some = range(0, count, max(1, count // 256))
+    share = share_of_thoughts((split.dataset[i] for i in some), renderer)
+    if share:
+        for line in differences(renderer, thoughts=True):
+            screen.say(f"template {template.name}: {line}")
+        screen.say(
+            f"thinking: {share:.0%} of the records have a thought; the adapter answers "
+            f"{'with' if share > 0.5 else 'without'} one unless --thinking says otherwise"
+        )
+    return template.choose("on" if share > 0.5 else "off", settings.thinking_loss)
 
 
 def _data(
