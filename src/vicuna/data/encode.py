@@ -88,11 +88,6 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def looks_like_control(content: str) -> bool:
-    """Whether a token is spelled like a control token, whatever it is marked as."""
-    return bool(re.fullmatch(r"<.*>|\[/?[A-Z_ ]+\]|<<.*>>", content, re.S))
-
-
 def _without_dummy_prefix(spec: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer without the space it puts before its input; the same object if it has none."""
 
