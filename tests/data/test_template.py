@@ -216,6 +216,11 @@ def test_a_prompt_is_a_strict_prefix_of_its_training_example(
         assert e.labels[len(prompt) - 1] != 0
 
 
+def _plain(text: str) -> str:
+    """A text without the space around it, which SentencePiece spells with a character of its own."""
+    return text.replace("▁", " ").strip()
+
+
 @both
 @every
 @settings(max_examples=15, deadline=None)
@@ -236,7 +241,7 @@ def test_targets_are_the_answers_and_their_ends(name: str, kind: str, c: Convers
             assert run[-1] == r.end_id
             assert run[-1] in r.stop_ids
             said = r.encoder.decode(run[:-1])
-            assert said.strip() == r.template.harmless(c.turns[at].text).strip()
+            assert _plain(said) == _plain(r.template.harmless(c.turns[at].text))
 
 
 @every

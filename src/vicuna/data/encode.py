@@ -27,6 +27,7 @@ import numpy as np
 
 # Labels of a position: what it must predict.
 NO_TARGET, NEXT_TOKEN, END_TOKEN = 0, 1, 2
+_LEARNED = bytes([NEXT_TOKEN])
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +410,7 @@ class Encoder:
 
     def _assemble(self, atoms: Sequence[_Atom]) -> Example:
         ids: list[int] = []
-        labels: list[int] = []
+        labels = bytearray()  # a byte a token: numpy takes them as they are
         for atom in atoms:
             if atom.silent:
                 if atom.supervised and labels:
@@ -424,14 +425,14 @@ class Encoder:
             if atom.supervised:
                 if labels:
                     labels[-1] = NEXT_TOKEN
-                labels += [NEXT_TOKEN] * (len(new) - 1)
+                labels += _LEARNED * (len(new) - 1)
             else:
-                labels += [NO_TARGET] * (len(new) - 1)
+                labels += bytes(len(new) - 1)
             ids += new
             labels.append(NO_TARGET)
-        return Example(np.asarray(ids, np.int32), np.asarray(labels, np.uint8))
+        return Example(np.asarray(ids, np.int32), np.frombuffer(labels, np.uint8))
 
-    def _mixed(self, atom: _Atom, ids: list[int], labels: list[int]) -> None:
+    def _mixed(self, atom: _Atom, ids: list[int], labels: bytearray) -> None:
         """A text of which a part is learned: a token counts as the part that it begins in."""
         assert atom.parts is not None
         tokenizer = self._begin if atom.begins else self._within

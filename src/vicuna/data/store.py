@@ -147,11 +147,18 @@ def index_rows(
         lines, questions: for each record, its line and its question's hash.
     """
     rows = np.zeros(len(examples), INDEX)
-    offset = 0
-    for k, example in enumerate(examples):
-        where = np.flatnonzero(example.labels != NO_TARGET)
-        first = int(where[0]) + 1 if len(where) else len(example.ids)
-        r = records[k]
-        rows[k] = (offset, len(example.ids), first, len(where), lines[r], r, questions[r])
-        offset += len(example.ids)
+    if not examples:
+        return rows
+    length = np.array([len(e.ids) for e in examples], np.int64)
+    stop = np.cumsum(length)
+    targets = np.flatnonzero(np.concatenate([e.labels for e in examples]) != NO_TARGET)
+    # How many targets stand before each example, and which is its first.
+    before = np.searchsorted(targets, stop - length)
+    count = np.searchsorted(targets, stop) - before
+    first = np.append(targets, 0)[before] - (stop - length) + 1
+    rows["offset"], rows["length"], rows["targets"] = stop - length, length, count
+    rows["first_target"] = np.where(count > 0, first, length)
+    rows["record"] = records
+    rows["line"] = np.array(lines, np.int64)[records]
+    rows["question"] = np.array(questions, np.uint64)[records]
     return rows
