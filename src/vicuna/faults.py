@@ -52,8 +52,10 @@ MEMORY_WORDS = (
 )
 # How libraries that are not Python's tell of the system's error number.
 _NUMBER = re.compile(r"\(os error (\d+)\)")
-# PyTorch names no number of a file that it could not write.
-_TORCH_WRITES = re.compile(r"PytorchStreamWriter failed|inline_container.* unexpected pos")
+# PyTorch and numpy name no number of a file that they could not write.
+_UNWRITTEN = re.compile(
+    r"PytorchStreamWriter failed|inline_container.* unexpected pos|\d+ requested and \d+ written"
+)
 
 
 def explain(error: BaseException) -> UserError | None:
@@ -101,7 +103,7 @@ def _numbered(error: BaseException) -> OSError | None:
     number = _NUMBER.search(words)
     if number is not None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    if _TORCH_WRITES.search(words):
+    if _UNWRITTEN.search(words):
         return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return None
 

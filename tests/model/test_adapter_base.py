@@ -23,14 +23,14 @@ from vicuna.train.screen import Screen
 
 def adapter(folder: Path, base: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
-    save(with_adapter(tiny_model("llama")), folder, {})
+    save(with_adapter(tiny_model("llama", vocab_size=352)), folder, {})
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
     return str(folder)
 
 
 def base(folder: Path) -> Path:
-    tiny_model("llama").save_pretrained(str(folder))
+    tiny_model("llama", vocab_size=352).save_pretrained(str(folder))
     save_tokenizer(folder)
     return folder
 
