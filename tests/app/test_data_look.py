@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from run_kit import save_tiny_model
 
-from vicuna.app import data_html, files
+from vicuna.app import data_html, files, numbers, tab_data
 from vicuna.app.data_look import Look, Looks, Wish
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import WebSettings
 from vicuna.data import checks, kinds, read, sources, textrules
 from vicuna.data import reasons as said
+from vicuna.data.lengths import Lengths
 from vicuna.errors import UserError
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
@@ -105,6 +109,27 @@ def test_a_cutoff_is_told_in_numbers(mixed: Look) -> None:
     assert f"{data_html.limit_of(lengths):,}" not in data_html.lost(lengths, 256, EN)
     assert data_html.limit_of(lengths) >= lengths.longest
     assert 'class="bar beyond"' in data_html.lengths(lengths, 256, EN)
+
+
+@pytest.mark.parametrize("longest", [1, 129, 2049, 5762, 8193, 131_073])
+def test_a_cutoff_can_keep_everything_however_long_one_example_is(longest: int) -> None:
+    tokens = np.array([20] * 999 + [longest], dtype=np.int32)
+    lengths = Lengths(tokens, np.zeros(1000, dtype=np.int32))
+    assert lengths.lost(data_html.limit_of(lengths)).longer == 0
+    assert "bar" in data_html.lengths(lengths, 64, EN)
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [(999_999, 999_999), (4097.0, 4097), (1, 16), (-5, 16), (None, 2048), ("x", 2048), (1e300, 1_000_000)],
+)  # fmt: skip
+def test_every_typed_cutoff_is_taken(typed: Any, taken: int) -> None:
+    wish = Wish((), "tiny")
+    assert tab_data._cutoff(typed, wish) == taken
+    replace(wish, cutoff=taken).settings()
+    numbers.take_all_numbers()
+    slider = gr.Slider(16, 4096, render=False)
+    assert slider.preprocess(taken) == taken  # gradio's own words would be English
 
 
 @pytest.mark.parametrize(

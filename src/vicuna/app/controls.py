@@ -13,6 +13,7 @@ import gradio as gr
 
 from vicuna import config
 from vicuna.app.words import say, t
+from vicuna.errors import SettingsError
 from vicuna.generate.settings import OF_BEAMS, OF_SAMPLING, Settings, biases_of
 
 MODES = ("greedy", "sample", "beam", "beam-sample")
@@ -211,7 +212,25 @@ def build(chosen: dict[str, Any]) -> Settings:
         if key == "num_return_sequences" and mode == "greedy":
             continue
         given[key] = _value(key, value)
-    return config.build(Settings, given)
+    settings = config.build(Settings, given)
+    _bound(given)
+    return settings
+
+
+def _bound(given: dict[str, Any]) -> None:
+    """Refuse what lies beyond a slider's ends: on a page for many, nobody takes more than these.
+
+    Raises: SettingsError naming every mistake.
+    """
+    mistakes = []
+    for key, slider in _SLIDERS.items():
+        value = given.get(key)
+        if value is not None and value < slider.low:
+            mistakes.append(f"{key} is {value:g}, but must be at least {slider.low:g}")
+        elif value is not None and value > slider.high:
+            mistakes.append(f"{key} is {value:g}, but must be at most {slider.high:g}")
+    if mistakes:
+        raise SettingsError(mistakes)
 
 
 def _value(key: str, value: Any) -> Any:
@@ -221,7 +240,9 @@ def _value(key: str, value: Any) -> Any:
         return tuple(_lines(value))
     if key == "early_stopping":
         return {"true": True, "false": False}.get(value, value)
-    return int(value) if key in _WHOLE and value is not None else value
+    if key in _WHOLE and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _lines(text: str) -> list[str]:

@@ -213,15 +213,25 @@ def _legend(look: Look, say: Say) -> str:
 
 
 def limit_of(lengths: Lengths) -> int:
-    """How far the slider goes: beyond all but the very longest examples."""
-    wanted = max(lengths.quantile(99.8), 128)
-    step = 128 if wanted <= 2048 else 512 if wanted <= 8192 else 2048
-    return -(-wanted // step) * step
+    """How far the slider goes: to a round number that no example is longer than."""
+    return _round_up(lengths.longest)
+
+
+def _axis(lengths: Lengths) -> int:
+    """How far the histogram goes: beyond all but the very longest examples, which would make its
+    bars narrow."""
+    return _round_up(lengths.quantile(99.8))
+
+
+def _round_up(tokens: int) -> int:
+    tokens = max(tokens, 128)
+    step = 128 if tokens <= 2048 else 512 if tokens <= 8192 else 2048
+    return -(-tokens // step) * step
 
 
 def lengths(found: Lengths, cutoff: int, say: Say) -> str:
     """The histogram with the cutoff in it."""
-    limit = limit_of(found)
+    limit = _axis(found)
     counts = found.histogram(limit, BARS)
     return charts.histogram(counts, limit, cutoff, say("data.histogram"), say("data.tokens_axis"))
 

@@ -7,6 +7,7 @@ from html import escape
 import gradio as gr
 
 from vicuna.app import tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app.numbers import take_all_numbers
 from vicuna.app.plainly import plainly
 from vicuna.app.state import App
 from vicuna.app.words import COOKIE, t
@@ -60,6 +61,7 @@ _OPEN = """() => {
 def build(app: App) -> gr.Blocks:
     """The page of an app; every tab's components have the id `tab-NAME` around them."""
     base = app.room.loaded
+    take_all_numbers()
     with gr.Blocks(
         title=t("page.title"),
         analytics_enabled=False,

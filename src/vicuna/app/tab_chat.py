@@ -14,6 +14,7 @@ from vicuna.app import chat_html, markdown
 from vicuna.app.acts import acting, address_of, number, told
 from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
+from vicuna.app.numbers import number as number_of
 from vicuna.app.probabilities import Said, said
 from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
@@ -28,6 +29,7 @@ from vicuna.terminal import say_traceback
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+STRONGEST = 2.0
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -91,7 +93,7 @@ class ChatTab:
             info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
-            0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
+            0, STRONGEST, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
             elem_id="chat-strength", visible=False,
         )  # fmt: skip
         self.controls = Controls("chat", several=False)
@@ -151,7 +153,7 @@ class ChatTab:
         if system is not None:
             session.chat.system = str(system).strip()
         known = self.app.shelf.paths()
-        by = _number(strength, 1.0)
+        by = number_of(strength, 1.0, 0.0, STRONGEST)
         mix = {a: session.mix.get(a, 1.0) * by for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
         try:
@@ -161,7 +163,7 @@ class ChatTab:
                 raise
             settings = Settings()
         view = view if view in VIEWS else "columns"
-        return session, Ask((), settings, mix, template, int(_number(memory, 0.0))), view
+        return session, Ask((), settings, mix, template, int(number_of(memory, 0.0, 0.0))), view
 
     async def answer(
         self, request: gr.Request, question: str, *values: Any
@@ -378,15 +380,6 @@ class ChatTab:
         if session.busy:
             async for update in self._follow(session, ask, view, request):
                 yield update
-
-
-def _number(value: Any, otherwise: float) -> float:
-    """A number that a browser sent, where it is one."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return otherwise
-    return found if abs(found) < 1e9 else otherwise
 
 
 def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:
