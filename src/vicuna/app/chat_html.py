@@ -160,6 +160,15 @@ def mistake(error: UserError, say: Say) -> str:
     return problem(*told(error, say))
 
 
+def editing(question: int, say: Say) -> str:
+    """That a question (counted from 0) is being edited, and a button to leave it as it was."""
+    label = f"{escape(say('chat.leave'))} <kbd>Esc</kbd>"
+    return (
+        f'<div class="v-note busy-not"><p>{escape(say("chat.editing", number=question + 1))} '
+        f'<button type="button" class="v-text-act" data-act="leave">{label}</button></p></div>'
+    )
+
+
 def gauge(used: int, limit: int, dropped: int, say: Say) -> str:
     """How much of the context the conversation takes, and what was left out for it."""
     share = min(1.0, used / limit) if limit else 0.0

@@ -120,6 +120,7 @@ class Controls:
                 self._slider("logprobs")
         self.reset = gr.Button(t("set.reset"), size="sm", elem_id=f"{name}-reset")
         self.values = [self.mode, *self.inputs.values()]
+        self.kept = [self.preset, *self.values]
         self._events()
 
     def _common(self, key: str) -> dict[str, Any]:
@@ -160,10 +161,13 @@ class Controls:
         )
         # A mode of one's own is no preset any more.
         self.mode.input(
-            lambda: [None, ""], None, [self.preset, self.about], show_progress="hidden",
+            lambda: None, None, self.preset, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        self.preset.change(
+            self._explain, self.preset, self.about, show_progress="hidden",
             api_visibility="private",
         )  # fmt: skip
-        filled = [self.mode, *self.inputs.values(), self.about]
+        filled = [self.mode, *self.inputs.values()]
         self.preset.input(
             self._fill, self.preset, filled, trigger_mode="always_last", show_progress="hidden",
             api_visibility="private",
@@ -173,15 +177,17 @@ class Controls:
             api_visibility="private",
         )  # fmt: skip
 
-    def _back(self, request: gr.Request) -> list[Any]:
-        return ["balanced", *self._fill("balanced", request)]
+    def _back(self) -> list[Any]:
+        return ["balanced", *self._fill("balanced")]
 
-    def _fill(self, preset: str, request: gr.Request) -> list[Any]:
+    def _fill(self, preset: str | None) -> list[Any]:
+        chosen = {**DEFAULTS, **PRESETS.get(preset or "", PRESETS["balanced"])}
+        return [chosen["mode"], *(chosen[k] for k in self.inputs)]
 
-        chosen = {**DEFAULTS, **PRESETS[preset or "balanced"]}
-        about = say(request, f"set.about_{preset or 'balanced'}")
-        values = [chosen["mode"], *(chosen[k] for k in self.inputs)]
-        return [*values, f"<p class='v-fine'>{about}</p>"]
+    def _explain(self, preset: str | None, request: gr.Request) -> str:
+        """What a preset is good for; nothing where none is chosen."""
+        known = preset in PRESETS
+        return f"<p class='v-fine'>{say(request, f'set.about_{preset}')}</p>" if known else ""
 
     def settings(self, values: Sequence[Any]) -> Settings:
         """Decode's settings, from the values of `self.values`.

@@ -55,6 +55,9 @@ class ChatTab:
         self.shown = [
             self.box, self.history, self.live, self.send, self.stop, self.gauge, self.note,
         ]  # fmt: skip
+        app.kept += [
+            self.strength, self.template, self.memory, self.view, *self.controls.kept,
+        ]  # fmt: skip
         self._events()
 
     # What is there.
@@ -63,7 +66,7 @@ class ChatTab:
         with gr.Column(elem_id="thread", elem_classes="v-thread"):
             self.history = acting(elem_id="chat-history")
             self.live = gr.HTML(elem_id="chat-live")
-        self.note = gr.HTML(elem_id="chat-note")
+        self.note = acting(elem_id="chat-note")
         with gr.Row(elem_classes="v-ask"):
             self.box = gr.Textbox(
                 placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
@@ -124,6 +127,7 @@ class ChatTab:
         )  # fmt: skip
         # Multiple: a click that comes before the answer to the last one is not lost.
         self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
+        self.note.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
         self.clear.click(self.forget, self.inputs, self.shown, **_QUIET)
         counted = [self.memory.release, self.system.blur, self.template.input]
@@ -137,6 +141,7 @@ class ChatTab:
         self.app.opening.append(
             (self.opened, self.inputs, [self.gauge, self.adapters, self.strength])
         )
+        self.app.arriving.append((self.arrived, None, self.adapters))
         self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
 
     def asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
@@ -311,8 +316,10 @@ class ChatTab:
         if act == "edit":
             changed[self.box] = session.question(i)
             session.editing = i
-            words_ = words("chat.editing", number=i + 1)
-            changed[self.note] = f'<div class="v-note busy-not">{words_}</div>'
+            changed[self.note] = chat_html.editing(i, words)
+        elif act == "leave":
+            changed[self.box] = "" if session.editing is not None else gr.skip()
+            session.editing = None
         elif act == "undo":
             changed[self.box] = session.cut(i)
         elif act in ("up", "down"):
@@ -370,13 +377,25 @@ class ChatTab:
             gr.update(choices=choices, value=chosen), gr.update(visible=bool(chosen)),
         ]  # fmt: skip
 
+    def arrived(self) -> Any:
+        """The adapters there are now; what was chosen stands."""
+        return gr.update(choices=self.app.shelf.choices())
+
     async def come_back(self, request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
         words = partial(say, request)
         tab, adapters, strength, _, *rest = values
         asked = (tab, adapters, strength, None, *rest)
         session, ask, view = await asyncio.to_thread(self.asked, asked)
-        yield {self.history: self._history(session, words), self.system: session.chat.system}
+        shown: Updates = {}
+        if session.editing is not None and 0 <= session.editing < len(session.notes):
+            shown = {
+                self.box: session.question(session.editing),
+                self.note: chat_html.editing(session.editing, words),
+            }
+        yield {
+            self.history: self._history(session, words), self.system: session.chat.system, **shown,
+        }  # fmt: skip
         if session.busy:
             async for update in self._follow(session, ask, view, request):
                 yield update
