@@ -15,7 +15,7 @@ from vicuna.app.acts import acting, address_of, number, told
 from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
 from vicuna.app.numbers import number as number_of
-from vicuna.app.probabilities import Said, said
+from vicuna.app.probabilities import Said, said, thought_tokens
 from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
 from vicuna.app.sessions import Session, rate
@@ -25,6 +25,7 @@ from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings
+from vicuna.generate.thoughts import Parts, split
 from vicuna.terminal import say_traceback
 
 Updates = dict[Any, Any]
@@ -209,11 +210,11 @@ class ChatTab:
             # Kept where it ends, whether or not somebody still looks.
             session.job = self.app.room.ask(
                 session.name, ask,
-                lambda job: session.end(asked, *_kept(job, who), self._tokens(job)),
+                lambda job: session.end(asked, *_kept(job, who), *self._tokens(job)),
                 address_of(request),
             )  # fmt: skip
         except UserError:
-            session.end(asked, "", {})
+            session.end(asked, Parts(), {})
             raise
 
     async def _follow(
@@ -237,12 +238,12 @@ class ChatTab:
                     yield {self.live: chat_html.waiting(now.ahead, words)}
                 elif now.finished is None:
                     yield {self.live: chat_html.growing(now, view, words, draw)}
-            silent = not _kept(job, "")[0].strip()
+            silent = _silent(job)
             problem = chat_html.problem(words("chat.silent")) if silent else ""
             if job.cancelled.is_set():
                 problem = ""
         except Exception as e:
-            silent, problem = not _kept(job, "")[0].strip(), self._problem(e, words)
+            silent, problem = _silent(job), self._problem(e, words)
         if session.job is not job:  # the conversation was replaced by another meanwhile
             # Gradio sends the last thing twice: it must not be a picture of the old answer.
             idle = {self.live: "", **self._running(False)}
@@ -254,10 +255,14 @@ class ChatTab:
             self.gauge: await asyncio.to_thread(self._gauge, session, ask, words),
         }  # fmt: skip
 
-    def _tokens(self, job: Job) -> list[Said]:
-        """How likely each token of an answer was, where that was asked for."""
-        found = job.latest.finished if isinstance(job.latest, Picture) else None
-        return said(found.answers[0], self.app.room.loaded.renderer.encoder) if found else []
+    def _tokens(self, job: Job) -> tuple[list[Said], int]:
+        """(how likely each token of an answer was, where that was asked for; how many of them are
+        the thought's)."""
+        picture = job.latest
+        if not isinstance(picture, Picture) or picture.finished is None:
+            return [], 0
+        tokens = said(picture.finished.answers[0], self.app.room.loaded.renderer.encoder)
+        return tokens, thought_tokens(tokens, picture.parts())
 
     def _who(self, ask: Ask, words: Any) -> str:
         """The adapters that answered, in words."""
@@ -401,15 +406,20 @@ class ChatTab:
                 yield update
 
 
-def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:
+def _silent(job: Job) -> bool:
+    """Whether nothing was said."""
+    return not "".join(_kept(job, "")[0]).strip()
+
+
+def _kept(job: Job, who: str) -> tuple[Parts, dict[str, Any]]:
     """(what an answer said until its end, numbers of it)."""
     picture = job.latest
     if not isinstance(picture, Picture):
-        return "", {}
+        return Parts(), {}
     found = picture.finished
     if found is None:
-        return picture.text, {}
-    return picture.text, {
+        return split(picture.text, picture.marks), {}
+    return picture.parts(), {
         "tokens": len(found.token_ids),
         "speed": found.tokens_per_second,
         "first": found.first_token_seconds,
