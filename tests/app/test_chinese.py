@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from app_kit import english_half
 
 from vicuna.app.words import texts
 
@@ -17,23 +18,6 @@ NOT_SAID = {
     "次更新": "步",
     "微调器|适配层": "适配器",
 }
-# Names, which stand in Chinese sentences as they are.
-NAMES = (
-    "Top k", "Top p", "Min p", "Typical p", "hub id", "Git LFS", "git lfs pull", "Label Studio",
-    "CSV UTF-8", "Apple Numbers", "PyTorch", "OpenDocument", "vicuna web", "vicuna data check",
-    "vicuna plan", "PEFT", "adamw", "beta", "Excel", "Python", "logit bias", "chat template",
-)  # fmt: skip
-# Parts that are quoted, options, settings, paths, code and fields.
-_NO_WORDS = re.compile(r"「[^」]*」|\{[^}]*\}|\S*[_/=()<>\[\]@.\\-]\S*|\S*\d\S*")
-_HALF = re.compile(r"(?<![A-Za-z])[A-Za-z']{2,}(?:[ ,]+[A-Za-z']+)*[ ,]+[A-Za-z']{2,}")
-
-
-def english_half(text: str) -> str:
-    """Words of English in a Chinese sentence that are no names; "" for none."""
-    for name in sorted(NAMES, key=len, reverse=True):
-        text = text.replace(name, "名")
-    found = _HALF.search(_NO_WORDS.sub("。", text))
-    return found[0] if found else ""
 
 
 @pytest.mark.parametrize("wrong", NOT_SAID)

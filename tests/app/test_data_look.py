@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+from app_kit import english_half
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from run_kit import save_tiny_model
@@ -177,12 +178,53 @@ def test_every_reason_has_its_words_in_chinese() -> None:
         if name.isupper()
         and isinstance(value, str)
         and re.fullmatch(r"[A-Za-z'][\w ,'()\\+;-]{5,}", value)
-    ] + [read.CUT, "too long: 9 tokens", "nothing to learn", "exact duplicate: of line 3"]
+    ] + [
+        read.CUT,
+        "too long: 9 tokens, cutoff_len is 4",
+        "nothing to learn",
+        "exact duplicate: of line 3",
+    ]
     assert len(reasons) > 25
     left = [r for r in reasons if data_html.reason_words(r, ZH) == r]
     assert left == []
+    assert [r for r in reasons if english_half(data_html.reason_words(r, ZH))] == []
     # And what is new is shown as it is rather than not at all.
-    assert data_html.reason_words("never seen: x", ZH) == "never seen: x"
+    assert data_html.reason_words("never seen: x", ZH) == "「never seen: x」"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("too long: 5762 tokens, cutoff_len is 2048", "太长：5762 个 token，超过 cutoff_len（2048）"),
+        ("too long: 5762 tokens in one turn, cutoff_len is 2,048",
+         "太长：一轮就有 5762 个 token，超过 cutoff_len（2,048）"),
+        ("cut to cutoff_len: 9 tokens, cutoff_len is 4",
+         "截断到 cutoff_len：9 个 token，超过 cutoff_len（4）"),
+        ("conversation cut here: no answer", "对话在这里截断：没有回答"),
+        ("exact duplicate: of line 3", "完全重复：与第 3 行"),
+        ("split into 3 examples", "拆成 3 个样本"),
+        ("unknown role: a number", "未知角色：数字"),
+        ("question without an answer dropped: 1 of 3", "去掉了没有回答的问题：3 个中的 1 个"),
+        ("not valid JSON: Expecting property name of a list",
+         "不是合法的 JSON：「Expecting property name of a list」"),
+        ("turn 3 (user)", "第 3 轮（user）"),
+        ("messages[3].content", "messages[3].content"),
+    ],
+)  # fmt: skip
+def test_details_are_chinese_or_between_quotes(reason: str, words: str) -> None:
+    assert data_html.reason_words(reason, ZH) == words
+    assert data_html.reason_words(reason, EN) == reason
+
+
+def test_too_long_is_told_with_length_and_limit(mixed: Look) -> None:
+    rows = [p.reason for _, p in mixed.rows() if p.reason.startswith("too long")]
+    assert rows
+    for reason in rows:
+        assert re.search(r"\d+ tokens.*cutoff_len is 256", reason)
+    html = data_html.problems(mixed.rows(), 0, ZH)
+    assert "超过 cutoff_len（256）" in html
+    texts_ = re.sub("<[^>]*>", "。", html).split("。")
+    assert [half for text in texts_ if (half := english_half(text))] == []
 
 
 def app_of(tmp_path: Path, **more: Any) -> App:

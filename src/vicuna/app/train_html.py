@@ -260,7 +260,7 @@ def plan(found: dict[str, Any], batch: int, say: Say) -> str:
         "plan.about",
         peak=f"{peak / GIB:.1f}",
         memory=f"{memory / GIB:.1f}",
-        device=found["device"]["name"],
+        device=in_words(found["device"]["name"], say),
     )
     chosen = found["settings"]
     lines = [
