@@ -14,11 +14,11 @@ from vicuna.app import run_process
 NAMES = (
     "Top k", "Top p", "Min p", "Typical p", "hub id", "Git LFS", "git lfs pull", "Label Studio",
     "CSV UTF-8", "Apple Numbers", "PyTorch", "OpenDocument", "vicuna web", "vicuna data check",
-    "vicuna plan", "PEFT", "adamw", "beta", "Excel", "Python", "logit bias", "chat template",
+    "vicuna plan", "vicuna train", "vicuna convert", "Hugging Face", "vicuna doctor", "pip install", "mlx-lm", "hf auth login", "PEFT", "adamw", "beta", "Excel", "Python", "logit bias", "chat template",
 )  # fmt: skip
 # Parts that are quoted, options, settings, paths, code and fields.
-_NO_WORDS = re.compile(r"「[^」]*」|\{[^}]*\}|\S*[_/=()<>\[\]@.\\-]\S*|\S*\d\S*")
-_HALF = re.compile(r"(?<![A-Za-z])[A-Za-z']{2,}(?:[ ,]+[A-Za-z']+)*[ ,]+[A-Za-z']{2,}")
+_NO_WORDS = re.compile(r"「[^」]*」|`[^`]*`|\{[^}]*\}|\S*[_/=()<>\[\]@.\\-]\S*|\S*\d\S*")
+_HALF = re.compile(r"(?<![A-Za-z])[A-Za-z']{2,}(?: [A-Za-z']+)* [A-Za-z']{2,}")
 
 
 def english_half(text: str) -> str:

@@ -390,7 +390,8 @@ def test_every_sentence_of_the_table_is_really_said(
     monkeypatch.setattr(mistakes, "match", match)
     english = [line for line in heard if in_words(line, CHINESE) == line]
     assert {line: half for line in heard if (half := english_half(in_words(line, CHINESE)))} == {}
-    unmet = {k for k in texts() if k.startswith(mistakes._TABLES)} - met
+    tables = tuple(table for table in mistakes._TABLES if table != "said.")  # test_errors.py
+    unmet = {k for k in texts() if k.startswith(tables)} - met
     assert unmet == set(), english
 
 

@@ -16,7 +16,7 @@ from vicuna.app.words import texts
 from vicuna.errors import UserError
 
 Say = Callable[..., str]
-_TABLES = ("mistake.", "choice.", "cost.")
+_TABLES = ("mistake.", "choice.", "cost.", "said.")
 _FIELD = re.compile(r"\\\{(\w+)\\\}")
 _NUMBERS = ("count", "some", "all", "line", "number", "cutoff")
 # Two words in a row that are no options, settings, paths or numbers: somebody speaks English.
@@ -69,8 +69,13 @@ def chinese(sentence: str, tables: tuple[str, ...]) -> str | None:
     """The Chinese of a sentence of some tables, and of what stands in its fields; None where they
     have none."""
     key, given = match(sentence, tables)
-    fields = {name: chinese(text, tables) or quoted(text) for name, text in given.items()}
+    fields = {name: chinese(text, tables) or _listed(text) for name, text in given.items()}
     return texts()[key][1].format(**fields) if key else None
+
+
+def _listed(text: str) -> str:
+    """A text that the tables lack; a list of values has its last word in Chinese."""
+    return quoted(text.replace("' or '", "' 或 '"))
 
 
 def match(sentence: str, tables: tuple[str, ...] = _TABLES) -> tuple[str, dict[str, str]]:
