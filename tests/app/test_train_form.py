@@ -23,6 +23,7 @@ from vicuna.app.train_plan import longest_example, plan
 from vicuna.app.words import say, texts
 from vicuna.config import TrainSettings, WebSettings
 from vicuna.errors import SettingsError, UserError
+from vicuna.memory.command import run as memory_plan
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
 
@@ -98,7 +99,9 @@ def test_all_mistakes_are_told_at_once(place: Path) -> None:
         train_form.check(app, {})
 
 
-def test_a_plan_is_for_the_longest_example_there_is(place: Path) -> None:
+def test_a_plan_is_for_the_longest_example_there_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = {"model": str(place / "runs" / "tiny"), "dataset": [str(place / "data" / "a.jsonl")]}
     settings = train_form.check(app_of(place), chosen)
     longest = longest_example(settings)
@@ -108,6 +111,15 @@ def test_a_plan_is_for_the_longest_example_there_is(place: Path) -> None:
     html = train_html.plan(found, 32, EN)
     assert "It fits" in html
     assert f"at most {longest}" in html
+    # The figures of the terminal, which speaks of the same process.
+    memory_plan(["--model", chosen["model"], "--cutoff_len", str(longest), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["peak_bytes"], told["parts"]) == (found["peak_bytes"], found["parts"])
+    peak = f"{told['peak_bytes'] / (1 << 30):.1f}"
+    assert f"{peak} of" in html
+    assert f"本机 CPU：需要 {peak} GiB" in train_html.plan(found, 32, ZH)
+    warned = {**found, "notes": ["planned by the known shape llama-7b"], "warnings": ["odd"]}
+    assert "known shape llama-7b" in train_html.plan(warned, 32, EN)
     with pytest.raises(UserError, match="made for 512"):
         plan(chosen, 4096)
 
