@@ -188,8 +188,8 @@ class DataTab:
             self.recount,
             [tab, self.wish, self.cutoff, self.action],
             [
-                *(self.wish, self.cutoff, self.chart, self.lost),
-                *(self.report, self.page, self.place, self.problems),
+                *(self.wish, self.cutoff, self.report),
+                *(self.page, self.place, self.problems),
             ],
             trigger_mode="always_last",
             **quiet,
@@ -341,11 +341,11 @@ class DataTab:
         if session.looks != looks:  # another data set was chosen meanwhile
             return {self.page: gr.skip()}
         chosen = look.wish.cutoff
-        limit = max(html.limit_of(look.lengths), chosen)
+        beyond = chosen > html.limit_of(look.lengths)
         return {
             self.wish: look.wish,
-            self.cutoff: gr.update(maximum=limit, value=chosen),
-            **self._chart(look, chosen, request),
+            # Only then: somebody may move the slider meanwhile.
+            self.cutoff: gr.update(maximum=chosen, value=chosen) if beyond else gr.skip(),
             self.report: html.report(look.report, partial(say, request)),
             **self._leaf(look, action, 0, request),
         }
