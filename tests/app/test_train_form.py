@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,18 @@ def test_a_run_is_shown_with_its_error_its_answers_and_what_to_type(tmp_path: Pa
     assert train_html.output(run).splitlines()[-1] == "Mend it."
     assert "No runs yet" in train_html.all_runs([], EN)
     json.dumps(runs.get("a b").settings())
+
+
+def test_a_refused_resume_stays_paused_and_samples_to_come_are_announced(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"event": "step", "step": 3, "loss": 1.0})
+    (run,) = Runs(tmp_path).all()
+    words = "batch_size was 4 in the checkpoint and is now 8\nGive the old values."
+    run = replace(run, state="paused", words=words)
+    for say_, kept, what in ((EN, "Still paused", "batch_size was 4"), (ZH, "仍为暂停", "是 4")):
+        html = train_html.head(run, say_)
+        assert kept in html
+        assert what in html
+        assert "v-chip paused" in html
+    assert "give questions under sample_prompts" in train_html.samples(run, EN)
+    (tmp_path / "a" / "config.yaml").write_text("model: tiny\nsample_prompts: [你好]\n")
+    assert "还没有回答" in train_html.samples(run, ZH)
