@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
 from typing import Any
 
 import pytest
 
+from vicuna.app import controls
 from vicuna.app.controls import DEFAULTS, MODES, PRESETS, build, visible
-from vicuna.app.words import texts
+from vicuna.app.mistakes import in_words
+from vicuna.app.words import say, texts
 from vicuna.errors import SettingsError
-from vicuna.generate.settings import Settings
+from vicuna.generate.settings import OF_BEAMS, Settings
 
 # What is not among the controls: the mode says it.
 ELSEWHERE = {"do_sample"}
@@ -61,3 +65,17 @@ def test_groups_are_shown_where_they_act() -> None:
         "beam": [False, True],
         "beam-sample": [True, True],
     }
+
+
+@pytest.mark.parametrize("key", sorted(controls._SLIDERS))
+def test_a_number_beyond_a_slider_is_answered_in_the_page_s_language(key: str) -> None:
+    slider = controls._SLIDERS[key]
+    beams = {*OF_BEAMS, "num_beams", "num_return_sequences"}
+    mode = "beam" if key in beams else "sample"
+    for value in (slider.high + 10_000, slider.low - 10_000):
+        with pytest.raises(SettingsError, match=key) as wrong:
+            build(chosen(mode, **{key: value}))
+        assert re.search("[一-鿿]", in_words(str(wrong.value), partial(say, "zh")))
+    with pytest.raises(SettingsError, match=key) as wrong:
+        build(chosen(mode, **{key: None}))  # the box was emptied
+    assert re.search("[一-鿿]", in_words(str(wrong.value), partial(say, "zh")))

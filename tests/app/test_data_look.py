@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+import numpy as np
 import pytest
+from app_kit import english_half
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from run_kit import save_tiny_model
 
-from vicuna.app import data_html, files
+from vicuna.app import data_html, files, numbers, tab_data
 from vicuna.app.data_look import Look, Looks, Wish
 from vicuna.app.state import App
 from vicuna.app.words import say, texts
 from vicuna.config import WebSettings
 from vicuna.data import checks, kinds, read, sources, textrules
 from vicuna.data import reasons as said
+from vicuna.data.lengths import Lengths
 from vicuna.errors import UserError
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
@@ -107,6 +112,27 @@ def test_a_cutoff_is_told_in_numbers(mixed: Look) -> None:
     assert 'class="bar beyond"' in data_html.lengths(lengths, 256, EN)
 
 
+@pytest.mark.parametrize("longest", [1, 129, 2049, 5762, 8193, 131_073])
+def test_a_cutoff_can_keep_everything_however_long_one_example_is(longest: int) -> None:
+    tokens = np.array([20] * 999 + [longest], dtype=np.int32)
+    lengths = Lengths(tokens, np.zeros(1000, dtype=np.int32))
+    assert lengths.lost(data_html.limit_of(lengths)).longer == 0
+    assert "bar" in data_html.lengths(lengths, 64, EN)
+
+
+@pytest.mark.parametrize(
+    ("typed", "taken"),
+    [(999_999, 999_999), (4097.0, 4097), (1, 16), (-5, 16), (None, 2048), ("x", 2048), (1e300, 1_000_000)],
+)  # fmt: skip
+def test_every_typed_cutoff_is_taken(typed: Any, taken: int) -> None:
+    wish = Wish((), "tiny")
+    assert tab_data._cutoff(typed, wish) == taken
+    replace(wish, cutoff=taken).settings()
+    numbers.take_all_numbers()
+    slider = gr.Slider(16, 4096, render=False)
+    assert slider.preprocess(taken) == taken  # gradio's own words would be English
+
+
 @pytest.mark.parametrize(
     ("content", "used", "words"),
     [
@@ -152,12 +178,53 @@ def test_every_reason_has_its_words_in_chinese() -> None:
         if name.isupper()
         and isinstance(value, str)
         and re.fullmatch(r"[A-Za-z'][\w ,'()\\+;-]{5,}", value)
-    ] + [read.CUT, "too long: 9 tokens", "nothing to learn", "exact duplicate: of line 3"]
+    ] + [
+        read.CUT,
+        "too long: 9 tokens, cutoff_len is 4",
+        "nothing to learn",
+        "exact duplicate: of line 3",
+    ]
     assert len(reasons) > 25
     left = [r for r in reasons if data_html.reason_words(r, ZH) == r]
     assert left == []
+    assert [r for r in reasons if english_half(data_html.reason_words(r, ZH))] == []
     # And what is new is shown as it is rather than not at all.
-    assert data_html.reason_words("never seen: x", ZH) == "never seen: x"
+    assert data_html.reason_words("never seen: x", ZH) == "「never seen: x」"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("too long: 5762 tokens, cutoff_len is 2048", "太长：5762 个 token，超过 cutoff_len（2048）"),
+        ("too long: 5762 tokens in one turn, cutoff_len is 2,048",
+         "太长：一轮就有 5762 个 token，超过 cutoff_len（2,048）"),
+        ("cut to cutoff_len: 9 tokens, cutoff_len is 4",
+         "截断到 cutoff_len：9 个 token，超过 cutoff_len（4）"),
+        ("conversation cut here: no answer", "对话在这里截断：没有回答"),
+        ("exact duplicate: of line 3", "完全重复：与第 3 行"),
+        ("split into 3 examples", "拆成 3 个样本"),
+        ("unknown role: a number", "未知角色：数字"),
+        ("question without an answer dropped: 1 of 3", "去掉了没有回答的问题：3 个中的 1 个"),
+        ("not valid JSON: Expecting property name of a list",
+         "不是合法的 JSON：「Expecting property name of a list」"),
+        ("turn 3 (user)", "第 3 轮（user）"),
+        ("messages[3].content", "messages[3].content"),
+    ],
+)  # fmt: skip
+def test_details_are_chinese_or_between_quotes(reason: str, words: str) -> None:
+    assert data_html.reason_words(reason, ZH) == words
+    assert data_html.reason_words(reason, EN) == reason
+
+
+def test_too_long_is_told_with_length_and_limit(mixed: Look) -> None:
+    rows = [p.reason for _, p in mixed.rows() if p.reason.startswith("too long")]
+    assert rows
+    for reason in rows:
+        assert re.search(r"\d+ tokens.*cutoff_len is 256", reason)
+    html = data_html.problems(mixed.rows(), 0, ZH)
+    assert "超过 cutoff_len（256）" in html
+    texts_ = re.sub("<[^>]*>", "。", html).split("。")
+    assert [half for text in texts_ if (half := english_half(text))] == []
 
 
 def app_of(tmp_path: Path, **more: Any) -> App:

@@ -14,6 +14,8 @@ from vicuna.app import chat_html, code_html, markdown
 from vicuna.app.room import Branch, Picture
 from vicuna.app.sessions import Session
 from vicuna.app.words import say
+from vicuna.data.template_base import ThoughtMarks
+from vicuna.generate.thoughts import Parts
 
 ATTACKS = [
     "<script>alert(1)</script>",
@@ -161,12 +163,18 @@ def test_markdown_is_rendered() -> None:
 def test_conversations_and_beams_are_as_safe(text: str) -> None:
     session = Session("0" * 32)
     session.begin(text)
-    session.end(session.asked, text, {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text})
+    session.end(
+        session.asked, Parts(text, text), {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text}
+    )
     words = partial(say, "zh")
     picture = Picture(text, (Branch(text, -1.0, 3), Branch("b", -2.0, 3)))
     for html in (
         chat_html.history(session, words),
         chat_html.growing(picture, "columns", words),
+        chat_html.growing(Picture(f"<think>{text}", marks=ThoughtMarks()), "columns", words),
+        chat_html.growing(
+            Picture(f"<think>{text}</think>{text}", marks=ThoughtMarks()), "columns", words
+        ),
         chat_html.problem(text, text),
     ):
         assert "<script" not in html

@@ -12,6 +12,7 @@ from vicuna.app.sessions import Session, Sessions, rate
 from vicuna.data.formats import parse
 from vicuna.data.types import Raw
 from vicuna.errors import UserError
+from vicuna.generate.thoughts import Parts
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def session() -> Session:
 
 def said(session: Session, question: str, answer: str) -> None:
     session.begin(question)
-    session.end(session.asked, answer, {"tokens": 1})
+    session.end(session.asked, Parts("", answer), {"tokens": 1})
 
 
 def texts(session: Session) -> list[str]:
@@ -67,7 +68,7 @@ def test_an_answer_to_a_conversation_that_is_gone_goes_nowhere(
         session.clear()
     if meanwhile == "clear and ask":
         session.begin("五")
-    session.end(asked, "丁", {})
+    session.end(asked, Parts("", "丁"), {})
     assert job.cancelled.is_set()
     assert not session.busy
     left = {"clear": [], "load": ["译 cat", "猫"], "clear and ask": ["五"]}[meanwhile]

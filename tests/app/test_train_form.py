@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from vicuna.app.train_plan import longest_example, plan
 from vicuna.app.words import say, texts
 from vicuna.config import TrainSettings, WebSettings
 from vicuna.errors import SettingsError, UserError
+from vicuna.memory.command import run as memory_plan
 
 EN, ZH = partial(say, "en"), partial(say, "zh")
 
@@ -98,7 +100,9 @@ def test_all_mistakes_are_told_at_once(place: Path) -> None:
         train_form.check(app, {})
 
 
-def test_a_plan_is_for_the_longest_example_there_is(place: Path) -> None:
+def test_a_plan_is_for_the_longest_example_there_is(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     chosen = {"model": str(place / "runs" / "tiny"), "dataset": [str(place / "data" / "a.jsonl")]}
     settings = train_form.check(app_of(place), chosen)
     longest = longest_example(settings)
@@ -108,6 +112,15 @@ def test_a_plan_is_for_the_longest_example_there_is(place: Path) -> None:
     html = train_html.plan(found, 32, EN)
     assert "It fits" in html
     assert f"at most {longest}" in html
+    # The figures of the terminal, which speaks of the same process.
+    memory_plan(["--model", chosen["model"], "--cutoff_len", str(longest), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["peak_bytes"], told["parts"]) == (found["peak_bytes"], found["parts"])
+    peak = f"{told['peak_bytes'] / (1 << 30):.1f}"
+    assert f"{peak} of" in html
+    assert f"本机 CPU：需要 {peak} GiB" in train_html.plan(found, 32, ZH)
+    warned = {**found, "notes": ["planned by the known shape llama-7b"], "warnings": ["odd"]}
+    assert "known shape llama-7b" in train_html.plan(warned, 32, EN)
     with pytest.raises(UserError, match="made for 512"):
         plan(chosen, 4096)
 
@@ -170,3 +183,18 @@ def test_a_run_is_shown_with_its_error_its_answers_and_what_to_type(tmp_path: Pa
     assert train_html.output(run).splitlines()[-1] == "Mend it."
     assert "No runs yet" in train_html.all_runs([], EN)
     json.dumps(runs.get("a b").settings())
+
+
+def test_a_refused_resume_stays_paused_and_samples_to_come_are_announced(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"event": "step", "step": 3, "loss": 1.0})
+    (run,) = Runs(tmp_path).all()
+    words = "batch_size was 4 in the checkpoint and is now 8\nGive the old values."
+    run = replace(run, state="paused", words=words)
+    for say_, kept, what in ((EN, "Still paused", "batch_size was 4"), (ZH, "仍为暂停", "是 4")):
+        html = train_html.head(run, say_)
+        assert kept in html
+        assert what in html
+        assert "v-chip paused" in html
+    assert "give questions under sample_prompts" in train_html.samples(run, EN)
+    (tmp_path / "a" / "config.yaml").write_text("model: tiny\nsample_prompts: [你好]\n")
+    assert "还没有回答" in train_html.samples(run, ZH)

@@ -36,19 +36,21 @@ def test_a_mark_becomes_the_text_of_the_language_inside_json_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cookie", "wishes", "language"),
+    ("tab", "cookie", "wishes", "language"),
     [
-        ("", "zh-CN,zh;q=0.9,en;q=0.8", "zh"),
-        ("", "en-GB, zh;q=0.9", "en"),
-        ("", "fr, zh-TW;q=0.3, en;q=0.2", "zh"),
-        ("", "fr", "en"),
-        ("", "", "en"),
-        ("", "zh;q=broken", "en"),
-        ("en", "zh", "en"),
-        ("klingon", "zh", "zh"),
+        ("", "", "zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("", "", "en-GB, zh;q=0.9", "en"),
+        ("", "", "fr, zh-TW;q=0.3, en;q=0.2", "zh"),
+        ("", "", "fr", "en"),
+        ("", "", "", "en"),
+        ("", "", "zh;q=broken", "en"),
+        ("", "en", "zh", "en"),
+        ("zh", "en", "en", "zh"),
+        ("klingon", "en", "zh", "en"),
+        ("", "klingon", "zh", "zh"),
     ],
 )
 def test_the_switch_goes_before_the_browser_s_wishes(
-    cookie: str, wishes: str, language: str
+    tab: str, cookie: str, wishes: str, language: str
 ) -> None:
-    assert words._choose(cookie, wishes) == language
+    assert words._choose(tab, cookie, wishes) == language

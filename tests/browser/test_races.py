@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,5 +226,116 @@ def test_a_question_about_a_run_is_about_that_run(
         page.click("#train-yes")
         visitor.see("#train-head h3", "one")
         assert not (tmp_path / "mine" / "two").exists()
+        visitor.context.close()
+        assert visitor.wrong == []
+
+
+def test_editing_is_left_by_a_button_and_by_escape_and_outlives_a_reload(
+    visitor: Visitor, served: tuple[App, str]
+) -> None:
+    page, session = visitor.page, served[0].sessions.get(visitor.name())
+    longest(visitor, 8)
+    visitor.ask("first?")
+    text = visitor.answered(1)
+    for leave in ("button", "escape"):
+        visitor.act("edit", 0)
+        visitor.see("#chat-note", "Editing question 1")
+        page.reload()
+        visitor.see("#chat-note", "Editing question 1")
+        assert page.input_value("#chat-box textarea") == "first?"
+        if leave == "button":
+            page.click("#chat-note [data-act=leave]")
+        else:
+            page.press("#chat-box textarea", "Escape")
+        page.wait_for_selector("#chat-note .v-note", state="detached")
+        visitor.until(lambda: session.editing is None)
+        assert page.input_value("#chat-box textarea") == ""
+        assert page.locator("#chat-history .faded").count() == 0
+    visitor.ask("second?")
+    visitor.answered(2)
+    assert page.locator("#chat-history .v-raw").first.input_value() == text
+
+
+def test_what_was_chosen_survives_a_reload_and_stays_in_its_tab(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.mode("beam")
+    page.wait_for_selector("#chat-view")
+    page.locator("#chat-view label").get_by_text("rows", exact=True).click()
+    visitor.longest(33)
+    beams = page.locator("#chat-num_beams input[type=number]")
+    beams.fill("3")
+    beams.blur()
+    page.get_by_text("Words and ends").click()
+    page.fill("#chat-stop textarea >> visible=true", "User:")
+    visitor.tab("Instruct")
+    page.locator("#instruct-preset label").get_by_text("creative", exact=True).click()
+    page.wait_for_timeout(500)
+    for _ in range(2):
+        page.reload()
+        visitor.ready()
+        page.wait_for_selector("#chat-num_beams")
+        selected = "#chat-{} label.selected"
+        assert page.locator(selected.format("mode")).inner_text().strip() == "beam"
+        assert page.locator(selected.format("view")).inner_text().strip() == "rows"
+        assert page.locator(selected.format("preset")).count() == 0
+        assert page.input_value("#chat-max_new_tokens input[type=number]") == "33"
+        assert page.input_value("#chat-num_beams input[type=number]") == "3"
+        visitor.tab("Instruct")
+        chosen = page.locator("#instruct-preset label.selected")
+        assert chosen.inner_text().strip() == "creative"
+        visitor.see("#tab-instruct .v-fine", "stories")
+        visitor.tab("Chat")
+    visitor.ask("hello?")
+    visitor.answered(1)
+    other = visitor.open()
+    other.wait_for_selector("#chat-history .v-hello")
+    assert other.locator(selected.format("mode")).inner_text().strip() == "sample"
+    other.close()
+
+
+def test_the_language_of_one_tab_is_not_another_s(visitor: Visitor) -> None:
+    page = visitor.page
+    other = visitor.open()
+    other.wait_for_selector("#chat-history .v-hello")
+    other.click("#language")
+    other.get_by_role("tab", name="对话").wait_for()
+    for _ in range(2):
+        visitor.tab("Instruct")
+        page.click("#instruct-go")
+        visitor.see("#instruct-answers", "Write an instruction first.")
+        page.reload()
+        visitor.ready()
+        page.get_by_role("tab", name="Chat").wait_for()
+    other.get_by_role("tab", name="指令").click()
+    other.click("#instruct-go")
+    other.get_by_text("请先写下指令").wait_for()
+    other.reload()
+    other.get_by_role("tab", name="对话").wait_for()
+    other.close()
+
+
+def test_a_run_that_ends_is_among_the_adapters_of_pages_that_are_open(
+    browser: Any, place: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with open_page(place, adapters=[str(mine)]) as (_, url):
+        visitor = Visitor(browser, url)
+        page = visitor.ready()
+        box = page.locator("#chat-adapters input")
+        found = page.get_by_role("option").filter(has_text="fresh")
+        aside = tmp_path / "aside"
+        write_run(aside, {"event": "step", "step": 9, "loss": 2.0}, {"event": "end", "step": 9})
+        shutil.copytree(place / "runs" / "law", aside / "adapter")
+        aside.rename(mine / "fresh")
+
+        def offered() -> bool:
+            page.keyboard.press("Escape")
+            box.blur()
+            box.click()
+            page.wait_for_timeout(300)
+            return bool(found.count())
+
+        visitor.until(offered)
         visitor.context.close()
         assert visitor.wrong == []

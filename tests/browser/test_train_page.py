@@ -54,6 +54,15 @@ def test_a_dropped_file_is_told_of_cut_and_shown_token_by_token(
     visitor.see("#data-lengths .v-cut", "64")
     kept = visitor.see("#data-lost .v-number.kept b").text_content()
     assert kept != "100.0%"
+    slider.fill("999999")
+    slider.press("Enter")
+    slider.blur()
+    visitor.page.wait_for_timeout(2000)  # the browser puts it back to the slider's end
+    visitor.see("#data-lost .v-number.kept b", "100.0%")
+    slider.fill("64")
+    slider.press("Enter")
+    visitor.see("#data-lengths .v-cut", "64")
+    assert visitor.page.locator(".toast-wrap .error").count() == 0
     visitor.page.get_by_role("tab", name="As the model sees it").click()
     visitor.see("#data-tokens .learned", "好")
     visitor.see("#data-tokens b.control", "<|im_start|>")

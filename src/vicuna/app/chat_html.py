@@ -14,6 +14,7 @@ from vicuna.app import markdown, probabilities
 from vicuna.app.mistakes import told
 from vicuna.app.room import Branch, Picture
 from vicuna.app.sessions import Note, Session
+from vicuna.data.types import Turn
 from vicuna.errors import UserError
 
 Say = Callable[..., str]
@@ -52,7 +53,7 @@ def history(session: Session, say: Say, can_rate: bool = True) -> str:
         edited = session.editing is not None and i >= session.editing
         question, answer = turns[2 * i], turns[2 * i + 1]
         parts.append(_question(question.text, i, say, edited))
-        parts.append(_answer(answer.text, note, i, say, i == len(notes) - 1, edited, can_rate))
+        parts.append(_answer(answer, note, i, say, i == len(notes) - 1, edited, can_rate))
     if len(turns) > 2 * len(notes):
         parts.append(_question(turns[-1].text, len(notes), say, False, asked=True))
     return "".join(parts)
@@ -68,7 +69,7 @@ def _question(text: str, i: int, say: Say, edited: bool, asked: bool = False) ->
 
 
 def _answer(
-    text: str, note: Note, i: int, say: Say, last: bool, edited: bool, can_rate: bool
+    turn: Turn, note: Note, i: int, say: Say, last: bool, edited: bool, can_rate: bool
 ) -> str:
     acts = [_button("copy", i, say("chat.copy"))]
     if last:
@@ -77,12 +78,33 @@ def _answer(
     if can_rate:
         acts += [_button(r, i, say(f"chat.{r}"), note.rating == r) for r in ("up", "down")]
     faded = " faded" if edited else ""
-    body = probabilities.html(note.tokens, say) if note.tokens else markdown.html(text)
+    text, first = turn.text, note.thought_tokens
+    body = markdown.html(text) if text.strip() else f"<p class='v-fine'>{say('chat.no_answer')}</p>"
+    thoughts = thought(turn.thought, bool(text.strip()), say)
+    if note.tokens:
+        body = probabilities.html(note.tokens[first:], say) if note.tokens[first:] else body
+        inner = probabilities.html(note.tokens[:first], say) if first else ""
+        thoughts = _folded(inner, bool(text.strip()), say("chat.thought")) if inner else thoughts
     return (
-        f'<div class="v-turn answer{faded}"><div class="v-said v-md">{body}</div>'
+        f'<div class="v-turn answer{faded}">{thoughts}<div class="v-said v-md">{body}</div>'
         f'<div class="v-acts">{"".join(acts)}{stats(note.stats, say)}</div>'
         '<textarea class="v-raw" readonly tabindex="-1" aria-hidden="true">'
         f"{escape(text)}</textarea></div>"
+    )
+
+
+def thought(text: str, answered: bool, say: Say, growing: bool = False) -> str:
+    """A thought apart from its answer: folded away once the answer has begun."""
+    if not text.strip():
+        return ""
+    title = say("chat.thinking" if growing and not answered else "chat.thought")
+    return _folded(f'<div class="v-thinks">{escape(text)}</div>', answered, title)
+
+
+def _folded(inner: str, folded: bool, title: str) -> str:
+    return (
+        f'<details class="v-thought"{"" if folded else " open"}><summary>{escape(title)}</summary>'
+        f"{inner}</details>"
     )
 
 
@@ -112,9 +134,13 @@ def growing(picture: Picture, view: str, say: Say, draw: Draw = markdown.html) -
     several = len(picture.branches) > 1
     beams = live_beams(picture, view, say) if several and view != "hidden" else ""
     own = "" if several or not picture.branches else picture.branches[0].text
-    text = draw(picture.text + own)
+    parts = picture.parts(own)
+    thoughts = thought(parts.thought, bool(parts.answer), say, growing=True)
+    text = f'<div class="v-said v-md v-growing">{draw(parts.answer)}</div>'
+    if thoughts and not parts.answer:
+        text = ""
     return (
-        f'<div class="v-turn answer live"><div class="v-said v-md v-growing">{text}</div>{beams}'
+        f'<div class="v-turn answer live">{thoughts}{text}{beams}'
         f'<div class="v-acts"><span class="v-stats">{say("chat.tokens", tokens=picture.tokens)}'
         "</span></div></div>"
     )
@@ -158,6 +184,15 @@ def problem(what: str, fix: str = "") -> str:
 def mistake(error: UserError, say: Say) -> str:
     """A mistake that can be mended, and how."""
     return problem(*told(error, say))
+
+
+def editing(question: int, say: Say) -> str:
+    """That a question (counted from 0) is being edited, and a button to leave it as it was."""
+    label = f"{escape(say('chat.leave'))} <kbd>Esc</kbd>"
+    return (
+        f'<div class="v-note busy-not"><p>{escape(say("chat.editing", number=question + 1))} '
+        f'<button type="button" class="v-text-act" data-act="leave">{label}</button></p></div>'
+    )
 
 
 def gauge(used: int, limit: int, dropped: int, say: Say) -> str:

@@ -13,6 +13,7 @@ import gradio as gr
 
 from vicuna import config
 from vicuna.app.words import say, t
+from vicuna.errors import SettingsError
 from vicuna.generate.settings import OF_BEAMS, OF_SAMPLING, Settings, biases_of
 
 MODES = ("greedy", "sample", "beam", "beam-sample")
@@ -119,6 +120,7 @@ class Controls:
                 self._slider("logprobs")
         self.reset = gr.Button(t("set.reset"), size="sm", elem_id=f"{name}-reset")
         self.values = [self.mode, *self.inputs.values()]
+        self.kept = [self.preset, *self.values]
         self._events()
 
     def _common(self, key: str) -> dict[str, Any]:
@@ -159,10 +161,13 @@ class Controls:
         )
         # A mode of one's own is no preset any more.
         self.mode.input(
-            lambda: [None, ""], None, [self.preset, self.about], show_progress="hidden",
+            lambda: None, None, self.preset, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        self.preset.change(
+            self._explain, self.preset, self.about, show_progress="hidden",
             api_visibility="private",
         )  # fmt: skip
-        filled = [self.mode, *self.inputs.values(), self.about]
+        filled = [self.mode, *self.inputs.values()]
         self.preset.input(
             self._fill, self.preset, filled, trigger_mode="always_last", show_progress="hidden",
             api_visibility="private",
@@ -172,15 +177,17 @@ class Controls:
             api_visibility="private",
         )  # fmt: skip
 
-    def _back(self, request: gr.Request) -> list[Any]:
-        return ["balanced", *self._fill("balanced", request)]
+    def _back(self) -> list[Any]:
+        return ["balanced", *self._fill("balanced")]
 
-    def _fill(self, preset: str, request: gr.Request) -> list[Any]:
+    def _fill(self, preset: str | None) -> list[Any]:
+        chosen = {**DEFAULTS, **PRESETS.get(preset or "", PRESETS["balanced"])}
+        return [chosen["mode"], *(chosen[k] for k in self.inputs)]
 
-        chosen = {**DEFAULTS, **PRESETS[preset or "balanced"]}
-        about = say(request, f"set.about_{preset or 'balanced'}")
-        values = [chosen["mode"], *(chosen[k] for k in self.inputs)]
-        return [*values, f"<p class='v-fine'>{about}</p>"]
+    def _explain(self, preset: str | None, request: gr.Request) -> str:
+        """What a preset is good for; nothing where none is chosen."""
+        known = preset in PRESETS
+        return f"<p class='v-fine'>{say(request, f'set.about_{preset}')}</p>" if known else ""
 
     def settings(self, values: Sequence[Any]) -> Settings:
         """Decode's settings, from the values of `self.values`.
@@ -211,7 +218,25 @@ def build(chosen: dict[str, Any]) -> Settings:
         if key == "num_return_sequences" and mode == "greedy":
             continue
         given[key] = _value(key, value)
-    return config.build(Settings, given)
+    settings = config.build(Settings, given)
+    _bound(given)
+    return settings
+
+
+def _bound(given: dict[str, Any]) -> None:
+    """Refuse what lies beyond a slider's ends: on a page for many, nobody takes more than these.
+
+    Raises: SettingsError naming every mistake.
+    """
+    mistakes = []
+    for key, slider in _SLIDERS.items():
+        value = given.get(key)
+        if value is not None and value < slider.low:
+            mistakes.append(f"{key} is {value:g}, but must be at least {slider.low:g}")
+        elif value is not None and value > slider.high:
+            mistakes.append(f"{key} is {value:g}, but must be at most {slider.high:g}")
+    if mistakes:
+        raise SettingsError(mistakes)
 
 
 def _value(key: str, value: Any) -> Any:
@@ -221,7 +246,9 @@ def _value(key: str, value: Any) -> Any:
         return tuple(_lines(value))
     if key == "early_stopping":
         return {"true": True, "false": False}.get(value, value)
-    return int(value) if key in _WHOLE and value is not None else value
+    if key in _WHOLE and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def _lines(text: str) -> list[str]:

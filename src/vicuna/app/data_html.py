@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from vicuna.app import charts
 from vicuna.app.data_look import ROWS, Look
-from vicuna.app.mistakes import in_words
+from vicuna.app.mistakes import chinese, in_words, quoted
 from vicuna.data.encode import NO_TARGET
 from vicuna.data.lengths import Lengths
 from vicuna.data.preview import Span, spans, tokens
@@ -67,7 +66,7 @@ def _notes(found: DataReport, say: Say) -> list[str]:
     lines = []
     for file in found.files:
         for words in file.notes():
-            text = say("data.no_rows") if words.endswith(": no rows") else words
+            text = say("data.no_rows") if words.endswith(": no rows") else reason_words(words, say)
             text = say("data.no_usable_rows") if words == "no usable rows" else text
             for head, key in ((NOT_USED, "data.not_used"), (OWN_NAMES, "data.own_names")):
                 if words.startswith(f"{head}: "):
@@ -121,14 +120,20 @@ def table(head: str, rows: str) -> str:
     )
 
 
+# Tables of texts: reasons by their English, and the details behind their colons.
+_REASONS = ("reason.", "detail.")
+
+
 def reason_words(reason: str, say: Say) -> str:
-    """A reason in the language of the page; the details behind its colon stay as they are."""
-    head, colon, details = reason.partition(": ")
-    key = "reason." + re.sub(r"[^a-z0-9]+", "_", head.lower()).strip("_")
-    try:
-        return say(key) + colon + details
-    except KeyError:
+    """A reason and its details in the language of the page; words of others between quotes."""
+    if say("page.code") == "en":
         return reason
+    if (whole := chinese(reason, _REASONS)) is not None:
+        return whole
+    head, colon, details = reason.partition(": ")
+    if colon and (known := chinese(head, _REASONS)) is not None:
+        return f"{known}：{chinese(details, _REASONS) or quoted(details)}"
+    return quoted(reason)
 
 
 def problems(rows: Sequence[tuple[str, Problem]], page: int, say: Say) -> str:
@@ -138,7 +143,8 @@ def problems(rows: Sequence[tuple[str, Problem]], page: int, say: Say) -> str:
     shown = rows[page * PAGE : (page + 1) * PAGE]
     body = "".join(
         f'<tr><td class="file">{escape(name)}</td><td class="n">{p.line:,}</td>'
-        f"<td><code>{escape(p.field)}</code></td><td>{escape(reason_words(p.reason, say))}</td>"
+        f"<td><code>{escape(reason_words(p.field, say))}</code></td>"
+        f"<td>{escape(reason_words(p.reason, say))}</td>"
         f"<td>{_chip(p.action, say)}</td></tr>"
         for name, p in shown
     )
@@ -213,15 +219,25 @@ def _legend(look: Look, say: Say) -> str:
 
 
 def limit_of(lengths: Lengths) -> int:
-    """How far the slider goes: beyond all but the very longest examples."""
-    wanted = max(lengths.quantile(99.8), 128)
-    step = 128 if wanted <= 2048 else 512 if wanted <= 8192 else 2048
-    return -(-wanted // step) * step
+    """How far the slider goes: to a round number that no example is longer than."""
+    return _round_up(lengths.longest)
+
+
+def _axis(lengths: Lengths) -> int:
+    """How far the histogram goes: beyond all but the very longest examples, which would make its
+    bars narrow."""
+    return _round_up(lengths.quantile(99.8))
+
+
+def _round_up(tokens: int) -> int:
+    tokens = max(tokens, 128)
+    step = 128 if tokens <= 2048 else 512 if tokens <= 8192 else 2048
+    return -(-tokens // step) * step
 
 
 def lengths(found: Lengths, cutoff: int, say: Say) -> str:
     """The histogram with the cutoff in it."""
-    limit = limit_of(found)
+    limit = _axis(found)
     counts = found.histogram(limit, BARS)
     return charts.histogram(counts, limit, cutoff, say("data.histogram"), say("data.tokens_axis"))
 

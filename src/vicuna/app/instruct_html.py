@@ -8,6 +8,7 @@ from html import escape
 from vicuna.app import chat_html, markdown
 from vicuna.app.chat_html import Draw
 from vicuna.app.room import Picture, Waiting
+from vicuna.generate.thoughts import Parts, split
 
 Say = Callable[..., str]
 
@@ -36,28 +37,28 @@ def _cell(now: Now, say: Say, draw: Draw) -> str:
     answers = now.finished.answers
     score = len(answers) > 1
     cards = "".join(
-        _answer(a.text, i if score else 0, a.score, say) for i, a in enumerate(answers, 1)
+        _answer(split(a.text, now.marks), i if score else 0, a.score, say)
+        for i, a in enumerate(answers, 1)
     )
     return cards + f'<p class="v-acts">{chat_html.stats(_stats(now), say)}</p>'
 
 
-def _answer(text: str, place: int, score: float, say: Say) -> str:
+def _answer(said: Parts, place: int, score: float, say: Say) -> str:
     head = f"<header><i>{place}</i><b>{score + 0.0:.3f}</b></header>" if place else ""
-    body = markdown.html(text) if text.strip() else f"<p class='v-fine'>{say('chat.silent')}</p>"
-    return f'<article class="v-answer">{head}<div class="v-md">{body}</div></article>'
+    answered = bool(said.answer.strip())
+    nothing = say("chat.no_answer" if said.thought else "chat.silent")
+    body = markdown.html(said.answer) if answered else f"<p class='v-fine'>{nothing}</p>"
+    thoughts = chat_html.thought(said.thought, answered, say)
+    return f'<article class="v-answer">{head}{thoughts}<div class="v-md">{body}</div></article>'
 
 
 def _growing(now: Picture, say: Say, draw: Draw) -> str:
-    if len(now.branches) > 1:
-        text = f'<div class="v-md v-growing">{draw(now.text)}</div>'
-        return f'<article class="v-answer">{text}</article>' + chat_html.live_beams(
-            now, "rows", say
-        )
-    rest = now.branches[0].text if now.branches else ""
-    return (
-        f'<article class="v-answer"><div class="v-md v-growing">{draw(now.text + rest)}'
-        "</div></article>"
-    )
+    several = len(now.branches) > 1
+    parts = now.parts("" if several or not now.branches else now.branches[0].text)
+    thoughts = chat_html.thought(parts.thought, bool(parts.answer), say, growing=True)
+    text = f'<div class="v-md v-growing">{draw(parts.answer)}</div>'
+    beams = chat_html.live_beams(now, "rows", say) if several else ""
+    return f'<article class="v-answer">{thoughts}{text}</article>{beams}'
 
 
 def _stats(now: Picture) -> dict[str, object]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from typing import Any
 
 import gradio as gr
 
-from vicuna.app import tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app import kept, tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.app.numbers import take_all_numbers
 from vicuna.app.plainly import plainly
 from vicuna.app.state import App
 from vicuna.app.words import COOKIE, t
@@ -18,17 +20,20 @@ TABS = {
     "data": tab_data,
     "train": tab_train,
 }
+SECONDS = 4.0  # between looks for new adapters
 CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
 _SWITCH_LANGUAGE = (
-    f"() => {{ document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
-    "samesite=lax'; location.reload(); }"
+    f"() => {{ vicunaSpeaks('{t('page.other_language')}'); "
+    f"document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
+    "samesite=lax'; location.href = location.pathname; }"
 )
 _SWITCH_DARK = """() => {
   const dark = document.body.classList.toggle('dark');
   localStorage.setItem('vicuna-dark', dark ? '1' : '0');
 }"""
 # The name of this tab: made up once, kept as long as the tab is.
-HEAD = """<script>
+HEAD = (
+    """<script>
 function vicunaTab() {
   let name = sessionStorage.getItem('vicuna-tab');
   if (!/^[0-9a-f]{32}$/.test(name || '')) {
@@ -39,8 +44,10 @@ function vicunaTab() {
   return name;
 }
 </script>"""
-# The thread follows its end, unless the reader has scrolled up.
-_OPEN = """() => {
+    + kept.SCRIPT
+)
+# The thread follows its end, unless the reader has scrolled up. Escape ends editing.
+_OPEN = """(...now) => {
   const dark = localStorage.getItem('vicuna-dark');
   if (dark !== null) document.body.classList.toggle('dark', dark === '1');
   const thread = document.getElementById('thread');
@@ -53,13 +60,20 @@ _OPEN = """() => {
     new MutationObserver(() => { if (near) thread.scrollTop = thread.scrollHeight; })
       .observe(thread, {childList: true, subtree: true, characterData: true});
   }
-  return vicunaTab();
+  if (!window.vicunaEscapes) {
+    window.vicunaEscapes = true;
+    document.addEventListener('keydown', (e) => {
+      if (e.key === 'Escape') document.querySelector('#chat-note [data-act=leave]')?.click();
+    });
+  }
+  return [vicunaTab(), ...KEPT];
 }"""
 
 
 def build(app: App) -> gr.Blocks:
     """The page of an app; every tab's components have the id `tab-NAME` around them."""
     base = app.room.loaded
+    take_all_numbers()
     with gr.Blocks(
         title=t("page.title"),
         analytics_enabled=False,
@@ -67,8 +81,8 @@ def build(app: App) -> gr.Blocks:
         delete_cache=(CLEAN, CLEAN),
     ) as page:
         app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
-        app.opening.clear()
-        app.loading.clear()
+        for noted in (app.opening, app.loading, app.arriving, app.kept):
+            noted.clear()
         with gr.Row(elem_id="top"):
             read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
             gr.HTML(
@@ -89,11 +103,31 @@ def build(app: App) -> gr.Blocks:
                     inside.select(
                         fn, inputs, outputs, show_progress="hidden", api_visibility="private"
                     )
-        opened = page.load(None, None, app.tab, js=_OPEN, show_progress="hidden")
+        kept.keep(app.kept)
+        _watch_adapters(app)
+        opened = page.load(
+            None, app.kept, [app.tab, *app.kept], show_progress="hidden",
+            js=_OPEN.replace("KEPT", kept.restored(app.kept)),
+        )  # fmt: skip
         for fn, inputs, outputs in [*app.loading, *app.opening]:
             opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
     _name(page, app.tab)
     return page
+
+
+def _watch_adapters(app: App) -> None:
+    """What shows adapters is drawn anew when one appeared or went, as when a run has ended. The
+    clock stands outside of the tabs: what is in one that was not opened yet does not tick."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    known = gr.State(None)
+
+    def look(known: list[str] | None) -> Any:
+        now = app.shelf.lately()
+        return gr.skip() if now == known else now
+
+    gr.Timer(SECONDS).tick(look, known, known, trigger_mode="once", **quiet)
+    for fn, inputs, outputs in app.arriving:
+        known.change(fn, inputs, outputs, **quiet)
 
 
 def _name(page: gr.Blocks, tab: gr.Textbox) -> None:

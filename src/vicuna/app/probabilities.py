@@ -16,6 +16,7 @@ from typing import NamedTuple
 from vicuna.data.encode import Encoder
 from vicuna.generate.events import Answer
 from vicuna.generate.stream import StreamState, TextStream, token_bytes
+from vicuna.generate.thoughts import Parts
 
 Say = Callable[..., str]
 # From which probability on a token is tinted less: five tints, none for the likeliest.
@@ -43,6 +44,18 @@ def said(answer: Answer, encoder: Encoder, stops: Sequence[str] = ()) -> list[Sa
         shown = tuple((_spelled(i, encoder), round(math.exp(p), 4)) for i, p in top)
         found.append(Said(text, shown[0][1], shown))
     return found
+
+
+def thought_tokens(tokens: Sequence[Said], parts: Parts) -> int:
+    """How many tokens come before the answer's first: those of the thought and its marks."""
+    if not tokens or not parts.thought:
+        return 0
+    left = len("".join(token.text for token in tokens)) - len(parts.answer)
+    for place, token in enumerate(tokens):
+        if parts.answer and left <= 0:
+            return place
+        left -= len(token.text)
+    return len(tokens)
 
 
 def _spelled(token_id: int, encoder: Encoder) -> str:

@@ -12,14 +12,16 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vicuna.app.queue import FairQueue, Job
+from vicuna.data.template_base import ThoughtMarks
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
+from vicuna.generate.thoughts import Parts, ThoughtStream, split
 from vicuna.model.adapter_names import WEIGHTS
 from vicuna.terminal import say_traceback
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from vicuna.generate.settings import Settings
 
 RATE = 25  # pictures of a growing answer a second at most
+NO_MARKS = ThoughtMarks("", "")
 PATIENCE = 20.0  # seconds that an answer goes on for nobody: a page that is loaded again comes back
 
 
@@ -63,8 +66,8 @@ class Branch:
 class Picture:
     """How an answer stands.
 
-    text: final. branches: the open ones, best first, behind the best finished one.
-    dropped: turns that did not fit. finished: the end.
+    text: final, with its thought. marks: of that thought. branches: the open ones, best first,
+    behind the best finished one. dropped: turns that did not fit. finished: the end.
     """
 
     text: str = ""
@@ -74,6 +77,14 @@ class Picture:
     dropped: int = 0
     prompt_tokens: int = 0
     finished: Finished | None = None
+    marks: ThoughtMarks = NO_MARKS
+
+    def parts(self, behind: str = "") -> Parts:
+        """What is thought and what is answered so far, with a branch's own text behind it. What
+        may be a part of a mark is in neither until that is known."""
+        if self.finished is not None:
+            return split(self.text, self.marks)
+        return ThoughtStream(self.marks).push(self.text + behind)
 
 
 @dataclass(frozen=True)
@@ -245,25 +256,30 @@ def _compute(loaded: Loaded, ask: Ask, job: Job) -> Picture:
     limit = _limit(engine.context_length, ask)
     fitted = fit(ask.turns, renderer, limit, ask.settings.max_new_tokens)
     said: list[str] = []
-    dropped, prompt = len(fitted.dropped), len(fitted.prompt_ids)
+    blank = Picture(
+        dropped=len(fitted.dropped), prompt_tokens=len(fitted.prompt_ids),
+        marks=renderer.template.thought_marks(),
+    )  # fmt: skip
     due = 0.0
     for event in decode(engine, fitted.prompt_ids, ask.settings, renderer, job.cancelled.is_set):
         now = time.perf_counter()
         if isinstance(event, Finished):
-            job.latest = Picture(
-                event.text, (), len(event.token_ids), now - began, dropped, prompt, event
+            tokens = len(event.token_ids)
+            job.latest = replace(
+                blank, text=event.text, tokens=tokens, seconds=now - began, finished=event
             )
             continue
         said.append(event.text)
         if now >= due:
             due = now + 1 / RATE
-            job.latest = _picture("".join(said), event, now - began, dropped, prompt)
+            job.latest = replace(blank, text="".join(said), seconds=now - began, **_branches(event))
     assert isinstance(job.latest, Picture)
     return job.latest
 
 
-def _picture(text: str, step: Step, seconds: float, dropped: int, prompt: int) -> Picture:
+def _branches(step: Step) -> dict[str, Any]:
+    """Beams and number of tokens of a picture."""
     done = [Branch(b.open, b.score, b.token_count, True) for b in step.finished[:1]]
     live = [Branch(b.open, b.score, b.token_count) for b in step.beams]
     tokens = max((b.tokens for b in live), default=0)
-    return Picture(text, (*done, *live), tokens, seconds, dropped, prompt)
+    return {"branches": (*done, *live), "tokens": tokens}

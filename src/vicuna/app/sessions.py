@@ -20,6 +20,7 @@ from vicuna.app.queue import Job
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Chat
+from vicuna.generate.thoughts import Parts
 
 Rating = Literal["up", "down", ""]
 TURNS = 2000  # of a conversation that is loaded
@@ -29,11 +30,12 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 @dataclass
 class Note:
     """What stands under an answer. stats: words and numbers; rating: of the reader; tokens: how
-    likely each was, where that was asked for."""
+    likely each was, where that was asked for, the first `thought_tokens` of them the thought's."""
 
     stats: dict[str, Any] = field(default_factory=dict)
     rating: Rating = ""
     tokens: Sequence[Said] = ()
+    thought_tokens: int = 0
 
 
 @dataclass
@@ -79,20 +81,22 @@ class Session:
             return self.chat.ask(text)
 
     def end(
-        self, asked: int, text: str, stats: dict[str, Any], tokens: Sequence[Said] = ()
-    ) -> None:
+        self, asked: int, said: Parts, stats: dict[str, Any], tokens: Sequence[Said] = (),
+        thought_tokens: int = 0,
+    ) -> None:  # fmt: skip
         """The answer to a question, if it still stands; where nothing was said, the question goes
         too.
 
         Args:
             asked: what `asked` was when it began.
+            said: the thought stays beside the answer; the template says what becomes of it.
         """
         with self.lock:
             if asked != self.asked or not self.open_question:
                 return
-            self.chat.answer(text)
-            if text.strip():
-                self.notes.append(Note(stats, "", tokens))
+            self.chat.answer(said.answer, said.thought)
+            if said.answer.strip() or said.thought.strip():
+                self.notes.append(Note(stats, "", tokens, thought_tokens))
 
     @property
     def open_question(self) -> bool:
@@ -153,7 +157,10 @@ class Session:
         system = turns.pop(0).text if turns and turns[0].role == "system" else ""
         if len(turns) % 2:
             turns.pop()
-        turns = [Turn(t.role, f"{t.text}\n{t.input}" if t.input else t.text) for t in turns]
+        turns = [
+            Turn(t.role, f"{t.text}\n{t.input}" if t.input else t.text, thought=t.thought)
+            for t in turns
+        ]
         self._replace(Chat(system, turns))
 
 

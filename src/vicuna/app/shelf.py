@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from vicuna.tables import read_json, read_yaml
 
 DEPTH = 3  # folders below the page's
 MOST = 300
+LATELY = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Shelf:
         self.folders = [folder.resolve() for folder in folders]
         self._added: list[str] = []
         self._lock = threading.Lock()
+        self._lately: tuple[float, list[str]] = (-LATELY, [])
 
     def cards(self) -> list[Card]:
         """A card for each adapter, the newest first; those that were added by name before them."""
@@ -78,6 +81,14 @@ class Shelf:
     def choices(self) -> list[tuple[str, str]]:
         """(name, path) of each."""
         return [(card.name, card.path) for card in self.cards() if not card.problem]
+
+    def lately(self) -> list[str]:
+        """The paths of what may be loaded, a moment old at most: one look for all who ask then."""
+        then, found = self._lately
+        if time.monotonic() - then >= LATELY:
+            found = sorted(self.paths())
+            self._lately = (time.monotonic(), found)
+        return found
 
     def get(self, path: str) -> Card:
         """The card of an adapter. Raises: UserError where it is not (any more) on the shelf."""

@@ -34,6 +34,8 @@ class App:
     opening: (function, inputs, outputs) of what is done when a browser opens the page, and each
         time it opens the tab; tabs add to it.
     loading: the same of what is done only when it opens the page.
+    arriving: the same of what is done when an adapter appeared or went while the page is open.
+    kept: components whose values a reload brings back (`kept.py`).
     gate: what decides who may ask; None while no server is open.
     """
 
@@ -41,6 +43,8 @@ class App:
     tab: Any = None
     opening: list[Event] = field(default_factory=list)
     loading: list[Event] = field(default_factory=list)
+    arriving: list[Event] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
     gate: Gate | None = None
 
     @cached_property

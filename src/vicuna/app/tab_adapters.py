@@ -77,6 +77,7 @@ class AdaptersTab:
         )
         self.refresh.click(self.show, tab, self._shown, **_QUIET)
         self.app.opening.append((self.show, tab, self._shown))
+        self.app.arriving.append((self.arrived, tab, [self.cards, self.mix]))
         self.yes.click(self.delete, [tab, self.asked], self._shown, **_QUIET)
         self.no.click(self.show, tab, self._shown, **_QUIET)
         self.load.click(self.try_it, tab, self._shown, show_progress_on=self.mix)
@@ -89,6 +90,11 @@ class AdaptersTab:
     def show(self, tab: str, request: gr.Request) -> Updates:
         """Everything as it is now."""
         return self._now(tab, request)
+
+    def arrived(self, tab: str, request: gr.Request) -> Updates:
+        """The cards there are now; what is being asked or told stays."""
+        now = self._now(tab, request)
+        return {part: now[part] for part in (self.cards, self.mix)}
 
     def _now(self, tab: str, request: gr.Request, note: str = "") -> Updates:
         words, session = partial(say, request), self.app.sessions.get(tab)

@@ -14,7 +14,8 @@ from vicuna.app import chat_html, markdown
 from vicuna.app.acts import acting, address_of, number, told
 from vicuna.app.chat_files import ChatFiles
 from vicuna.app.controls import Controls
-from vicuna.app.probabilities import Said, said
+from vicuna.app.numbers import number as number_of
+from vicuna.app.probabilities import Said, said, thought_tokens
 from vicuna.app.queue import Job
 from vicuna.app.room import Ask, Picture, Waiting
 from vicuna.app.sessions import Session, rate
@@ -24,10 +25,12 @@ from vicuna.data.types import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings
+from vicuna.generate.thoughts import Parts, split
 from vicuna.terminal import say_traceback
 
 Updates = dict[Any, Any]
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+STRONGEST = 2.0
 VIEWS = ("columns", "rows", "hidden")
 
 
@@ -53,6 +56,9 @@ class ChatTab:
         self.shown = [
             self.box, self.history, self.live, self.send, self.stop, self.gauge, self.note,
         ]  # fmt: skip
+        app.kept += [
+            self.strength, self.template, self.memory, self.view, *self.controls.kept,
+        ]  # fmt: skip
         self._events()
 
     # What is there.
@@ -61,7 +67,7 @@ class ChatTab:
         with gr.Column(elem_id="thread", elem_classes="v-thread"):
             self.history = acting(elem_id="chat-history")
             self.live = gr.HTML(elem_id="chat-live")
-        self.note = gr.HTML(elem_id="chat-note")
+        self.note = acting(elem_id="chat-note")
         with gr.Row(elem_classes="v-ask"):
             self.box = gr.Textbox(
                 placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
@@ -91,7 +97,7 @@ class ChatTab:
             info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
-            0, 2, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
+            0, STRONGEST, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
             elem_id="chat-strength", visible=False,
         )  # fmt: skip
         self.controls = Controls("chat", several=False)
@@ -122,6 +128,7 @@ class ChatTab:
         )  # fmt: skip
         # Multiple: a click that comes before the answer to the last one is not lost.
         self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
+        self.note.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
         self.clear.click(self.forget, self.inputs, self.shown, **_QUIET)
         counted = [self.memory.release, self.system.blur, self.template.input]
@@ -135,6 +142,7 @@ class ChatTab:
         self.app.opening.append(
             (self.opened, self.inputs, [self.gauge, self.adapters, self.strength])
         )
+        self.app.arriving.append((self.arrived, None, self.adapters))
         self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
 
     def asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
@@ -151,7 +159,7 @@ class ChatTab:
         if system is not None:
             session.chat.system = str(system).strip()
         known = self.app.shelf.paths()
-        by = _number(strength, 1.0)
+        by = number_of(strength, 1.0, 0.0, STRONGEST)
         mix = {a: session.mix.get(a, 1.0) * by for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
         try:
@@ -161,7 +169,7 @@ class ChatTab:
                 raise
             settings = Settings()
         view = view if view in VIEWS else "columns"
-        return session, Ask((), settings, mix, template, int(_number(memory, 0.0))), view
+        return session, Ask((), settings, mix, template, int(number_of(memory, 0.0, 0.0))), view
 
     async def answer(
         self, request: gr.Request, question: str, *values: Any
@@ -202,11 +210,11 @@ class ChatTab:
             # Kept where it ends, whether or not somebody still looks.
             session.job = self.app.room.ask(
                 session.name, ask,
-                lambda job: session.end(asked, *_kept(job, who), self._tokens(job)),
+                lambda job: session.end(asked, *_kept(job, who), *self._tokens(job)),
                 address_of(request),
             )  # fmt: skip
         except UserError:
-            session.end(asked, "", {})
+            session.end(asked, Parts(), {})
             raise
 
     async def _follow(
@@ -230,12 +238,12 @@ class ChatTab:
                     yield {self.live: chat_html.waiting(now.ahead, words)}
                 elif now.finished is None:
                     yield {self.live: chat_html.growing(now, view, words, draw)}
-            silent = not _kept(job, "")[0].strip()
+            silent = _silent(job)
             problem = chat_html.problem(words("chat.silent")) if silent else ""
             if job.cancelled.is_set():
                 problem = ""
         except Exception as e:
-            silent, problem = not _kept(job, "")[0].strip(), self._problem(e, words)
+            silent, problem = _silent(job), self._problem(e, words)
         if session.job is not job:  # the conversation was replaced by another meanwhile
             # Gradio sends the last thing twice: it must not be a picture of the old answer.
             idle = {self.live: "", **self._running(False)}
@@ -247,10 +255,14 @@ class ChatTab:
             self.gauge: await asyncio.to_thread(self._gauge, session, ask, words),
         }  # fmt: skip
 
-    def _tokens(self, job: Job) -> list[Said]:
-        """How likely each token of an answer was, where that was asked for."""
-        found = job.latest.finished if isinstance(job.latest, Picture) else None
-        return said(found.answers[0], self.app.room.loaded.renderer.encoder) if found else []
+    def _tokens(self, job: Job) -> tuple[list[Said], int]:
+        """(how likely each token of an answer was, where that was asked for; how many of them are
+        the thought's)."""
+        picture = job.latest
+        if not isinstance(picture, Picture) or picture.finished is None:
+            return [], 0
+        tokens = said(picture.finished.answers[0], self.app.room.loaded.renderer.encoder)
+        return tokens, thought_tokens(tokens, picture.parts())
 
     def _who(self, ask: Ask, words: Any) -> str:
         """The adapters that answered, in words."""
@@ -309,8 +321,10 @@ class ChatTab:
         if act == "edit":
             changed[self.box] = session.question(i)
             session.editing = i
-            words_ = words("chat.editing", number=i + 1)
-            changed[self.note] = f'<div class="v-note busy-not">{words_}</div>'
+            changed[self.note] = chat_html.editing(i, words)
+        elif act == "leave":
+            changed[self.box] = "" if session.editing is not None else gr.skip()
+            session.editing = None
         elif act == "undo":
             changed[self.box] = session.cut(i)
         elif act in ("up", "down"):
@@ -368,36 +382,44 @@ class ChatTab:
             gr.update(choices=choices, value=chosen), gr.update(visible=bool(chosen)),
         ]  # fmt: skip
 
+    def arrived(self) -> Any:
+        """The adapters there are now; what was chosen stands."""
+        return gr.update(choices=self.app.shelf.choices())
+
     async def come_back(self, request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
         words = partial(say, request)
         tab, adapters, strength, _, *rest = values
         asked = (tab, adapters, strength, None, *rest)
         session, ask, view = await asyncio.to_thread(self.asked, asked)
-        yield {self.history: self._history(session, words), self.system: session.chat.system}
+        shown: Updates = {}
+        if session.editing is not None and 0 <= session.editing < len(session.notes):
+            shown = {
+                self.box: session.question(session.editing),
+                self.note: chat_html.editing(session.editing, words),
+            }
+        yield {
+            self.history: self._history(session, words), self.system: session.chat.system, **shown,
+        }  # fmt: skip
         if session.busy:
             async for update in self._follow(session, ask, view, request):
                 yield update
 
 
-def _number(value: Any, otherwise: float) -> float:
-    """A number that a browser sent, where it is one."""
-    try:
-        found = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return otherwise
-    return found if abs(found) < 1e9 else otherwise
+def _silent(job: Job) -> bool:
+    """Whether nothing was said."""
+    return not "".join(_kept(job, "")[0]).strip()
 
 
-def _kept(job: Job, who: str) -> tuple[str, dict[str, Any]]:
+def _kept(job: Job, who: str) -> tuple[Parts, dict[str, Any]]:
     """(what an answer said until its end, numbers of it)."""
     picture = job.latest
     if not isinstance(picture, Picture):
-        return "", {}
+        return Parts(), {}
     found = picture.finished
     if found is None:
-        return picture.text, {}
-    return picture.text, {
+        return split(picture.text, picture.marks), {}
+    return picture.parts(), {
         "tokens": len(found.token_ids),
         "speed": found.tokens_per_second,
         "first": found.first_token_seconds,

@@ -18,6 +18,7 @@ from vicuna.app import data_html as html
 from vicuna.app import files
 from vicuna.app.data_look import Look, Looks, Wish
 from vicuna.app.mistakes import in_words
+from vicuna.app.numbers import number as number_of
 from vicuna.app.state import App
 from vicuna.app.words import say, t
 from vicuna.errors import UserError
@@ -25,6 +26,7 @@ from vicuna.errors import UserError
 # Those that are met; any other can be typed.
 ENCODINGS = ("utf-8", "gb18030", "big5", "utf-16", "cp1252", "shift_jis", "euc-kr")
 CUTOFF = 2048
+SHORTEST, LONGEST = 16, 1_000_000  # cutoffs that can be chosen
 ALL = "all"
 Updates = dict[Any, Any]
 
@@ -107,7 +109,7 @@ class DataTab:
     def _lengths(self) -> None:
         self.chart = gr.HTML(elem_id="data-lengths")
         self.cutoff = gr.Slider(
-            16,
+            SHORTEST,
             4096,
             CUTOFF,
             step=16,
@@ -185,7 +187,10 @@ class DataTab:
         self.cutoff.release(
             self.recount,
             [tab, self.wish, self.cutoff, self.action],
-            [self.wish, self.report, self.page, self.place, self.problems],
+            [
+                *(self.wish, self.cutoff, self.report),
+                *(self.page, self.place, self.problems),
+            ],
             trigger_mode="always_last",
             **quiet,
         )
@@ -317,25 +322,30 @@ class DataTab:
             self.lost: html.lost(look.lengths, cutoff, words),
         }
 
-    def at_cutoff(self, wish: Wish | None, cutoff: float, request: gr.Request) -> Updates:
+    def at_cutoff(self, wish: Wish | None, cutoff: float | None, request: gr.Request) -> Updates:
         """The slider moves: what this cutoff would lose."""
         if wish is None:
             return {self.chart: gr.skip()}
-        return self._chart(self.looks.get(wish), int(cutoff), request)
+        return self._chart(self.looks.get(wish), _cutoff(cutoff, wish), request)
 
     def recount(
-        self, tab: str, wish: Wish | None, cutoff: float, action: str, request: gr.Request
+        self, tab: str, wish: Wish | None, cutoff: float | None, action: str, request: gr.Request
     ) -> Updates:
-        """The slider was let go: the report, as it is with this cutoff."""
-        if wish is None or int(cutoff) == wish.cutoff:
+        """A cutoff was chosen or typed: the report, as it is with it. One beyond the slider's end
+        moves the end."""
+        if wish is None or _cutoff(cutoff, wish) == wish.cutoff:
             return {self.page: gr.skip()}
         session = self.app.sessions.get(tab)
         looks = session.looks
-        look = self.looks.get(replace(wish, cutoff=int(cutoff)))
+        look = self.looks.get(replace(wish, cutoff=_cutoff(cutoff, wish)))
         if session.looks != looks:  # another data set was chosen meanwhile
             return {self.page: gr.skip()}
+        chosen = look.wish.cutoff
+        beyond = chosen > html.limit_of(look.lengths)
         return {
             self.wish: look.wish,
+            # Only then: somebody may move the slider meanwhile.
+            self.cutoff: gr.update(maximum=chosen, value=chosen) if beyond else gr.skip(),
             self.report: html.report(look.report, partial(say, request)),
             **self._leaf(look, action, 0, request),
         }
@@ -346,7 +356,7 @@ class DataTab:
         """Another example, or with token borders."""
         if wish is None:
             return gr.skip()
-        return self._tokens(self.looks.get(wish), int(number or 1), borders, request)
+        return self._tokens(self.looks.get(wish), int(number_of(number, 1)), borders, request)
 
     def _tokens(self, look: Look, number: int, borders: bool, request: gr.Request) -> str:
         count = len(look.whole)
@@ -359,7 +369,8 @@ class DataTab:
         """The example before or after this one."""
         if wish is None:
             return gr.skip()
-        return min(max(int(number or 1) + by, 1), max(1, len(self.looks.get(wish).whole)))
+        last = max(1, len(self.looks.get(wish).whole))
+        return min(max(int(number_of(number, 1)) + by, 1), last)
 
     def filter(self, wish: Wish | None, action: str, request: gr.Request) -> Updates:
         """Only the rows of one action."""
@@ -390,3 +401,8 @@ class DataTab:
             self.place: place,
             self.problems: html.problems(rows, page, partial(say, request)),
         }
+
+
+def _cutoff(value: Any, wish: Wish) -> int:
+    """A cutoff that was chosen or typed; the one there was where the box was emptied."""
+    return int(number_of(value, wish.cutoff, SHORTEST, LONGEST))

@@ -58,6 +58,7 @@ class InstructTab:
                 )
             with gr.Column(scale=1, min_width=290, elem_classes="v-side"):
                 self.controls = Controls("instruct", several=True)
+        app.kept += self.controls.kept
         self._events()
 
     def _question(self) -> None:
@@ -92,7 +93,8 @@ class InstructTab:
             api_name="instruct",
         )  # fmt: skip
         self.stop.click(self.end, self.app.tab, None, **_QUIET)
-        self.app.opening.append((self.choices, self.who, self.who))
+        for noted in (self.app.opening, self.app.arriving):
+            noted.append((self.choices, self.who, self.who))
 
     def choices(self, who: list[str], request: gr.Request) -> Any:
         """The base, and the adapters there are now; who was chosen and is still there stays so."""

@@ -260,7 +260,7 @@ def plan(found: dict[str, Any], batch: int, say: Say) -> str:
         "plan.about",
         peak=f"{peak / GIB:.1f}",
         memory=f"{memory / GIB:.1f}",
-        device=found["device"]["name"],
+        device=in_words(found["device"]["name"], say),
     )
     chosen = found["settings"]
     lines = [
@@ -268,12 +268,14 @@ def plan(found: dict[str, Any], batch: int, say: Say) -> str:
         say("plan.longest", batch=batch, longest=chosen["cutoff_len"]),
         in_words(found["reason"], say),
     ]
+    said = (*found.get("notes", ()), *found.get("warnings", ()))
+    notes = "".join(note("warn", in_words(words, say)) for words in said)
     rest = "" if fits else _alternatives(found["alternatives"], say)
     body = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return (
         f'<section class="v-plan {"fits" if fits else "not"}"><p class="verdict"><b>{escape(title)}'
         f"</b> <span>{escape(about)}</span></p>{_parts(found['parts'], memory, say)}"
-        f"<ul>{body}</ul>{rest}</section>"
+        f"<ul>{body}</ul>{notes}{rest}</section>"
     )
 
 

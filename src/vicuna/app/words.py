@@ -9,7 +9,8 @@ They are in `texts/*.yaml`, a file for each tab, `key: [English, Chinese]` each.
 stands: labels, choices, HTML. So it must reach the browser as it is: no text may be cut, compared
 or formatted on the way. `say` gives the text itself, with its {fields} filled in.
 
-The language is that of the cookie `vicuna_language` ("en" or "zh"), which the page's switch sets;
+The language is the one that the tab speaks already, which it says in a header or its address; else
+that of the cookie `vicuna_language` ("en" or "zh"), which the page's switch sets for tabs to come;
 else the browser's first wish that is known.
 """
 
@@ -24,6 +25,7 @@ from typing import Any
 
 LANGUAGES = ("en", "zh")
 COOKIE = "vicuna_language"
+HEADER = "x-vicuna-language"
 _MARK = re.compile(r"@@([A-Za-z0-9_.-]+)@@")
 _WISH = re.compile(r"\s*([A-Za-z]+)(?:-[\w-]+)?\s*(?:;\s*q=([\d.]+))?\s*$")
 
@@ -77,12 +79,14 @@ def language_of(request: Any) -> str:
     """The language of the browser behind a request; English where it does not tell."""
     if request is None:
         return LANGUAGES[0]
-    return _choose(request.cookies.get(COOKIE, ""), request.headers.get("accept-language", ""))
+    told = (request.headers.get(HEADER, ""), request.cookies.get(COOKIE, ""))
+    return _choose(*told, request.headers.get("accept-language", ""))
 
 
-def _choose(cookie: str, wishes: str) -> str:
-    if cookie in LANGUAGES:
-        return cookie
+def _choose(tab: str, cookie: str, wishes: str) -> str:
+    for told in (tab, cookie):
+        if told in LANGUAGES:
+            return told
     found = filter(None, map(_WISH.match, wishes.split(",")))
     ranked = [(float(w[2] or 1), w[1].lower()) for w in found if w[1].lower() in LANGUAGES]
     return max(ranked, key=lambda r: r[0])[1] if ranked else LANGUAGES[0]
@@ -150,17 +154,43 @@ def language_in(scope: Mapping[str, Any]) -> str:
     return _choose(*_told(scope))
 
 
-def _told(scope: Mapping[str, Any]) -> tuple[str, str]:
-    """(language cookie, languages that the browser wishes for)."""
+def _told(scope: Mapping[str, Any]) -> tuple[str, str, str]:
+    """(language of the tab, language cookie, languages that the browser wishes for)."""
     headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    asked = re.search(r"(?:^|&)language=(\w+)", scope.get("query_string", b"").decode("latin-1"))
     cookie = re.search(rf"(?:^|;\s*){COOKIE}=(\w+)", headers.get(b"cookie", ""))
-    return (cookie[1] if cookie else ""), headers.get(b"accept-language", "")
+    tab = headers.get(HEADER.encode(), "") or (asked[1] if asked else "")
+    return tab, (cookie[1] if cookie else ""), headers.get(b"accept-language", "")
+
+
+# Gradio's own few words follow `navigator.language`: it is made the page's language. Each request
+# of the page tells its language, because the cookie may be another tab's by then; and a tab that is
+# loaded again asks for the language that it had.
+_SCRIPT = """<script>
+for (const [k, v] of [['language', NAME], ['languages', [NAME]]])
+  Object.defineProperty(navigator, k, {get: () => v});
+const vicunaSpeaks = (language) => sessionStorage.setItem('vicuna-language', language);
+(() => {
+  const spoken = sessionStorage.getItem('vicuna-language'), here = new URL(location.href);
+  if (!spoken) vicunaSpeaks('CODE');
+  else if (spoken !== 'CODE' && here.searchParams.get('language') !== spoken) {
+    here.searchParams.set('language', spoken);
+    location.replace(here.href);
+  }
+  const ask = window.fetch;
+  window.fetch = (to, how = {}) => {
+    const own = new URL(to.url || to, location.href).origin === location.origin;
+    if (!own) return ask(to, how);
+    const headers = new Headers(how.headers || (to instanceof Request ? to.headers : {}));
+    headers.set('HEADER', 'CODE');
+    return ask(to, {...how, headers});
+  };
+})();
+</script>"""
 
 
 def _browser_words(language: str) -> str:
-    """Gradio's own few words follow `navigator.language`: make it the page's language."""
+    """A script for the begin of the page that speaks a language."""
     name = {"en": "en", "zh": "zh-CN"}[language]
-    return (
-        "<script>for (const [k, v] of [['language', NAME], ['languages', [NAME]]]) "
-        "Object.defineProperty(navigator, k, {get: () => v});</script>"
-    ).replace("NAME", f"'{name}'")
+    found = _SCRIPT.replace("NAME", f"'{name}'").replace("CODE", language)
+    return found.replace("HEADER", HEADER)
