@@ -195,7 +195,7 @@ def test_an_interrupted_write_leaves_what_was_there(
         real(self, *args)
 
     monkeypatch.setattr(Pieces, "_write", failing)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="cannot write: the disk is full"):
         write_base(tmp_path / "base", target, "f16")
     assert target.read_bytes() == before
     assert [p.name for p in target.parent.iterdir()] == ["x.gguf"]

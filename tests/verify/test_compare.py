@@ -250,7 +250,8 @@ def test_report_json_holds_what_was_measured(base: Path, tmp_path: Path) -> None
 def test_reports_of_two_files_in_a_folder_stay_apart(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf", "a.gguf"):
         (tmp_path / name).touch()
-        Report("export", tmp_path / name, "16bit").write(tmp_path / name)
+        report = Report("export", tmp_path / name, "16bit")
+        report.write_as(report.path)
     assert json.loads((tmp_path / "report.json").read_text())["result"] == "a.gguf"
     assert json.loads((tmp_path / "b.gguf.report.json").read_text())["result"] == "b.gguf"
 
