@@ -27,6 +27,7 @@ class Row:
 
 _BASE = ("tiny/config.json", "tiny/tokenizer.json", "tiny/tokenizer_config.json")
 _MODEL = (*_BASE, "tiny/model.safetensors", "tiny/generation_config.json")
+_WEIGHTS = ("tiny/config.json", "tiny/model.safetensors")  # a tokenizer goes along if there is one
 _ADAPTER = ("run/adapter/adapter_config.json", "run/adapter/adapter_model.safetensors",
             "run/adapter/vicuna.json")  # fmt: skip
 _TRAIN = "--batch_size 4 --max_steps 2 --val_size 2 --report_to none --precision fp32"
@@ -70,7 +71,8 @@ ROWS: dict[str, list[Row]] = {
                          ("tiny/config.json",), ("new",))],
     "merge": [Row("merge --model tiny --adapter run --output_dir new --no_verify",
                   (*_MODEL, *_ADAPTER), ("new",))],
-    "convert": [Row("convert --model tiny --to meta --output_dir new --no_verify", _MODEL, ("new",))],
+    "convert": [Row("convert --model tiny --to meta --output_dir new --no_verify", _WEIGHTS,
+                    ("new",))],
     "adapter inspect": [Row("adapter inspect run", _ADAPTER)],
     "adapter upgrade": [Row("adapter upgrade run --output_dir new", _ADAPTER, ("new",))],
     "web": [Row("web --model tiny --host 256.0.0.1", _MODEL)],
@@ -83,8 +85,14 @@ ROWS: dict[str, list[Row]] = {
     "version": [Row("version")],
 }  # fmt: skip
 # Files that a command can do without.
-OPTIONAL = ("generation_config.json", "tokenizer_config.json", "vicuna.json", "data.json",
-            "log.jsonl")  # fmt: skip
+OPTIONAL = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "vicuna.json",
+    "data.json",
+    "log.jsonl",
+    "state.json",
+)  # fmt: skip  a checkpoint that is damaged is passed over
 
 
 def make_place(folder: Path) -> Path:

@@ -82,15 +82,25 @@ def _refuse_quantised(source: Source) -> None:
         )
 
 
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
+
+
 def _group(settings: QuantizeSettings, given: dict[str, object], source: Source) -> int:
     """Weights that share a scale: what was asked for, if it divides the rows of every matrix.
 
-    Raises: SettingsError where it does not.
+    Raises: SettingsError where it does not; UserError where config.json lacks a width.
     """
     found = source.config
-    heads = int(found["num_attention_heads"])
-    head = int(found.get("head_dim") or found["hidden_size"] // heads)
-    widths = sorted({int(found["hidden_size"]), int(found["intermediate_size"]), heads * head})
+    missing = [n for n in _WIDTHS if not isinstance(found.get(n), int) or found[n] < 1]
+    if missing:
+        raise UserError(
+            f"config.json has no {missing[0]}",
+            where=str(source.folder),
+            fix="Fetch it again from where the base was published.",
+        )
+    hidden, inner, heads = (int(found[n]) for n in _WIDTHS)
+    head = int(found.get("head_dim") or hidden // heads)
+    widths = sorted({hidden, inner, heads * head})
     fits = [g for g in _GROUPS if all(w % g == 0 for w in widths)]
     size = settings.group_size
     if size == -1 or (size > 0 and all(w % size == 0 for w in widths)):
