@@ -84,7 +84,7 @@ ROWS: dict[str, list[Row]] = {
     "data convert": [Row("data convert data.jsonl --output new.jsonl", ("data.jsonl",), ("new.jsonl",))],
     "version": [Row("version")],
 }  # fmt: skip
-# Files that a command can do without.
+# Files that a command can do without; an older checkpoint stands in for one that is damaged.
 OPTIONAL = (
     "generation_config.json",
     "tokenizer_config.json",
@@ -92,6 +92,7 @@ OPTIONAL = (
     "data.json",
     "log.jsonl",
     "state.json",
+    "optimizer.safetensors",
 )  # fmt: skip  a checkpoint that is damaged is passed over
 
 
