@@ -93,7 +93,7 @@ OPTIONAL = (
     "log.jsonl",
     "state.json",
     "optimizer.safetensors",
-)  # fmt: skip  a checkpoint that is damaged is passed over
+)
 
 
 def make_place(folder: Path) -> Path:
