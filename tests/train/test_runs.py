@@ -96,6 +96,38 @@ def test_a_run_folder_is_not_overwritten(reference: Path, words: list[str]) -> N
         train(*words, "--output_dir", str(reference))
 
 
+OWN = ("config.yaml", "data.json", "log.jsonl", "loss.png", "adapter/my.txt", "checkpoints/my.txt")
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_not_a_runs_is_never_written_over(
+    words: list[str], tmp_path: Path, name: str, resume: bool
+) -> None:
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text('{"event": "mine"}\n')
+    before = sorted(tmp_path.rglob("*"))
+    again = ["--resume"] if resume else []
+    with pytest.raises(UserError) as caught:
+        train(*words, "--output_dir", str(tmp_path), *again)
+    assert "--output_dir" in caught.value.fix
+    assert resume or name.split("/")[0] in caught.value.what
+    assert own.read_text() == '{"event": "mine"}\n'
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_that_ended_over_its_data_leaves_its_folder_free(
+    words: list[str], tmp_path: Path
+) -> None:
+    bad, run = tmp_path / "bad.jsonl", tmp_path / "run"
+    bad.write_text('{"no": "record"}\n')
+    for _ in range(2):
+        with pytest.raises(UserError, match="no usable records"):
+            train(*words[:2], "--dataset", str(bad), "--output_dir", str(run))
+    train(*words, "--max_steps", "1", "--output_dir", str(run))
+
+
 def test_a_run_folder_in_use_is_refused(words: list[str], tmp_path: Path) -> None:
     held = RunFolder(tmp_path)
     with pytest.raises(UserError, match="another process"):

@@ -24,6 +24,7 @@ from vicuna.model.adapter_base import named_base
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.checkpoint import State
 from vicuna.train.old_digest import same_data
+from vicuna.train.runfolder import is_run
 from vicuna.train.schedule import Schedule, continued_total, warmup_steps
 from vicuna.train.screen import Screen
 
@@ -168,7 +169,7 @@ def _adapter_of(checkpoint: Path) -> adapters.AdapterFiles:
 
 
 def _must_be_run(run: Path) -> None:
-    if not (run / "config.yaml").is_file():
+    if not (run / "config.yaml").is_file() or not is_run(run):
         raise UserError(
             "no run in this folder to resume",
             where=str(run),

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from importlib import metadata
@@ -21,21 +22,28 @@ from pathlib import Path
 from typing import IO, Any
 
 from vicuna.cache import sweep, whole_file
+from vicuna.config import RUN_KEYS
 from vicuna.errors import UserError
 from vicuna.faults import cannot_write, writing
 from vicuna.lines import Lines
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
+# What a run writes, and would write over.
+_WRITTEN = ("config.yaml", "data.json", "log.jsonl", "loss.png", "adapter", "checkpoints")
+# How a data report begins: a run that ended over its data leaves nothing else.
+_REPORT = re.compile(r'\s*\{\s*"files":\s*\[\s*(\]|\{\s*"path":)')
 
 
 class RunFolder:
     """The folder of one run, locked while a process works in it.
 
-    Raises: UserError where it cannot be made or another process has it.
+    Raises: UserError when it cannot be made, another process has it, or it holds somebody's own
+        files under names that a run writes.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _refuse_others(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock: IO[str] = (path / ".lock").open("a+")
@@ -111,6 +119,45 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self._log.close()
         self._lock.close()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run of ours has worked in a folder: its config or its log says so."""
+    import yaml
+
+    with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and all(key in config for key in RUN_KEYS):
+            return True
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        with (path / "log.jsonl").open(encoding="utf-8") as log:
+            first = json.loads(log.readline(1 << 20))
+        return isinstance(first, dict) and first.get("event") == "start"
+    return False
+
+
+def _refuse_others(path: Path) -> None:
+    """Raises: UserError when a run here would write over what is not a run's."""
+    held = [name for name in _WRITTEN if os.path.lexists(path / name)]
+    if not held or is_run(path):
+        return
+    if "data.json" in held and _is_report(path / "data.json"):
+        held.remove("data.json")
+    if held:
+        raise UserError(
+            f"this folder is not a run, and a run would write over {', '.join(held)} in it",
+            where=str(path),
+            fix="Choose another --output_dir: a new folder, such as runs/mine.",
+        )
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a run's data report; only its beginning is read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return _REPORT.match(file.read(4096)) is not None
+    except OSError:
+        return False
 
 
 def _lock(file: IO[str], path: Path) -> None:
