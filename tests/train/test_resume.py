@@ -103,6 +103,48 @@ def test_the_same_data_under_another_name_is_the_same_data(
     assert same(weights(run), weights(whole))
 
 
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_run_is_resumed_from_any_folder(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    shutil.copytree(tiny, home / "base")
+    shutil.copy(data, home / "mine.jsonl")
+    shutil.copy(write_data(tmp_path / "other.jsonl", 6), home / "held.jsonl")
+    (home / "ask.txt").write_text("你好\n", encoding="utf-8")
+    away.mkdir()
+    monkeypatch.chdir(home)
+    words = "--model base --dataset mine.jsonl@weight=2 --val_dataset he*.jsonl --batch_size 8 "
+    words += "--max_steps 8 --save_steps 2 --save_total_limit 0 --precision fp32 "
+    words += "--sample_prompts ask.txt --sample_steps 4 --sample_tokens 2"
+    train(*words.split(), "--output_dir", "done")
+    run = cut_after(home / "done", step, tmp_path / "run")
+    monkeypatch.chdir(away)
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(home / "done"))
+    assert {e["prompt"] for e in events(run, "sample")} == {"你好"}
+    # Once more, from a third place: what was noted anew still leads there.
+    shutil.rmtree(run / "checkpoints/step-000008")
+    shutil.rmtree(run / "adapter")
+    monkeypatch.chdir(tmp_path)
+    assert train("--resume", str(run)) == 0
+    assert same(weights(run), weights(home / "done"))
+
+
+def test_a_run_that_noted_no_folder_says_what_its_paths_are_relative_to(
+    whole: Path, data: Path, tmp_path: Path
+) -> None:
+    run = cut_after(whole, 4, tmp_path / "run")
+    text = (run / "config.yaml").read_text(encoding="utf-8").replace(str(data), "gone/mine.jsonl")
+    text = "".join(x for x in text.splitlines(True) if not x.startswith("  directory:"))
+    (run / "config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="in which the run began") as caught:
+        train("--resume", str(run))
+    assert "--dataset PATH" in caught.value.fix
+    assert train("--resume", str(run), "--dataset", str(data)) == 0
+    assert same(weights(run), weights(whole))
+
+
 def test_data_can_start_again_from_the_beginning(whole: Path, tmp_path: Path) -> None:
     run = cut_after(whole, 4, tmp_path / "run")
     train("--resume", str(run), "--from_data_beginning")

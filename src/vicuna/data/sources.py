@@ -66,7 +66,7 @@ def expand_noting(source: str, notes: list[str]) -> list[Path]:
         return [path]
     if re.search(r"[*?\[]", source):
         return _matching(path, source)
-    if _is_hub_id(source):
+    if is_hub_id(source):
         return _in_folder(_download(source), source, notes)
     raise _missing(path, source)
 
@@ -153,7 +153,7 @@ def _literal_as_far(pattern: Path) -> str:
     return glob.escape(str(path))
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
     """Whether this is `owner/name` and cannot be meant as a path: no file name, no folder here."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         return False

@@ -6,6 +6,7 @@ Which settings are taken over from there, which must not differ, and the state o
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vicuna.model import adapter as adapters
 from vicuna.model import load
 from vicuna.model.adapter_base import named_base
 from vicuna.train import checkpoint as checkpoints
+from vicuna.train.began import began_in, settle
 from vicuna.train.checkpoint import State
 from vicuna.train.old_digest import same_data
 from vicuna.train.runfolder import is_run
@@ -107,7 +109,7 @@ def find(
     if settings.continue_from:
         run, checkpoint = _run_and_checkpoint(settings.continue_from)
         state = checkpoints.read_state(checkpoint)
-        old = {k: v for k, v in _old_settings(run).items() if k not in _OWN}
+        old = {k: v for k, v in _old_settings(run, _OWN | set(given)).items() if k not in _OWN}
         merged = {**settings.model_dump(include=_OWN), **old, **given}
         settings = config.build(TrainSettings, merged)
         return settings, Origin("continue", checkpoint, state, _adapter_of(checkpoint))
@@ -144,7 +146,7 @@ def _resume(
         sweep(run / "checkpoints")  # one that was being replaced when the process was killed
         if not checkpoints.all_of(run / "checkpoints"):
             screen.warn("no checkpoint in this run yet: it starts from its beginning")
-            merged = {**_old_settings(run), **given, "output_dir": str(run)}
+            merged = {**_old_settings(run, given, begins=True), **given, "output_dir": str(run)}
             return config.build(TrainSettings, merged), Origin("resume")
         checkpoint, state, warnings = checkpoints.last_whole(run)
         for words in warnings:
@@ -154,7 +156,7 @@ def _resume(
         state = checkpoints.read_state(checkpoint)
         if not Path(settings.resume).exists() and not settings.output_dir:
             raise SettingsError(["resume from the hub needs a place to go on: give --output_dir"])
-    merged = {**_old_settings(run), "from_data_beginning": None, **given}
+    merged = {**_old_settings(run, given), "from_data_beginning": None, **given}
     # A checkpoint of another place (a copy, the hub) goes on in the folder that was asked for.
     merged["output_dir"] = given.get("output_dir") or str(run)
     merged["resume"] = str(checkpoint)
@@ -199,9 +201,15 @@ def _run_and_checkpoint(place: str) -> tuple[Path, Path]:
     return path, checkpoints.last_whole(path)[0]
 
 
-def _old_settings(run: Path) -> dict[str, Any]:
+def _old_settings(run: Path, own: Collection[str], begins: bool = False) -> dict[str, Any]:
+    """The settings of a run that is gone on with, its relative paths as they lead from here.
+
+    Args:
+        own: settings that are not taken from it. begins: whether it starts from its beginning.
+    """
     recipe = config.read_recipe(run / "config.yaml")
-    return {k: v for k, v in recipe.items() if k in TrainSettings.model_fields}
+    old = {k: v for k, v in recipe.items() if k in TrainSettings.model_fields}
+    return settle(old, began_in(run), set(old) - set(own), begins)
 
 
 # -- the state it begins with --------------------------------------------------------------------

@@ -206,6 +206,7 @@ def environment() -> dict[str, Any]:
             continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "directory": os.getcwd(),  # what relative paths in the settings are relative to
         "python": platform.python_version(),
         "versions": versions,
         "machine": platform.machine(),
