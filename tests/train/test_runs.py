@@ -128,6 +128,17 @@ def test_a_run_that_ended_over_its_data_leaves_its_folder_free(
     train(*words, "--max_steps", "1", "--output_dir", str(run))
 
 
+@pytest.mark.parametrize("text", ["", "\n", '{"no": "record"}\n'])
+def test_held_out_data_without_a_usable_record_is_refused(
+    words: list[str], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "held.jsonl").write_text(text)
+    with pytest.raises(UserError, match="nothing to evaluate on") as caught:
+        train(*words, "--val_dataset", str(tmp_path / "held.jsonl"), "--output_dir",
+              str(tmp_path / "run"))  # fmt: skip
+    assert "held.jsonl" in caught.value.where
+
+
 def test_a_run_folder_in_use_is_refused(words: list[str], tmp_path: Path) -> None:
     held = RunFolder(tmp_path)
     with pytest.raises(UserError, match="another process"):

@@ -227,6 +227,9 @@ def cutoff_words(lengths: Lengths, cutoff: int) -> str:
     return text
 
 
+_DROPPED = "The table above says why each record was dropped; vicuna data check lists them."
+
+
 @dataclass
 class Split:
     """What a run learns from and what it is tested on."""
@@ -252,17 +255,23 @@ def split(
 ) -> Split:
     """Hold out `val_size` examples (or take `held_out`) and put the others in order.
 
-    Raises: UserError where nothing is left to train on.
+    Raises: UserError when nothing is left to train on, or nothing is held out in `held_out`.
     """
     if not len(dataset):
         raise UserError(
             "no usable records: nothing to train on",
             where=", ".join(str(s.path) for s in dataset.sources) or "dataset",
-            fix="The table above says why each record was dropped; vicuna data check lists them.",
+            fix=_DROPPED,
         )
     training = np.arange(len(dataset))
     validation: list[Example] = []
     if held_out is not None:
+        if not len(held_out):
+            raise UserError(
+                "no usable records in val_dataset: nothing to evaluate on",
+                where=", ".join(str(s.path) for s in held_out.sources) or "val_dataset",
+                fix=_DROPPED,
+            )
         validation = [held_out[i] for i in range(len(held_out))]
     elif val_size:
         training, chosen = split_validation(dataset.column("question"), val_size, seed)
