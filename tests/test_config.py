@@ -72,3 +72,10 @@ def test_a_value_that_is_near_none_gets_the_list_alone() -> None:
         config.parse(config.ExportSettings, ["--type", "zzzzzz"], free=[])
     assert "did you mean" not in str(told.value)
     assert "q4_k_m" in str(told.value)
+
+
+@pytest.mark.parametrize(("word", "near"), [("tinny", "tiny"), ("instruct7b", "instruct-7b")])
+def test_a_recipe_that_is_misspelt_is_told_the_nearest_and_all(word: str, near: str) -> None:
+    with pytest.raises(SettingsError, match=rf"did you mean {near}\?") as caught:
+        parse(TrainSettings, [word])
+    assert all(name in str(caught.value) for name in config.builtin_recipes())

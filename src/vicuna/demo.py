@@ -19,6 +19,7 @@ from vicuna.data.read import read
 from vicuna.data.types import Conversation
 from vicuna.errors import UserError
 from vicuna.model.base import EMBEDDED
+from vicuna.paths import shell_word
 from vicuna.train.screen import Screen
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def run(words: Sequence[str]) -> int:
     screen.say(f"exactly right before training: {before.right} of {len(asked)}\n")
     outcome = _train(settings, samples, screen)
     if not outcome.finished:
-        screen.say(f"stopped; go on with:  vicuna train --resume {folder}")
+        screen.say(f"stopped; go on with:  vicuna train --resume {shell_word(folder)}")
         return 130
     with screen.working("the trained model answers"):
         after = answers(asked, adapter=str(folder))
@@ -86,7 +87,9 @@ def run(words: Sequence[str]) -> int:
     ask = asked[0].turns[-2].text
     records = sum(1 for _ in read(samples / _TRAINING, []))
     words_of = _SHORT if settings.quick else _LEARNED
-    screen.say(words_of.format(records=records, folder=folder, ask=ask, steps=outcome.step))
+    screen.say(
+        words_of.format(records=records, folder=shell_word(folder), ask=ask, steps=outcome.step)
+    )
     first, last = outcome.first_eval, outcome.best_eval
     assert first is not None
     assert last is not None

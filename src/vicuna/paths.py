@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from vicuna.errors import UserError
@@ -33,6 +34,11 @@ def given_path(text: str) -> Path:
     if "\0" in text:
         raise UserError("this cannot be a path (it holds a NUL)", where=text.replace("\0", "?"))
     return path
+
+
+def shell_word(path: str | Path) -> str:
+    """A path as one word of a command that is shown to be copied."""
+    return shlex.quote(str(path))
 
 
 def exists(text: str) -> bool:

@@ -187,11 +187,11 @@ def test_a_paused_run_that_is_refused_stays_paused_and_says_what_differs(place: 
     run = wait(lambda: runs.get("refused"), lambda r: not r.working)
     assert run.state == "paused"
     what, way_out = run.words.split("\n")
-    assert what == "data was the checkpoint's records in the checkpoint and is now others"
+    assert what.startswith("the data are not those of the checkpoint: ")
     assert "--allow_changes data" in way_out
     html = train_html.head(run, lambda key, **fields: texts()[key][1].format(**fields))
     assert "仍为暂停" in html
-    assert "data 在检查点里是" in html
+    assert "数据不是检查点的数据" in html
     assert "失败" not in html
     data.write_bytes(before)
     done = run.log.step

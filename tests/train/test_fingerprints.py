@@ -191,9 +191,9 @@ def test_a_run_of_before_is_refused_other_data(
 ) -> None:
     run = as_before(whole, data, base, tmp_path / "run")
     other = write_data(tmp_path / "other.jsonl", 40, shift=500)
-    with pytest.raises(SettingsError, match="data was the checkpoint's records"):
+    with pytest.raises(SettingsError, match="the data are not those of the checkpoint"):
         train("--resume", str(run), "--dataset", str(other))
     # The file is the same, but it is read otherwise today.
     run = as_before(whole, data, base, tmp_path / "again", tokens=17)
-    with pytest.raises(SettingsError, match="data was the checkpoint's records"):
+    with pytest.raises(SettingsError, match="the data are not those of the checkpoint"):
         train("--resume", str(run))

@@ -89,7 +89,7 @@ def test_changed_settings_are_refused_by_name(whole: Path, tmp_path: Path) -> No
 def test_changed_data_is_refused(whole: Path, tmp_path: Path) -> None:
     run = cut_after(whole, 4, tmp_path / "run")
     other = write_data(tmp_path / "other.jsonl", 30, shift=500)
-    with pytest.raises(SettingsError, match="data was the checkpoint's records"):
+    with pytest.raises(SettingsError, match="the data are not those of the checkpoint"):
         train("--resume", str(run), "--dataset", str(other))
     train("--resume", str(run), "--dataset", str(other), "--allow_changes", "data")
 

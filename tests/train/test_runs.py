@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -308,3 +309,14 @@ def test_sample_answers_keep_to_their_share_of_the_time(
           "20", "--sample_share", "0", "--sample_prompts", *prompts)  # fmt: skip
     assert all(e["whole"] for e in events(tmp_path / "all", "sample"))
     assert same(weights(run), weights(tmp_path / "all"))
+
+
+def test_commands_to_copy_hold_paths_with_spaces_as_one_word(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "我的 run"
+    train(*words, "--max_steps", "1", "--output_dir", str(run))
+    train("--resume", str(run))
+    said = [x for x in capsys.readouterr().out.splitlines() if "  vicuna " in x]
+    assert len(said) == 2
+    assert all(str(run) in shlex.split(line) for line in said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from html import escape
@@ -13,6 +12,7 @@ from vicuna.app.charts import Curve
 from vicuna.app.data_html import Say, note, table
 from vicuna.app.mistakes import in_words
 from vicuna.app.runs import RECIPE, Run
+from vicuna.paths import shell_word
 from vicuna.train.plot import smooth
 
 GIB = 1 << 30
@@ -195,10 +195,10 @@ def commands(run: Run) -> str:
     """What to type in a terminal to do the same."""
     if run.state == "unreadable":
         return ""
-    path = shlex.quote(foreign.text(run.path))
+    path = shell_word(foreign.text(run.path))
     lines = []
     if (run.path / RECIPE).is_file():
-        lines.append(f"vicuna train {shlex.quote(foreign.text(run.path / RECIPE))}")
+        lines.append(f"vicuna train {shell_word(foreign.text(run.path / RECIPE))}")
     if run.state not in ("finished", "running", "starting"):
         lines.append(f"vicuna train --resume {path}")
     if run.has_adapter:

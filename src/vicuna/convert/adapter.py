@@ -15,6 +15,7 @@ from vicuna.config import InspectSettings, UpgradeSettings
 from vicuna.convert.output import check_space, result_folder
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.model.adapter import AdapterFiles, read_adapter, save_files
+from vicuna.paths import shell_word
 from vicuna.terminal import say, say_json
 from vicuna.verify.report import Report, size_of
 
@@ -194,4 +195,4 @@ def _show_result(report: Report, target: Path, compared: bool) -> None:
     same = f", all {report.about['tensors_compared']} tensors as they were" if compared else ""
     say(f"{target}: {report.bytes_after / 2**20:.1f} MiB{same}")
     say(f"report     {report.path}")
-    say(f"\n  vicuna adapter inspect {target}")
+    say(f"\n  vicuna adapter inspect {shell_word(target)}")

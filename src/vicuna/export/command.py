@@ -11,6 +11,7 @@ from vicuna.cache import whole_files
 from vicuna.config import ExportSettings
 from vicuna.errors import SettingsError
 from vicuna.export.gguf_types import FULL
+from vicuna.paths import shell_word
 from vicuna.terminal import say
 
 if TYPE_CHECKING:
@@ -178,12 +179,12 @@ def _adapter(settings: ExportSettings, source: Source, target: Path, aside: Path
 def _say_next(settings: ExportSettings, target: Path, modelfile: Path) -> None:
     """What lies where, and how to talk with it."""
     if settings.modelfile:
-        name = target.stem.lower()
+        name, file = shell_word(target.stem.lower()), shell_word(modelfile)
         say(f"Modelfile  {modelfile}")
-        say(f"Ollama:    ollama create {name} -f {modelfile} && ollama run {name}")
+        say(f"Ollama:    ollama create {name} -f {file} && ollama run {name}")
     else:
         say("Ollama:    --modelfile writes a Modelfile with the template, too")
     if settings.adapter_only:
-        say(f"talk:      vicuna run BASE.gguf --adapter {settings.adapter}")
+        say(f"talk:      vicuna run BASE.gguf --adapter {shell_word(settings.adapter)}")
     else:
-        say(f"talk:      vicuna run {target}")
+        say(f"talk:      vicuna run {shell_word(target)}")

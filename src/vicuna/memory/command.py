@@ -15,6 +15,7 @@ from vicuna.memory import devices, plan, shapes
 from vicuna.memory.devices import GIB, Device
 from vicuna.memory.footprint import PARTS
 from vicuna.memory.plan import Plan
+from vicuna.paths import shell_word
 from vicuna.terminal import say, say_json
 
 _ABOUT = {
@@ -63,7 +64,7 @@ def _check_base(settings: PlanSettings) -> list[str]:
         raise UserError(
             f"this base cannot be trained as it is: {'; '.join(errors)}",
             where=settings.model,
-            fix=f"vicuna doctor {settings.model} lists all that was checked.",
+            fix=f"vicuna doctor {shell_word(settings.model)} lists all that was checked.",
         )
     return [f.text for f in findings if f.level == "warning"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from vicuna.errors import UserError
 from vicuna.model.adapter_names import WEIGHTS
 from vicuna.model.lora_config import CONFIG
+from vicuna.paths import shell_word
 
 _PEFT = "A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors."
 
@@ -66,7 +67,7 @@ def nothing_here(folder: Path) -> UserError:
         return UserError(
             "this run has no adapter yet: it ended before its first checkpoint",
             where=str(folder),
-            fix=f"Go on with it: vicuna train --resume {folder}",
+            fix=f"Go on with it: vicuna train --resume {shell_word(folder)}",
         )
     lone = (folder / CONFIG).is_file()
     what = f"{CONFIG} is here, its weights are not" if lone else "no adapter weights in this folder"
@@ -92,7 +93,7 @@ def refuse_model(folder: Path) -> None:
         raise UserError(
             "this is a whole model, not an adapter",
             where=str(folder),
-            fix=f"Use it as --model {folder}.",
+            fix=f"Use it as --model {shell_word(folder)}.",
         )
 
 
@@ -120,7 +121,7 @@ def refuse_keys(keys: Sequence[str], path: Path) -> None:
         raise UserError(
             "this is a whole model, not an adapter",
             where=str(path),
-            fix=f"Use its folder as --model {path.parent}.",
+            fix=f"Use its folder as --model {shell_word(path.parent)}.",
         )
 
 

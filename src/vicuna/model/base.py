@@ -26,7 +26,7 @@ from vicuna.model.gguf_vocabulary import vocabulary_folder
 from vicuna.model.headers import check_gguf
 from vicuna.model.old_files import refuse_old
 from vicuna.model.quiet import quiet_transformers
-from vicuna.paths import given_path
+from vicuna.paths import given_path, shell_word
 from vicuna.tables import read_json
 from vicuna.terminal import say
 
@@ -105,7 +105,7 @@ def _folder(path: Path) -> Path:
         raise UserError(
             "this model is in Meta's layout",
             where=str(path),
-            fix=f"Convert it once: vicuna convert --model {path} --to hf --output_dir FOLDER",
+            fix=f"Convert it once: vicuna convert --model {shell_word(path)} --to hf --output_dir FOLDER",
         )
     if (path / "adapter_config.json").is_file() and not config.is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from vicuna import config, interrupts
 from vicuna.errors import EXIT_INTERRUPTED, UserError
+from vicuna.paths import shell_word
 from vicuna.train.finished import finished
 from vicuna.train.screen import Screen
 
@@ -21,9 +22,11 @@ def run(words: Sequence[str]) -> int:
     if end := finished(settings, given):
         screen.say(f"this run is finished: {end.steps} updates, {end.reason}")
         screen.say(f"adapter    {end.run / 'adapter'}")
-        screen.say(f"learn on:  vicuna train --init_adapter {end.run} --dataset FILE")
+        screen.say(f"learn on:  vicuna train --init_adapter {shell_word(end.run)} --dataset FILE")
         return 0
-    again = f"vicuna train --resume {settings.resume}" if settings.resume else "the same command"
+    again = "the same command"
+    if settings.resume:
+        again = f"vicuna train --resume {shell_word(settings.resume)}"
     interrupts.keeps(f"no update was begun, and nothing is lost; start again with: {again}")
     # torch and transformers are imported from here on, after the settings are known to be good.
     from vicuna.train.loop import Outcome, Training
@@ -43,7 +46,7 @@ def run(words: Sequence[str]) -> int:
     if not outcome.finished:
         interrupts.answered()
         screen.say(f"stopped after update {outcome.step}; everything up to here is saved")
-        screen.say(f"go on with:  vicuna train --resume {folder}")
+        screen.say(f"go on with:  vicuna train --resume {shell_word(folder)}")
         return EXIT_INTERRUPTED
     screen.say(f"\ndone after {outcome.step} updates ({outcome.reason})")
     if outcome.best_eval is not None:
@@ -51,5 +54,5 @@ def run(words: Sequence[str]) -> int:
         screen.say(f"held-out loss {before}{outcome.best_eval:.4f}")
     screen.say(f"adapter    {session.run.adapter}")
     screen.say(f"loss plot  {folder / 'loss.png'}")
-    screen.say(f"talk:      vicuna chat --adapter {folder}")
+    screen.say(f"talk:      vicuna chat --adapter {shell_word(folder)}")
     return 0

@@ -25,6 +25,7 @@ from vicuna.errors import UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import load
 from vicuna.model.memory_errors import is_memory
+from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.reporters import Reporters
 from vicuna.train.setup import Session
@@ -359,7 +360,8 @@ class Training:
 
     def _lost(self) -> str:
         """What is lost, and kept, where nothing more is written."""
-        step, again = self.state.step, f"go on with: vicuna train --resume {self.s.run.path}"
+        step = self.state.step
+        again = f"go on with: vicuna train --resume {shell_word(self.s.run.path)}"
         saved = [int(p.name[5:]) for p in checkpoints.all_of(self.s.run.checkpoints)]
         last = max((k for k in saved if k <= step), default=0)
         if last == step:

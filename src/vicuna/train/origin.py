@@ -61,6 +61,7 @@ DECISIVE = (
     "precision",
 )
 SCHEDULE = {"num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "batch_size", "data"}
+OTHER_DATA = "the data are not those of the checkpoint: records were changed, added or left out"
 INITIAL_FP16_SCALE = 4096.0
 # Settings that an incremental run does not take over from the run it continues.
 _OWN = {
@@ -289,12 +290,14 @@ def _refuse_changes(
         k: (before[k], v) for k, v in wanted.items() if _unordered(before[k]) != _unordered(v)
     }
     if not same_data:
-        differs["data"] = ("the checkpoint's records", "others")
+        differs["data"] = (old.data, "")
     refused = [k for k in differs if k not in settings.allow_changes]
     if refused:
         raise SettingsError(
             [
-                f"{k} was {differs[k][0]} in the checkpoint and is now {differs[k][1]}"
+                OTHER_DATA
+                if k == "data"
+                else f"{k} was {differs[k][0]} in the checkpoint and is now {differs[k][1]}"
                 for k in refused
             ],
             fix="Give the old values, allow them by name (--allow_changes "

@@ -28,6 +28,7 @@ from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
 from vicuna.model.token_rows import check_rows
 from vicuna.model.vocabulary import load_vocabulary
+from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
 from vicuna.train import origin as origins
@@ -127,7 +128,8 @@ def _build(
     run.write_json("data.json", datasets.describe(split))
     _set_aside_later(run, state.step, screen)
     interrupts.keeps(
-        f"no update was done, and nothing is lost; start with: vicuna train --resume {run.path}"
+        "no update was done, and nothing is lost; start with: "
+        f"vicuna train --resume {shell_word(run.path)}"
     )
     run.write_config(
         settings.model_dump(mode="json", exclude=set(_ONCE)),

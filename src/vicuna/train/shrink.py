@@ -15,6 +15,7 @@ from vicuna.data.encode import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.errors import UserError
 from vicuna.model.memory_errors import give_back, is_memory
+from vicuna.paths import shell_word
 from vicuna.train.setup import Session
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ def advice(session: Session, rows: int, use: str = TRAINING) -> str:
     Only what is not on already is named.
     """
     settings, learner = session.settings, session.learner
-    again = f"vicuna train --resume {session.run.path}"
+    again = f"vicuna train --resume {shell_word(session.run.path)}"
     kinds = _CHECKPOINTING[_CHECKPOINTING.index(learner.checkpointing) + 1 :]
     if learner.fast is None:
         kinds = ("full",) if learner.checkpointing == "none" else ()
