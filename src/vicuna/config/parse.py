@@ -118,11 +118,8 @@ def _collect(
             close = difflib.get_close_matches(word, builtin_recipes(), n=1)
             near = f"; did you mean {close[0]}?" if close else ""
             mistakes.append(
-                f"{word!r} is neither a setting (--key value) nor a recipe (.yaml){near} "
-                f"Recipes: {', '.join(builtin_recipes())}"
-                if near
-                else f"{word!r} is neither a setting (--key value) nor a recipe (.yaml); "
-                f"recipes: {', '.join(builtin_recipes())}"
+                f"{word!r} is neither a setting (--key value) nor a recipe (.yaml){near}; "
+                f"recipes here: {', '.join(builtin_recipes())}"
             )
     return values, mistakes
 

@@ -105,7 +105,8 @@ def _folder(path: Path) -> Path:
         raise UserError(
             "this model is in Meta's layout",
             where=str(path),
-            fix=f"Convert it once: vicuna convert --model {shell_word(path)} --to hf --output_dir FOLDER",
+            fix=f"Convert it once: vicuna convert --model {shell_word(path)} --to hf "
+            "--output_dir FOLDER",
         )
     if (path / "adapter_config.json").is_file() and not config.is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
