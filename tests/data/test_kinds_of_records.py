@@ -257,6 +257,64 @@ def test_a_preference_without_a_winner_is_dropped_and_context_is_not_learned() -
     assert (texts(apart), taught(apart)) == ([Q2, A2, Q, A], [A])
 
 
+JUDGED = [
+    ("responses", {"scores": [1, 5]}),
+    ("answers", {"ranks": [2, 1]}),
+    ("completions", {"ratings": [2, 9]}),
+    ("responses", {"best": 1}),
+    ("responses", {"best_index": "1"}),
+    ("responses", {"chosen": "B"}),
+    ("responses", {"winner": A}),
+    ("answer", {"score": [1, 2]}),
+    ("output", {"scores": [1, 2]}),
+    ("candidates", {"human_rewards": "[0.1, 0.5]"}),
+    ("responses", {"is_correct": [False, True]}),
+    ("responses", {"rejected": ["x", "y"], "score": [0, 1]}),
+]
+
+
+@pytest.mark.parametrize(("key", "beside"), JUDGED)
+def test_a_list_beside_the_answers_tells_which_is_the_best(key: str, beside: Any) -> None:
+    record = {"instruction" if key == "output" else "prompt": Q, key: [BAD, A], **beside}
+    assert taught(record) == [A]
+    assert [p.reason for p in of(record).problems] == [f"{reasons.BEST}: 2 of 2"]
+    inside = {"history": [{"question": Q, "answer": [BAD, A], **beside}]}
+    assert taught(inside) == [A]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"marks": [1, 2]}, {"scores": [1, 2, 3]}, {"scores": [1, None]}, {"scores": ["x", "y"]}]
+    + [{"best": 2}, {"winner": "neither"}],
+)
+def test_what_does_not_tell_the_best_drops_the_record(beside: dict[str, Any]) -> None:
+    parsed = of({"prompt": Q, "responses": [A, BAD], **beside})
+    assert [p.reason for p in parsed.problems] == [reasons.NO_WINNER]
+    assert taught({"prompt": Q, "responses": [A, BAD]}) == [A]
+    assert taught({"prompt": Q, "responses": [A, BAD], "ids": [1, 2]}) == [A]
+
+
+@pytest.mark.parametrize("winner", ["preferred", "better", "chosen", "winner", "preference"])
+@pytest.mark.parametrize("stem", ["response", "answer", "output"])
+def test_the_winner_is_a_number_a_letter_or_a_name(winner: str, stem: str) -> None:
+    numbered = {"question": Q, f"{stem}_1": BAD, f"{stem}_2": A}
+    for value in (2, "2", "b", "B", "second", f"{stem}_2", f"{stem} 2"):
+        assert taught({**numbered, winner: value}) == [A], value
+    lettered = {"question": Q, f"{stem}_a": BAD, f"{stem}_b": A}
+    for value in ("b", "B", f"{stem}_b", f"{stem.title()} B", "model_b"):
+        assert taught({**lettered, winner: value}) == [A], value
+    assert taught({**numbered, f"{stem}_3": "好。", winner: 3}) == ["好。"]
+    for value in (3, "3", "tie"):
+        assert taught({**numbered, winner: value}) == []
+
+
+def test_a_label_that_says_neither_good_nor_bad_is_named() -> None:
+    for value in (3, 0.5, "体育"):
+        parsed = of({"prompt": Q, "completion": A, "label": value})
+        (problem,) = parsed.problems
+        assert (problem.action, problem.reason.split(": ")[0]) == ("warned", reasons.LABEL_ODD)
+
+
 # System prompts
 
 
