@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import keys, reasons
+from vicuna.data import checks, keys, reasons
 from vicuna.data.convert import as_format
 from vicuna.data.formats import parse
 from vicuna.data.types import Conversation, Parsed, Raw, Turn
@@ -402,6 +402,42 @@ def test_reasoning_is_the_thought_of_the_answer(key: str) -> None:
         assert not {key, key.lower()} & set(of(record).unused)
     first = turns(of(TURNS["messages"](**{key: "先想。"})))[1]
     assert (first.text, first.thought) == (A, "先想。")
+
+
+def test_a_thought_in_the_answer_and_beside_it_is_one() -> None:
+    """Else `thinking off` leaves one of them in, and on teaches two."""
+    for inside, thought, reason in (
+        ("想", "想", reasons.THOUGHT_TWICE),
+        ("", "想", reasons.THOUGHT_TWICE),
+        ("再想", "想\n再想", reasons.THOUGHTS_JOINED),
+    ):
+        answer = f"<think>\n{inside}\n</think>\n\n{A}"
+        for record in (
+            {"prompt": Q, "response": answer, "reasoning_content": "想"},
+            {"messages": [user(Q), bot(answer, reasoning_content="想")]},
+        ):
+            parsed = of(record)
+            assert [(t.text, t.thought) for t in turns(parsed)] == [(Q, ""), (A, thought)]
+            assert [p.reason for p in parsed.problems] == [reason]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["<think>想不完", f"想</think>{A}", f"<thinking>想</thinking>{A}", f"◁think▷想◁/think▷{A}"]
+    + [f"<reasoning>想</reasoning><answer>{A}</answer>", f"[THINK]想[/THINK]{A}"]
+    + [
+        f"<|begin_of_thought|>想<|end_of_thought|>{A}",
+        f"<think>想</think>{A}<think>再想</think>好",
+    ],
+)
+def test_thoughts_in_other_marks_are_warned_of(answer: str) -> None:
+    conversation = of({"prompt": Q, "response": answer}).conversation
+    assert conversation is not None
+    reasons_ = [p.reason.split(": ")[0] for p in checks.warnings(conversation)]
+    assert reasons_.count(checks.THOUGHT) == 1
+    plain = of({"prompt": answer, "response": f"<think>想</think>{A}，3 < 5"}).conversation
+    assert plain is not None
+    assert checks.THOUGHT not in "".join(p.reason for p in checks.warnings(plain))
 
 
 def test_thoughts_in_parts_and_in_turns_of_their_own() -> None:
