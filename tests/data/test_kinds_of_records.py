@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicuna.data import checks, keys, reasons
-from vicuna.data.convert import as_format
+from vicuna.data.convert import as_format, convert
 from vicuna.data.formats import parse
 from vicuna.data.types import Conversation, Parsed, Raw, Turn
+from vicuna.errors import UserError
 
 Q, A, BAD, Q2, A2 = "冬天冷吗？", "北方很冷。", "一点不冷。", "夏天呢？", "很热。"
 
@@ -654,6 +656,26 @@ def test_python_notation() -> None:
 
 
 # There and back
+
+
+def test_converting_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    source = data / "x.jsonl"
+    source.write_text(json.dumps({"prompt": Q, "response": A}), encoding="utf-8")
+    link, hard = tmp_path / "link.jsonl", tmp_path / "hard.jsonl"
+    link.symlink_to(source)
+    hard.hardlink_to(source)
+    kept = source.read_bytes()
+    for read in (source, link, data, data / "*.jsonl"):
+        for written in (source, link, hard):
+            with pytest.raises(UserError, match="among those to read"):
+                convert([str(read), "--output", str(written), "--force"])
+    assert source.read_bytes() == kept
+    assert link.is_symlink()
+    new = data / "new.jsonl"
+    assert convert([str(source), "--output", str(new)]) == 0
+    assert convert([str(source), "--output", str(new), "--force"]) == 0
 
 
 @pytest.mark.parametrize("to", ["alpaca", "chat", "history", "sharegpt", "messages", "pair"])
