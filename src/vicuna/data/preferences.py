@@ -56,7 +56,7 @@ _OTHER_LISTS = frozenset(
     (*keys.ALL_TURN_LISTS, *keys.MATERIAL, *keys.SYSTEMS, *keys.QUESTIONS, *keys.HARMLESS)
     + (*keys.CHOSEN, *keys.REJECTED, "history", "instruction")
 ) - {"source"}
-_LISTS = names("responses answers completions outputs generations replies candidates 回答列表")
+LISTS = names("responses answers completions outputs generations replies candidates 回答列表")
 _TEXTS = names("response text content answer completion output value message generated_text")
 
 
@@ -133,7 +133,7 @@ def better(reading: Reading, several: tuple[str, ...]) -> str:
 
 def list_key(values: dict[str, Any]) -> str | None:
     """The key of a list of answers to one question."""
-    for key in _LISTS:
+    for key in LISTS:
         items = _items(values.get(key))
         if items and all(isinstance(i, (str, dict, list)) for i in items):
             if isinstance(items[0], dict) and not keys.first(items[0], _TEXTS):
