@@ -293,6 +293,9 @@ def test_what_does_not_tell_the_best_drops_the_record(beside: dict[str, Any]) ->
     parsed = of({"prompt": Q, "responses": [A, BAD], **beside})
     assert [p.reason for p in parsed.problems] == [reasons.NO_WINNER]
     assert taught({"prompt": Q, "responses": [A, BAD]}) == [A]
+    ranking = {"prompt": Q, "responses": [BAD, "热。", A], "ranking": [2, 3, 1]}
+    assert taught(ranking) == []  # A by its ranks; by their order it would be the second
+    assert taught({**ranking, "ranking": [3, 2, 1]}) == [A]
     assert taught({"prompt": Q, "responses": [A, BAD], "ids": [1, 2]}) == [A]
 
 

@@ -179,7 +179,7 @@ def best(
 
 def _judged(
     answers: list[Any], own: str, reading: Reading, beside: dict[str, Any] | None
-) -> list[float] | list[float | None] | None:
+) -> list[float | None] | None:
     """How good each answer is by what stands beside the list; None where nothing judges.
 
     Raises: Unusable where something does and it cannot be told what it says.
@@ -197,7 +197,9 @@ def _judged(
             reading.used.add(key)
             if max(merits) < 0 and all(_flag(key) for _ in merits):
                 raise Unusable(key, f"{BAD_ANSWER}: {key}")
-            return merits
+            if key.startswith("ranking") and _may_be_order(merits):
+                raise Unusable(key, NO_WINNER)
+            return [*merits]
         if merits is not None or len(found) == len(answers):
             unclear = unclear or key
     if unclear:
@@ -210,6 +212,14 @@ def _judged(
             reading.used.add(key)
             return [1.0 if i == place else None for i in range(len(answers))]
     return None
+
+
+def _may_be_order(merits: list[float]) -> bool:
+    """Whether a ranking may also list the answers from the best on, and another would be best."""
+    ranks = [-m for m in merits]
+    if sorted(ranks) != [min(ranks) + i for i in range(len(ranks))]:
+        return False
+    return ranks.index(min(ranks)) != ranks[0] - min(ranks)
 
 
 def _place(value: Any, answers: list[Any]) -> int | None:
