@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from vicuna import config
 from vicuna.config import DataSettings, MergeSettings, TrainSettings, parse
 from vicuna.data.sources import expand
 from vicuna.errors import SettingsError, UserError
@@ -131,3 +132,23 @@ def test_what_cannot_be_a_path_is_an_answer(given: str) -> None:
         with pytest.raises(UserError) as found:
             find(given)
         assert len(str(found.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("x.jsonl@wieght=2", "wieght: no such option of a data set; did you mean weight?"),
+        ("x.jsonl@colums.instruction=a", "did you mean columns.instruction?"),
+        ("x.jsonl@max_sample=2", "did you mean max_samples?"),
+        ("x.jsonl@weight=-1", "weight of a data set is -1, but must be above 0"),
+    ],
+)
+def test_an_option_of_data_that_is_wrong_is_named_as_it_was_written(given: str, words: str) -> None:
+    for work in (
+        lambda: config.dataset_entries([given]),
+        lambda: config.build(config.TrainSettings, {"dataset": [given]}),
+    ):
+        with pytest.raises(SettingsError) as found:
+            work()
+        assert words in str(found.value)
+        assert ".0." not in str(found.value)

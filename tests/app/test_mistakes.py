@@ -214,6 +214,7 @@ def of_files(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch
     say(sources.expand, str(folder / "set" / "state.json"))
     (folder / "table.csv").write_text("问,答\n一,二\n", encoding="utf-8")
     say(columns.check, folder / "table.csv", (("output", "回答"),), ["问", "答"])
+    say(columns.check, folder / "table.csv", (("instruction", "甲"),), ["甲", "乙"])
     say(columns.settled, {"outptu": "答"})
     say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).what)
     say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).fix)

@@ -23,6 +23,7 @@ from vicuna import config
 from vicuna.data import columns, json_values, kinds, reasons
 from vicuna.data.formats import parse
 from vicuna.data.read import expand, read
+from vicuna.data.report import FileReport
 from vicuna.data.sources import expand_noting
 from vicuna.data.types import Problem
 from vicuna.errors import SettingsError, UserError
@@ -254,6 +255,11 @@ def test_a_tables_own_names(tmp_path: Path) -> None:
         columns.settled({"instructoin": "用户提问"})
     with pytest.raises(SettingsError, match="colum"):
         config.dataset_entries([f"{path}@colum.instruction=x"])
+    with pytest.raises(UserError, match=r"columns\.output is missing") as found:
+        columns.check(path, columns.settled({"instruction": "用户提问"}), seen)
+    assert found.value.fix.endswith("@columns.instruction=用户提问,columns.output=客服回答")
+    columns.check(path, columns.settled({"instruction": "问"}), ["问", "Output"])
+    columns.check(path, columns.settled({"system": "问"}), ["问", "答"])
     lines = made(tmp_path / "d.jsonl", '{"q1": "甲", "a1": "乙", "output": "旧"}\n')
     (raw,) = read(lines, [])
     parsed = parse(raw, columns.settled({"instruction": "q1", "output": "a1"}))
@@ -379,3 +385,31 @@ def test_reading_loads_nothing_heavy() -> None:
         "print({'torch', 'pyarrow', 'transformers', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said", "unsaid"),
+    [
+        ("a.csv", "怎么退货,七天内可退\n怎么换货,三十天内可换\n", "if the first row is data", ""),
+        ("b.csv", "怎么退货？,七天内可退。\n怎么换货？,可换。\n", "looks like data", "@columns"),
+        ("c.csv", "用户提问,客服回复\n怎么换货,可换\n", "@columns.instruction=用户提问", "header"),
+        ("d.json", '{"你好吗": "很好", "冬天冷": "很冷"}', "map of questions", "@columns"),
+        ("e.json", '{"甲": "很好", "冬天": "很冷", "夏天": "热"}', "map of questions", "@columns"),
+        (
+            "f.jsonl",
+            '{"q1": "甲", "a1": "乙"}\n',
+            "@columns.instruction=q1,columns.output=a1",
+            "map",
+        ),
+    ],
+)
+def test_names_that_are_data_are_not_taken_for_columns(
+    name: str, content: str, said: str, unsaid: str, tmp_path: Path
+) -> None:
+    path = made(tmp_path / name, content)
+    report = FileReport(str(path))
+    for raw in read(path, []):
+        report.add(parse(raw))
+    hint = report.notes()[1]
+    assert said in hint
+    assert not unsaid or unsaid not in hint

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import keys, reasons
-from vicuna.data.convert import as_format
+from vicuna.data import checks, keys, reasons
+from vicuna.data.convert import as_format, convert
 from vicuna.data.formats import parse
 from vicuna.data.types import Conversation, Parsed, Raw, Turn
+from vicuna.errors import UserError
 
 Q, A, BAD, Q2, A2 = "冬天冷吗？", "北方很冷。", "一点不冷。", "夏天呢？", "很热。"
 
@@ -257,6 +259,67 @@ def test_a_preference_without_a_winner_is_dropped_and_context_is_not_learned() -
     assert (texts(apart), taught(apart)) == ([Q2, A2, Q, A], [A])
 
 
+JUDGED = [
+    ("responses", {"scores": [1, 5]}),
+    ("answers", {"ranks": [2, 1]}),
+    ("completions", {"ratings": [2, 9]}),
+    ("responses", {"best": 1}),
+    ("responses", {"best_index": "1"}),
+    ("responses", {"chosen": "B"}),
+    ("responses", {"winner": A}),
+    ("answer", {"score": [1, 2]}),
+    ("output", {"scores": [1, 2]}),
+    ("candidates", {"human_rewards": "[0.1, 0.5]"}),
+    ("responses", {"is_correct": [False, True]}),
+    ("responses", {"rejected": ["x", "y"], "score": [0, 1]}),
+]
+
+
+@pytest.mark.parametrize(("key", "beside"), JUDGED)
+def test_a_list_beside_the_answers_tells_which_is_the_best(key: str, beside: Any) -> None:
+    record = {"instruction" if key == "output" else "prompt": Q, key: [BAD, A], **beside}
+    assert taught(record) == [A]
+    assert [p.reason for p in of(record).problems] == [f"{reasons.BEST}: 2 of 2"]
+    inside = {"history": [{"question": Q, "answer": [BAD, A], **beside}]}
+    assert taught(inside) == [A]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [{"marks": [1, 2]}, {"scores": [1, 2, 3]}, {"scores": [1, None]}, {"scores": ["x", "y"]}]
+    + [{"best": 2}, {"winner": "neither"}],
+)
+def test_what_does_not_tell_the_best_drops_the_record(beside: dict[str, Any]) -> None:
+    parsed = of({"prompt": Q, "responses": [A, BAD], **beside})
+    assert [p.reason for p in parsed.problems] == [reasons.NO_WINNER]
+    assert taught({"prompt": Q, "responses": [A, BAD]}) == [A]
+    ranking = {"prompt": Q, "responses": [BAD, "热。", A], "ranking": [2, 3, 1]}
+    assert taught(ranking) == []  # A by its ranks; by their order it would be the second
+    assert taught({**ranking, "ranking": [3, 2, 1]}) == [A]
+    assert taught({"prompt": Q, "responses": [A, BAD], "ids": [1, 2]}) == [A]
+
+
+@pytest.mark.parametrize("winner", ["preferred", "better", "chosen", "winner", "preference"])
+@pytest.mark.parametrize("stem", ["response", "answer", "output"])
+def test_the_winner_is_a_number_a_letter_or_a_name(winner: str, stem: str) -> None:
+    numbered = {"question": Q, f"{stem}_1": BAD, f"{stem}_2": A}
+    for value in (2, "2", "b", "B", "second", f"{stem}_2", f"{stem} 2"):
+        assert taught({**numbered, winner: value}) == [A], value
+    lettered = {"question": Q, f"{stem}_a": BAD, f"{stem}_b": A}
+    for value in ("b", "B", f"{stem}_b", f"{stem.title()} B", "model_b"):
+        assert taught({**lettered, winner: value}) == [A], value
+    assert taught({**numbered, f"{stem}_3": "好。", winner: 3}) == ["好。"]
+    for value in (3, "3", "tie"):
+        assert taught({**numbered, winner: value}) == []
+
+
+def test_a_label_that_says_neither_good_nor_bad_is_named() -> None:
+    for value in (3, 0.5, "体育"):
+        parsed = of({"prompt": Q, "completion": A, "label": value})
+        (problem,) = parsed.problems
+        assert (problem.action, problem.reason.split(": ")[0]) == ("warned", reasons.LABEL_ODD)
+
+
 # System prompts
 
 
@@ -344,6 +407,42 @@ def test_reasoning_is_the_thought_of_the_answer(key: str) -> None:
         assert not {key, key.lower()} & set(of(record).unused)
     first = turns(of(TURNS["messages"](**{key: "先想。"})))[1]
     assert (first.text, first.thought) == (A, "先想。")
+
+
+def test_a_thought_in_the_answer_and_beside_it_is_one() -> None:
+    """Else `thinking off` leaves one of them in, and on teaches two."""
+    for inside, thought, reason in (
+        ("想", "想", reasons.THOUGHT_TWICE),
+        ("", "想", reasons.THOUGHT_TWICE),
+        ("再想", "想\n再想", reasons.THOUGHTS_JOINED),
+    ):
+        answer = f"<think>\n{inside}\n</think>\n\n{A}"
+        for record in (
+            {"prompt": Q, "response": answer, "reasoning_content": "想"},
+            {"messages": [user(Q), bot(answer, reasoning_content="想")]},
+        ):
+            parsed = of(record)
+            assert [(t.text, t.thought) for t in turns(parsed)] == [(Q, ""), (A, thought)]
+            assert [p.reason for p in parsed.problems] == [reason]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["<think>想不完", f"想</think>{A}", f"<thinking>想</thinking>{A}", f"◁think▷想◁/think▷{A}"]
+    + [f"<reasoning>想</reasoning><answer>{A}</answer>", f"[THINK]想[/THINK]{A}"]
+    + [
+        f"<|begin_of_thought|>想<|end_of_thought|>{A}",
+        f"<think>想</think>{A}<think>再想</think>好",
+    ],
+)
+def test_thoughts_in_other_marks_are_warned_of(answer: str) -> None:
+    conversation = of({"prompt": Q, "response": answer}).conversation
+    assert conversation is not None
+    reasons_ = [p.reason.split(": ")[0] for p in checks.warnings(conversation)]
+    assert reasons_.count(checks.THOUGHT) == 1
+    plain = of({"prompt": answer, "response": f"<think>想</think>{A}，3 < 5"}).conversation
+    assert plain is not None
+    assert checks.THOUGHT not in "".join(p.reason for p in checks.warnings(plain))
 
 
 def test_thoughts_in_parts_and_in_turns_of_their_own() -> None:
@@ -560,6 +659,26 @@ def test_python_notation() -> None:
 
 
 # There and back
+
+
+def test_converting_never_replaces_what_it_reads(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    source = data / "x.jsonl"
+    source.write_text(json.dumps({"prompt": Q, "response": A}), encoding="utf-8")
+    link, hard = tmp_path / "link.jsonl", tmp_path / "hard.jsonl"
+    link.symlink_to(source)
+    hard.hardlink_to(source)
+    kept = source.read_bytes()
+    for read in (source, link, data, data / "*.jsonl"):
+        for written in (source, link, hard):
+            with pytest.raises(UserError, match="among those to read"):
+                convert([str(read), "--output", str(written), "--force"])
+    assert source.read_bytes() == kept
+    assert link.is_symlink()
+    new = data / "new.jsonl"
+    assert convert([str(source), "--output", str(new)]) == 0
+    assert convert([str(source), "--output", str(new), "--force"]) == 0
 
 
 @pytest.mark.parametrize("to", ["alpaca", "chat", "history", "sharegpt", "messages", "pair"])

@@ -207,6 +207,9 @@ def _in_words(cls: type[BaseModel], error: Any) -> str:
     """One of pydantic's errors as a sentence with the setting, the value and what is allowed."""
     place = [str(p) for p in error["loc"]]
     name = ".".join(place)
+    field = cls.model_fields.get(place[0]) if len(place) > 2 else None
+    if field is not None and field.annotation == list[DatasetEntry]:
+        cls, name = DatasetEntry, f"{'.'.join(place[2:])} of a data set"
     given = error.get("input")
     context = error.get("ctx", {})
     kind = error["type"]
@@ -223,8 +226,13 @@ def _in_words(cls: type[BaseModel], error: Any) -> str:
     if kind == "missing":
         return f"{name} is missing"
     if kind == "extra_forbidden":
-        close = difflib.get_close_matches(place[-1], cls.model_fields, n=1)
-        return f"{name}: no such setting" + (f"; did you mean {close[0]}?" if close else "")
+        stem, dot, column = place[-1].partition(".")
+        close = [n for n in difflib.get_close_matches(stem, cls.model_fields, n=2) if n != "path"]
+        near = f"; did you mean {close[0]}{dot}{column}?" if close else ""
+        if cls is DatasetEntry:  # written as path@name=value
+            known = ", ".join(n for n in cls.model_fields if n != "path")
+            return f"{place[-1]}: no such option of a data set{near or f'; there are {known}'}"
+        return f"{name}: no such setting{near}"
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     expected |= {"string": "text", "tuple": "a list", "list": "a list", "mapping": "a table"}
     word = expected.get(kind.split("_")[0], error["msg"])

@@ -35,8 +35,8 @@ from vicuna.data.template_base import (
     Template,
     ThoughtMarks,
     TrainTurns,
-    split_thought,
 )
+from vicuna.data.thoughts import split_thought
 from vicuna.data.types import Conversation, Turn
 
 

@@ -13,6 +13,7 @@ from functools import cache
 
 import numpy as np
 
+from vicuna.data.thoughts import MARK, split_thought
 from vicuna.data.types import Conversation, Problem, Turn
 
 # The reasons a user reads. Stable; a detail may follow after ": ".
@@ -21,6 +22,7 @@ OTHER_TEMPLATE = "another template's marks in the text"
 MOJIBAKE = "text decoded with the wrong encoding"
 PLACEHOLDER = "placeholder left in the text"
 SHIFTED = "user turn speaks as an assistant, roles may be shifted"
+THOUGHT = "thought in other marks, taught as text"
 SAME = "answer identical to the question"
 
 SIGNATURE = 24  # hashes in a MinHash signature
@@ -92,6 +94,8 @@ def warnings(conversation: Conversation) -> list[Problem]:
         found.append(("", NO_CHINESE))
     if _ANY.search(whole):
         found += _inside(turns, texts)
+    if conversation.kind == "chat" and any(char in whole for char in "<[◁【"):
+        found += _thought_marks(turns)
     for i, turn in enumerate(turns):
         if turn.role == "user":
             if _SHIFTED.match(texts[i]):
@@ -102,6 +106,17 @@ def warnings(conversation: Conversation) -> list[Problem]:
             break
     line = conversation.line
     return [Problem(line, field, reason, "warned") for field, reason in found] if found else []
+
+
+def _thought_marks(turns: list[Turn]) -> list[tuple[str, str]]:
+    """The first mark of a thought in an answer that is taught as text: not in the block that the
+    answer begins with, which is read unless the thought stands beside it."""
+    for i, turn in enumerate(turns):
+        if turn.role == "assistant":
+            text = turn.text if turn.thought else split_thought(turn.text)[1]
+            if match := MARK.search(text):
+                return [(_where(turns, i), f"{THOUGHT}: {match[0].strip()}")]
+    return []
 
 
 def _where(turns: list[Turn], i: int) -> str:

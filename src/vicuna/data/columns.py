@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vicuna.data import keys
+from vicuna.data import keys, preferences
 from vicuna.data.textrules import Unusable, parse_json
 from vicuna.data.types import Raw
 from vicuna.errors import UserError
@@ -16,6 +16,11 @@ from vicuna.errors import UserError
 # (our name, the file's own), sorted; a tuple, because it is part of a cache's key.
 Columns = tuple[tuple[str, str], ...]
 
+# Under one of these, or a list of turns, a record has its answer.
+_ANSWERING = {*keys.ANSWERS, *keys.CHOSEN, *keys.ALL_TURN_LISTS, *keys.OPTION_ANSWERS, "history"}
+_ANSWERING |= {*preferences.KEYS, *preferences.LISTS, "content"}
+# A prompt may be a whole dialogue in one text.
+_ASKING = [n for n in ("instruction", *keys.QUESTIONS) if n != "prompt"]
 LOOKED_AT = 200  # records that a column must show itself in
 
 
@@ -63,6 +68,23 @@ def check(path: Path, columns: Columns, seen: Sequence[str]) -> None:
                 where=str(path),
                 fix=(f"Did you mean {near[0]}? " if near else "") + f"It has: {listed}.",
             )
+    _check_answer(path, columns, seen)
+
+
+def _check_answer(path: Path, columns: Columns, seen: Sequence[str]) -> None:
+    """Raises: UserError where a question was named and nothing in the file can be its answer."""
+    named = dict(columns)
+    asked = next((n for n in _ASKING if n in named), None)
+    known = {*named, *(own.lower() for own in seen if own not in named.values())}
+    if not seen or asked is None or not known.isdisjoint(_ANSWERING):
+        return
+    left = [own for own in seen if own not in named.values()]
+    raise UserError(
+        f"columns.{asked} is named and columns.output is missing: there is no answer",
+        where=str(path),
+        fix=f"Name the column of the answers too: {path}@columns.{asked}={named[asked]},"
+        f"columns.output={left[0] if left else '...'}",
+    )
 
 
 def keys_of(records: Iterable[Raw]) -> list[str]:

@@ -37,6 +37,7 @@ def convert(words: Sequence[str]) -> int:
         raise UserError("the file exists", where=str(output), fix="Add --force to replace it.")
     entries = config.dataset_entries(files)
     check_sources(entries, settings.encoding)
+    _refuse_reading(output, entries)
     reports: list[FileReport] = []
     with whole_file(output) as aside:
         with aside.open("w", encoding="utf-8", errors="replace") as out:
@@ -58,6 +59,20 @@ def convert(words: Sequence[str]) -> int:
     for note in DataReport(reports).notes():
         say(note)
     return 0
+
+
+def _refuse_reading(output: Path, entries: Sequence[DatasetEntry]) -> None:
+    """Raises: UserError where the file to write is one of those to read, by whatever name."""
+    if not output.exists():
+        return
+    for entry in entries:
+        for path in expand_noting(entry.path, []):
+            if path.exists() and path.samefile(output):
+                raise UserError(
+                    "this file is among those to read, and would be replaced",
+                    where=str(output),
+                    fix="Give another name to --output.",
+                )
 
 
 def _conversations(

@@ -20,7 +20,7 @@ from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.keys import empty
-from vicuna.data.reasons import BAD_ANSWER, MASK_ODD, MEDIA, NOT_LEARNED, TOOL, WEIGHT
+from vicuna.data.reasons import BAD_ANSWER, LABEL_ODD, MASK_ODD, MEDIA, NOT_LEARNED, TOOL, WEIGHT
 from vicuna.data.said import Said
 from vicuna.data.textrules import NOT_TEXT, Note, Number, Unusable, kind, shorten
 
@@ -199,13 +199,19 @@ def _learned(key: str, value: Any, note: Note) -> bool | list[bool] | None:
         marked = says(value)
         return None if marked is None else not marked
     if key in keys.GOOD:
-        return says(value)
+        return _judged(key, value, says(value), note)
     if key in _FLAGS and str(value).lower() in ("true", "false"):
         return (str(value).lower() == "true") == _FLAGS[key]
     if key in keys.BAD:
         marked = says(value)
-        return None if marked is None else not marked
+        return _judged(key, value, None if marked is None else not marked, note)
     return None
+
+
+def _judged(key: str, value: Any, learned: bool | None, note: Note) -> bool | None:
+    if learned is None:
+        note(key, f"{LABEL_ODD}: {key} {shorten(_brief(value), 40)}", "warned")
+    return learned
 
 
 # The names of better and worse answers may be flags of one answer as well.

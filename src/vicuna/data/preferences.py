@@ -3,45 +3,72 @@
     chosen/rejected    texts, turns or lists of turns, beside a prompt, a conversation or nothing
     two answers        response_0/response_1 with better_response_id, response_a/response_b with
                        winner, and their like
-    a list of answers  with ranks or scores, or ordered from the best
+    a list of answers  with ranks or scores in them or in a list beside it, with the place of the
+                       best, or ordered from the best
 
 Which answers were left out shows among the columns that were not used, or in a note.
 """
 
 from __future__ import annotations
 
+import re
+from itertools import takewhile
 from typing import Any
 
 from vicuna.data import keys
 from vicuna.data.marks import Reading, joined, number_of, says, thinking
-from vicuna.data.reasons import BEST, FIRST, NO_WINNER
+from vicuna.data.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER
 from vicuna.data.said import Said
 from vicuna.data.textrules import NOT_TEXT, Unusable, kind, names, parse_list
 
-_TWO = (
-    *(("response_0", "response_1"), ("response_a", "response_b"), ("answer_a", "answer_b")),
-    *(("response1", "response2"), ("response_1", "response_2"), ("answer_0", "answer_1")),
-    *(("completion_a", "completion_b"), ("output_1", "output_2"), ("output_a", "output_b")),
-    *(("conversation_a", "conversation_b"), ("human_ref_a", "human_ref_b"), ("answer1", "answer2")),
+_ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))
+_TWO = tuple(
+    (f"{stem}{sep}{ends[0]}", f"{stem}{sep}{ends[1]}")
+    for sep, ends in _ENDS
+    for stem in names(
+        "response answer completion output conversation human_ref reply generation 回答 答案 回复"
+    )
 )
 _WINNERS = names(
     "better_response_id winner preference overall_preference preferred better choice best label "
-    "labels chosen safer_response_id winner_id preferred_answer"
+    "labels chosen safer_response_id winner_id preferred_answer preferred_response best_response "
+    "chosen_response better_response accepted selected winner_response 优选"
 )
-_FIRST_WORDS = frozenset(("a", "model_a", "response_a", "first", "answer_a", "left"))
-_SECOND_WORDS = frozenset(("b", "model_b", "response_b", "second", "answer_b", "right"))
+# Which answer of a list is the best, counted from 0.
+_PLACES = names(
+    "best best_index best_idx best_id best_response best_response_index best_answer winner "
+    "winner_index winner_id preferred preferred_index chosen chosen_index chosen_idx choice "
+    "preference better selected selected_index accepted label 优选"
+)
+_POINTER = re.compile(
+    r"(?:(?:model|response|answer|output|completion|option|reply|回答|答案|回复)[_ -]?)?([a-i]|\d)"
+)
+_ORDINALS = {"first": 0, "left": 0, "second": 1, "right": 1, "third": 2, "fourth": 3}
+_NEITHER = frozenset(names("tie tied draw both neither none equal same bothbad both_bad 平局 一样"))
+# What the last word of a list's name says of its numbers: more is better, or less.
+_SIGNS = {
+    **dict.fromkeys(("rank", "ranking"), -1.0),
+    **dict.fromkeys(names("score rating reward vote upvote like point quality"), 1.0),
+}
 KEYS = (*keys.CHOSEN, *(key for two in _TWO for key in two))
-_LISTS = names("responses answers completions outputs generations replies candidates 回答列表")
+# Lists that may be as long as that of the answers and have nothing to do with it.
+_OTHER_LISTS = frozenset(
+    (*keys.ALL_TURN_LISTS, *keys.MATERIAL, *keys.SYSTEMS, *keys.QUESTIONS, *keys.HARMLESS)
+    + (*keys.CHOSEN, *keys.REJECTED, "history", "instruction")
+) - {"source"}
+LISTS = names("responses answers completions outputs generations replies candidates 回答列表")
 _TEXTS = names("response text content answer completion output value message generated_text")
 
 
 def chosen_key(values: dict[str, Any]) -> str | None:
-    """The key of the better answer, where it is an answer and not a flag."""
+    """The key of the better answer, where it is an answer and not a flag or a pointer."""
     for key in keys.CHOSEN:
         value = values.get(key)
         if isinstance(value, (list, dict)) and value:
             return key
         if isinstance(value, str) and value.strip():
+            if _points(value) and (two_keys(values) or list_key(values)):
+                continue
             worse = any(k in values for k in keys.REJECTED)
             if worse or value.strip().lower() not in ("true", "false", "yes", "no", "0", "1"):
                 return key
@@ -50,43 +77,63 @@ def chosen_key(values: dict[str, Any]) -> str | None:
     return None
 
 
-def two_keys(values: dict[str, Any]) -> tuple[str, str] | None:
-    """The keys of two answers that are compared."""
-    return next((two for two in _TWO if two[0] in values and two[1] in values), None)
+def _points(value: str) -> bool:
+    """Whether a text can be the number, letter or name of an answer, or says that none is best."""
+    word = value.strip().lower()
+    if word in _ORDINALS or word in _NEITHER:
+        return True
+    return bool(_POINTER.fullmatch(word)) or number_of(word) is not None
 
 
-def better(reading: Reading, two: tuple[str, str]) -> str:
-    """Which of two answers is the better one.
+def two_keys(values: dict[str, Any]) -> tuple[str, ...] | None:
+    """The keys of two answers, or of more, that are compared."""
+    for two in _TWO:
+        if two[0] in values and two[1] in values:
+            if not keys.first(values, _WINNERS) and any(
+                not keys.empty(values.get(a)) for a in keys.ANSWERS
+            ):
+                return None  # the record says itself which is its answer
+            last = ord(two[1][-1])
+            more = (f"{two[1][:-1]}{chr(code)}" for code in range(last + 1, last + 8))
+            return (*two, *takewhile(values.__contains__, more))
+    return None
 
-    Raises: Unusable where nothing says so, or neither is.
+
+def better(reading: Reading, several: tuple[str, ...]) -> str:
+    """Which of the answers under these keys is the best one.
+
+    Raises: Unusable where nothing says so, or none is.
     """
     key = keys.first(reading.values, _WINNERS)
     value = reading.take(key)
-    if value in two:
-        return str(value)
     word = str(value).strip().lower()
+    if (name := re.sub("[ -]", "_", word)) in several:
+        return name
     number = number_of(value)
-    if word in _FIRST_WORDS:
-        return two[0]
-    if word in _SECOND_WORDS:
-        return two[1]
+    place = None
     if number is not None and key == "overall_preference":  # a scale around 0, the first below it
-        if number != 0:
-            return two[0] if number < 0 else two[1]
+        place = None if number == 0 else 0 if number < 0 else 1
     elif number is not None and key == "labels":  # 1 says that the first was preferred
-        return two[0] if number == 1 else two[1]
+        place = 0 if number == 1 else 1
     elif number is not None:
-        zero_based = two[0].endswith("0") or two[0].endswith("a")
-        if number in (0, 1) and zero_based:
-            return two[int(number)]
-        if number in (1, 2) and not zero_based:
-            return two[int(number) - 1]
-    raise Unusable(key or two[0], NO_WINNER)
+        place = int(number) - (several[0][-1] == "1") if number.is_integer() else None
+    elif word in _ORDINALS:
+        place = _ORDINALS[word]
+    elif (found := _POINTER.fullmatch(word)) and found[1].isalpha():
+        place = ord(found[1]) - ord("a")
+    elif found and several[0][-1].isdigit():
+        place = int(found[1]) - int(several[0][-1])
+    else:
+        own = [k for k in several if str(reading.values[k]).strip().lower() == word]
+        place = several.index(own[0]) if len(own) == 1 and word else None
+    if place is None or not 0 <= place < len(several):
+        raise Unusable(key or several[0], NO_WINNER)
+    return several[place]
 
 
 def list_key(values: dict[str, Any]) -> str | None:
     """The key of a list of answers to one question."""
-    for key in _LISTS:
+    for key in LISTS:
         items = _items(values.get(key))
         if items and all(isinstance(i, (str, dict, list)) for i in items):
             if isinstance(items[0], dict) and not keys.first(items[0], _TEXTS):
@@ -101,10 +148,16 @@ def _items(value: Any) -> list[Any] | None:
     return value if isinstance(value, list) else None
 
 
-def best(value: list[Any], field: str, reading: Reading) -> Any:
+def best(
+    value: list[Any], field: str, reading: Reading, beside: dict[str, Any] | None = None
+) -> Any:
     """The answer of a list that is taught: of the best rank or score, else the first.
 
-    Raises: Unusable where the list is empty.
+    Args:
+        beside: what stands beside the list, where that is not the whole record.
+
+    Raises: Unusable where the list is empty, or where what stands beside it does not tell which
+        answer is the best.
     """
     if not value:
         return None
@@ -113,6 +166,8 @@ def best(value: list[Any], field: str, reading: Reading) -> Any:
     merits = [_merit(item) for item in value]
     if all(isinstance(v, list) for v in value) and not any(merits):
         raise Unusable(field, f"{NOT_TEXT}: {kind(value)}")
+    if all(m is None for m in merits):
+        merits = _judged(value, field.rsplit(".", 1)[-1], reading, beside) or merits
     if any(m is not None for m in merits):
         place = max(range(len(value)), key=lambda i: (merits[i] is not None, merits[i] or 0.0, -i))
         reading.note(field, f"{BEST}: {place + 1} of {len(value)}", "repaired")
@@ -120,6 +175,92 @@ def best(value: list[Any], field: str, reading: Reading) -> Any:
         place = 0
         reading.note(field, f"{FIRST}: {len(value)}", "repaired")
     return _text(value[place], f"{field}[{place}]")
+
+
+def _judged(
+    answers: list[Any], own: str, reading: Reading, beside: dict[str, Any] | None
+) -> list[float | None] | None:
+    """How good each answer is by what stands beside the list; None where nothing judges.
+
+    Raises: Unusable where something does and it cannot be told what it says.
+    """
+    values = reading.values if beside is None else beside
+    used = reading.used if beside is None else set[str]()
+    rest = [k for k in values if k not in used and k != own and not keys.empty(values[k])]
+    unclear = ""
+    for key in rest:
+        found = _items(values[key])
+        if found is None or key in _OTHER_LISTS or key.removesuffix("s") in keys.HARMLESS:
+            continue
+        merits = _merits(key, found)
+        if merits and len(merits) == len(answers):
+            reading.used.add(key)
+            if max(merits) < 0 and all(_flag(key) for _ in merits):
+                raise Unusable(key, f"{BAD_ANSWER}: {key}")
+            if key.startswith("ranking") and _may_be_order(merits):
+                raise Unusable(key, NO_WINNER)
+            return [*merits]
+        if merits is not None or len(found) == len(answers):
+            unclear = unclear or key
+    if unclear:
+        raise Unusable(unclear, NO_WINNER)
+    for key in _PLACES:
+        if key in rest and not isinstance(values[key], (bool, list, dict)):
+            place = _place(values[key], answers)
+            if place is None:
+                raise Unusable(key, NO_WINNER)
+            reading.used.add(key)
+            return [1.0 if i == place else None for i in range(len(answers))]
+    return None
+
+
+def _may_be_order(merits: list[float]) -> bool:
+    """Whether a ranking may also list the answers from the best on, and another would be best."""
+    ranks = [-m for m in merits]
+    if sorted(ranks) != [min(ranks) + i for i in range(len(ranks))]:
+        return False
+    return ranks.index(min(ranks)) != ranks[0] - min(ranks)
+
+
+def _place(value: Any, answers: list[Any]) -> int | None:
+    """The place of the answer that a number from 0, a letter or its own words point at."""
+    number = number_of(value)
+    if number is not None:
+        place = int(number) if number.is_integer() else -1
+        return place if 0 <= place < len(answers) else None
+    same = [i for i, answer in enumerate(answers) if answer == value]
+    if same:
+        return same[0]
+    word = str(value).strip().lower()
+    found = _POINTER.fullmatch(word)
+    place = ord(found[1]) - ord("a") if found and found[1].isalpha() else _ORDINALS.get(word, -1)
+    return place if 0 <= place < len(answers) else None
+
+
+def _flag(key: str) -> float:
+    """1 where a list of this name says yes to good answers, -1 to bad ones, 0 if it is none."""
+    for name in (key, key.removesuffix("s")):
+        if name in keys.GOOD or name in (*keys.CHOSEN, "selected", "is_best", "best"):
+            return 1.0
+        if name in keys.BAD or name in keys.REJECTED:
+            return -1.0
+    return 0.0
+
+
+def _merits(key: str, found: list[Any]) -> list[float] | None:
+    """The merits that a list of this name gives; [] where they cannot be read, None where its
+    name says nothing of merit."""
+    plain = key.replace("-", "_").replace(" ", "_")
+    sign = _SIGNS.get(plain.rsplit("_", 1)[-1].removesuffix("s"))
+    if sign is None:
+        sign = -1.0 if key in keys.RANKS else 1.0 if key in keys.SCORES else None
+    if sign is not None:
+        numbers = [number_of(v) for v in found]
+        return [] if None in numbers else [sign * n for n in numbers if n is not None]
+    if flag := _flag(plain):
+        said = [says(v) for v in found]
+        return [] if None in said else [flag if v else -flag for v in said]
+    return None
 
 
 def _merit(item: Any) -> float | None:

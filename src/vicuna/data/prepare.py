@@ -36,7 +36,7 @@ from vicuna.data.types import Conversation, Problem, Raw, Turn
 from vicuna.interrupts import children_spared
 
 # Counts up when anything here changes what a record becomes.
-FORMAT = 11
+FORMAT = 12
 CHUNK = 512
 # Below this, starting worker processes costs more than it saves.
 SMALL = 8 << 20

@@ -147,12 +147,14 @@ def _context(value: Any, key: str, reading: Reading) -> Iterator[Said]:
         yield said._replace(learned=False) if said.role == "assistant" else said
 
 
-def _answers(value: Any, key: str, reading: Reading) -> list[Said]:
+def _answers(
+    value: Any, key: str, reading: Reading, beside: dict[str, Any] | None = None
+) -> list[Said]:
     """An answer as text, as a turn, as a list of turns, or as the best of several."""
     if looks_like_turns(value):
         return list(items(value, key, reading))
     if isinstance(value, list):
-        value = preferences.best(value, key, reading)
+        value = preferences.best(value, key, reading, beside)
     return [preferences.answer(value, key, reading)]
 
 
@@ -434,7 +436,7 @@ def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said
     if system and not empty(item[system]):
         yield Said("system", item[system], f"{where}.{system}")
     yield Said("user", item[question], f"{where}.{question}", item.get(material), material)
-    (said,) = _answers(item[answer], f"{where}.{answer}", reading)
+    (said,) = _answers(item[answer], f"{where}.{answer}", reading, item)
     if beside is not None:
         said = said._replace(thought=beside.thought or said.thought, learned=beside.learned)
     yield said

@@ -24,7 +24,12 @@ NOT_LEARNED = "marked as not to be learned"
 TOOL = "tool call"
 BAD_ANSWER = "marked as a bad answer"
 WEIGHT = "weight taken as 1"
+LABEL_ODD = "label not understood, the answer is taught"
 MASK_ODD = "loss mask not understood"
+
+# Thoughts.
+THOUGHT_TWICE = "thought given twice, taken once"
+THOUGHTS_JOINED = "thought beside the answer and in it, joined"
 
 # What readers of formats find.
 NOT_A_TURN = "not a turn"

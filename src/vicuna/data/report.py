@@ -25,6 +25,13 @@ OWN_NAMES = "no column has a name that is known here"
 COUNTED = 100  # names that are counted one by one
 MORE_COLUMNS = "and others"
 PLACES = 3  # examples of a reason in the table
+# What no name has, and what most have: a header's words, or a plain identifier.
+_DATA = re.compile(r"[。？！?!；;：:，“”]|[吗呢吧么]$|.{16}| \S+ ")
+_HEADER = re.compile(
+    r"(?:问|答|问题|答案|回复|回答|用户|客服|标题|内容|文本|输入|输出|指令|名称?|编号|类别?|部门"
+    r"|时间|日期|原文|译文|描述|方|人|[A-Za-z_]\d*)$"
+)
+_TABLE = re.compile(r"\.(?:csv|tsv|tab)(?:\.\w+)?$")
 _SHARE = re.compile(r"(\d+) of (\d+) records have no Chinese text")
 _ORDER: tuple[Action, ...] = ("dropped", "repaired", "warned")
 
@@ -189,10 +196,23 @@ class FileReport:
             return ""
         own = [name.strip() for name in names[0].split(",")]
         one, two = own[0], own[1] if len(own) > 1 else "..."
-        return (
-            f"{OWN_NAMES}: {names[0]}; say what they are: "
-            f"{self.path}@columns.instruction={one},columns.output={two}"
-        )
+        known = f"{OWN_NAMES}: {names[0]}"
+        advice = f"say what they are: {self.path}@columns.instruction={one},columns.output={two}"
+        like_data = any(map(_DATA.search, own))
+        if _TABLE.search(self.path.lower()):
+            header = "put a header line above it, such as instruction,output"
+            if like_data:
+                return f"{known}; the first row looks like data: {header}"
+            if not all(map(_HEADER.search, own)):
+                return f"{known}; if the first row is data already, {header}; else {advice}"
+        elif self.records == 1 and (like_data or len(own) > 2):
+            return (
+                f"{known}; if it is a map of questions to answers, write each as a record: "
+                '{"instruction": QUESTION, "output": ANSWER}'
+            )
+        elif like_data:
+            return f'{known}; write records such as {{"instruction": ..., "output": ...}}'
+        return f"{known}; {advice}"
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -21,6 +21,8 @@ from vicuna.data.reasons import (
     QUESTION_FROM_INPUT,
     SYSTEM_LEFT_OUT,
     SYSTEM_MOVED,
+    THOUGHT_TWICE,
+    THOUGHTS_JOINED,
 )
 from vicuna.data.textrules import (
     PLACEHOLDER_INPUT,
@@ -30,6 +32,7 @@ from vicuna.data.textrules import (
     is_placeholder_answer,
     is_placeholder_input,
 )
+from vicuna.data.thoughts import split_thought
 from vicuna.data.types import Role, Turn
 
 # The reasons a user reads, beside those of `textrules`. Stable; a detail may follow after ": ".
@@ -157,11 +160,26 @@ def _turn(s: Said, note: Note) -> tuple[Turn, bool]:
         if s.thought is not None:
             thought = clean(s.thought, f"{s.field} (thought)", note) or ""
             turn.thought = "" if is_placeholder_answer(thought) else thought
+            if turn.thought and "<think>" in turn.text[:100]:
+                _one_thought(turn, s.field, note)
         if not s.learned:
             turn.supervised = False
     elif "<" in turn.text:
         _refuse_media(turn.text, s.field)
     return turn, text is None
+
+
+def _one_thought(turn: Turn, field: str, note: Note) -> None:
+    """Of a thought beside an answer and a block at its beginning, one thought."""
+    inside, said = split_thought(turn.text)
+    if said == turn.text or not said.strip():
+        return
+    turn.text = said
+    if inside.strip() in ("", turn.thought.strip()):
+        note(field, THOUGHT_TWICE, "repaired")
+    else:
+        turn.thought = _joined(turn.thought, inside)
+        note(field, THOUGHTS_JOINED, "repaired")
 
 
 def _refuse_media(words: str, field: str) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vicuna.data.encode import Segment
+from vicuna.data.thoughts import split_thought
 from vicuna.data.types import Conversation, Turn
 
 TrainTurns = Literal["all", "last"]
@@ -267,15 +268,6 @@ class Template:
     def harmless(self, text: str) -> str:
         """The text with this template's plain-word role marks made unable to open a turn."""
         return self._guard.sub(r" \g<0>", text) if self._guard else text
-
-
-def split_thought(text: str) -> tuple[str, str]:
-    """(thought, answer) of a text that begins with a `<think>` block; no thought if it does not."""
-    found = _BLOCK.match(text)
-    return (found[1].strip("\n"), found[2]) if found else ("", text)
-
-
-_BLOCK = re.compile(r"\s*<think>(.*?)</think>\s*(.*)", re.S)
 
 
 def shape_of(turns: Sequence[Turn]) -> Shape:
