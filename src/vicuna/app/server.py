@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shutil
 import socket
@@ -123,7 +124,7 @@ def _behind(gate: Gate) -> Callable[[Any], AbstractAsyncContextManager[None]]:
 def free_port(settings: WebSettings) -> int:
     """The port that was asked for, or the first free one from 7860 on.
 
-    Raises: UserError where it is busy.
+    Raises: UserError if it is in use, or cannot be had.
     """
     wanted = settings.port
     for port in [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + PORTS):
@@ -132,12 +133,24 @@ def free_port(settings: WebSettings) -> int:
             for host in dict.fromkeys((settings.host, "127.0.0.1")):
                 _probe(host, port)
         except OSError as e:
-            reason = e.strerror or str(e)
+            error = e
             continue
         return port
-    which = f"port {wanted}" if wanted else f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+    if not wanted:
+        raise UserError(
+            f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {settings.host} can be "
+            f"used: {error.strerror or error}",
+            where="port",
+            fix="Name another with --port.",
+        )
+    if error.errno == errno.EADDRINUSE:
+        raise UserError(
+            f"port {wanted} of {settings.host} is in use",
+            where="port",
+            fix="Close the program that uses it, or choose another --port.",
+        )
     raise UserError(
-        f"{which} of {settings.host} can be used: {reason}",
+        f"port {wanted} of {settings.host} cannot be used: {error.strerror or error}",
         where="port",
         fix="Leave out --port for the first free one, or name another.",
     )
