@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -35,6 +36,7 @@ def serve(app: App, wait: bool = True) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     _place_uploads()
+    from gradio.route_utils import FnIndexInferError
     from starlette.middleware import Middleware
 
     from vicuna.app.page import HEAD, build
@@ -70,7 +72,11 @@ def serve(app: App, wait: bool = True) -> Any:
         mcp_server=False,
         allowed_paths=[],
         max_file_size=gate.upload,
-        app_kwargs={"middleware": [Middleware(Translation)], "lifespan": _behind(gate)},
+        app_kwargs={
+            "middleware": [Middleware(Translation)],
+            "lifespan": _behind(gate),
+            "exception_handlers": dict.fromkeys((KeyError, FnIndexInferError), _no_such_event),
+        },
         head=HEAD,
         theme=theme(),
         css_paths=STYLE,
@@ -119,6 +125,21 @@ def _behind(gate: Gate) -> Callable[[Any], AbstractAsyncContextManager[None]]:
         yield
 
     return start
+
+
+def _no_such_event(request: Any, error: Exception) -> Any:
+    """The answer to who names an event that the page lacks: a program, or a page of yesterday.
+
+    Raises: `error`, if it came from anything else.
+    """
+    from starlette.responses import JSONResponse
+
+    from vicuna.app.words import language_in
+    from vicuna.app.words import say as in_words
+
+    if traceback.extract_tb(error.__traceback__)[-1].name != "get_fn":
+        raise error
+    return JSONResponse({"detail": in_words(language_in(request.scope), "gate.event")}, 404)
 
 
 def free_port(settings: WebSettings) -> int:
