@@ -88,6 +88,24 @@ def test_of_weights_that_were_cut_the_file_is_named(tmp_path: Path) -> None:
         (folder / name).unlink()
 
 
+def test_of_a_gguf_file_that_was_cut_this_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_uint64("llama.embedding_length", 4096)
+    writer.add_uint64("llama.block_count", 64)
+    writer.add_tensor("token_embd.weight", np.zeros((4096, 256), np.float32))
+    for part in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                 writer.write_tensors_to_file):  # fmt: skip
+        part()
+    writer.close()
+    check_gguf(path)
+    os.truncate(path, 100_000)
+    with pytest.raises(UserError) as told:
+        check_gguf(path)
+    assert "damaged" in told.value.what
+    assert "config" not in told.value.fix
+
+
 @pytest.mark.parametrize("name", counts.MOST_GGUF)
 def test_every_count_of_a_gguf_file_is_one(tmp_path: Path, name: str) -> None:
     def write(value: int) -> Path:
