@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from vicuna import config
 from vicuna.config import TrainSettings, parse
+from vicuna.config.common import DatasetEntry, Settings
 from vicuna.errors import SettingsError
+from vicuna.generate.settings import Settings as Decoding
 
 
 @pytest.mark.parametrize(
@@ -79,3 +82,34 @@ def test_a_recipe_that_is_misspelt_is_told_the_nearest_and_all(word: str, near: 
     with pytest.raises(SettingsError, match=rf"did you mean {near}\?") as caught:
         parse(TrainSettings, [word])
     assert all(name in str(caught.value) for name in config.builtin_recipes())
+
+
+CLASSES = [
+    c for c in vars(config).values()
+    if isinstance(c, type) and issubclass(c, Settings) and c is not Settings
+]  # fmt: skip
+
+
+def _numbers(cls: type[BaseModel]) -> list[str]:
+    return [
+        n for n, f in cls.model_fields.items() if float in (f.annotation, *get_args(f.annotation))
+    ]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "NaN", "1e999"])
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_what_is_no_number_is_said_to_be_none(cls: type[Settings], value: str) -> None:
+    for name in _numbers(cls):
+        with pytest.raises(SettingsError) as told:
+            parse(cls, [f"--{name}={value}"])
+        assert f"{name} is '{value}', but must be a number" in told.value.mistakes
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_number_in_a_decoder_or_a_data_set(value: str) -> None:
+    for cls, others in ((Decoding, {}), (DatasetEntry, {"path": "x"})):
+        for name in _numbers(cls):
+            for given in (value, float(value)):
+                with pytest.raises(SettingsError, match=f"{name} is .*, but must be a number$"):
+                    config.build(cls, {**others, name: given})
+    assert Decoding(logit_bias={"5": float("-inf")}).logit_bias == {"5": float("-inf")}

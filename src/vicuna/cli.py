@@ -266,6 +266,7 @@ def main() -> NoReturn:
     sys.argv = [word for word in sys.argv if word != "--debug"]
     _quiet(debug)
     interrupts.catch()
+    streams = sys.stdout, sys.stderr
     try:
         # Outside standalone mode typer hands the exit code of a command back.
         result = app(standalone_mode=False)
@@ -276,6 +277,10 @@ def main() -> NoReturn:
         code = e.exit_code
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else EXIT_MISTAKE
+        if isinstance(e.__context__, BrokenPipeError):
+            # Typer has made exit code 1 of it, and of the streams some that hide the next one.
+            sys.stdout, sys.stderr = streams
+            code = _failed(e.__context__, debug)
     except BaseException as e:
         code = _failed(e, debug)
     sys.exit(_flushed(code, debug))

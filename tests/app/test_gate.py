@@ -214,6 +214,24 @@ def test_uploads_are_bounded_and_refused_where_nothing_is_written(
         assert httpx.get(url).status_code == 200
 
 
+@pytest.mark.parametrize("session", ["x", None])
+@pytest.mark.parametrize("number", [9999, -1])
+@pytest.mark.parametrize(
+    "path", ["queue/join", "run/predict", "run/nothing", "api/predict", "call/nothing"]
+)
+def test_an_event_that_the_page_lacks(
+    page: tuple[App, str],
+    path: str,
+    number: int,
+    session: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sent = {"data": [], "fn_index": number, "session_hash": session}
+    found = httpx.post(f"{page[1]}gradio_api/{path}", json=sent, timeout=20)
+    assert 400 <= found.status_code < 500, found.text
+    assert not [r for r in caplog.records if r.exc_info]
+
+
 def test_what_was_uploaded_is_not_kept_for_ever(page: tuple[App, str]) -> None:
     app, _ = page
     assert app.gate is not None

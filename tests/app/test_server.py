@@ -192,8 +192,12 @@ def test_a_busy_port_is_said_or_passed_over() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 can be used|{port}"):
+        with pytest.raises(UserError) as told:
             server.free_port(WebSettings(port=port))
+        assert told.value.what == f"port {port} of 127.0.0.1 is in use"
+        assert told.value.fix == "Close the program that uses it, or choose another --port."
+        with pytest.raises(UserError, match=f"port {port} of 192.0.2.1 cannot be used: Cannot"):
+            server.free_port(WebSettings(port=port, host="192.0.2.1", auth=False))
     assert server.free_port(WebSettings()) >= server.FIRST_PORT
 
 

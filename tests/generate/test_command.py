@@ -91,6 +91,14 @@ def test_mistakes_come_together(loaded: Any) -> None:
         command.generate(["--show_beams", "--json", "hello"])
 
 
+@pytest.mark.parametrize(
+    "words", [[""], [" \n\t"], ["\u3000"], ["", ""], ["", "--input_text", "x"]]
+)
+def test_an_empty_instruction_is_refused(loaded: Any, words: list[str]) -> None:
+    with pytest.raises(SettingsError, match="the instruction is empty"):
+        command.generate(words)
+
+
 def test_text(loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for beams in ("1", "3"):
         loaded.engine = saying(loaded.renderer, "你好！")

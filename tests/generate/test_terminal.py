@@ -252,12 +252,15 @@ def test_the_adapter_is_switched(renderer: Renderer) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["/adapter", "/adapter of", "/adapter on x", "/adapter off 1"])
+@pytest.mark.parametrize(
+    "line", ["/adapter", "/adapter of", "/adapter on x", "/adapter off 1", "/adapter runs/full"]
+)
 def test_a_wrong_switch_switches_nothing(renderer: Renderer, line: str) -> None:
     switched: list[Any] = []
     _, screen = talk(saying(renderer), renderer, line, switch=lambda *a: switched.append(a))
     assert not switched
-    assert screen.startswith("/adapter: on or off?\n")
+    assert screen.startswith("/adapter: on or off? It switches the adapter that this talk was ")
+    assert "start anew: vicuna chat --adapter" in screen
 
 
 def test_where_there_is_no_adapter_the_user_is_told(renderer: Renderer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kit import save_tokenizer
@@ -67,6 +69,41 @@ def test_a_config_of_another_size_than_its_weights(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match="cannot be stored"):
             check_weights(folder)
+
+
+def test_of_weights_that_were_cut_the_file_is_named(tmp_path: Path) -> None:
+    folder = tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    large = {**config, "vocab_size": 151936, "hidden_size": 896}
+    (folder / "config.json").write_text(json.dumps(large))
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    for name in ("model.safetensors", "pytorch_model.bin", "other.safetensors"):
+        os.truncate(folder / name, 1000)
+        with pytest.raises(UserError) as told:
+            check_weights(folder)
+        assert told.value.where.endswith(name)
+        assert "config" not in str(told.value)
+        (folder / name).unlink()
+
+
+def test_of_a_gguf_file_that_was_cut_this_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_uint64("llama.embedding_length", 4096)
+    writer.add_uint64("llama.block_count", 64)
+    writer.add_tensor("token_embd.weight", np.zeros((4096, 256), np.float32))
+    for part in (writer.write_header_to_file, writer.write_kv_data_to_file,
+                 writer.write_tensors_to_file):  # fmt: skip
+        part()
+    writer.close()
+    check_gguf(path)
+    os.truncate(path, 100_000)
+    with pytest.raises(UserError) as told:
+        check_gguf(path)
+    assert "damaged" in told.value.what
+    assert "config" not in told.value.fix
 
 
 @pytest.mark.parametrize("name", counts.MOST_GGUF)

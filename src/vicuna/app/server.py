@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import shutil
 import socket
 import tempfile
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -34,6 +36,7 @@ def serve(app: App, wait: bool = True) -> Any:
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     _place_uploads()
+    from gradio.route_utils import FnIndexInferError
     from starlette.middleware import Middleware
 
     from vicuna.app.page import HEAD, build
@@ -69,7 +72,11 @@ def serve(app: App, wait: bool = True) -> Any:
         mcp_server=False,
         allowed_paths=[],
         max_file_size=gate.upload,
-        app_kwargs={"middleware": [Middleware(Translation)], "lifespan": _behind(gate)},
+        app_kwargs={
+            "middleware": [Middleware(Translation)],
+            "lifespan": _behind(gate),
+            "exception_handlers": dict.fromkeys((KeyError, FnIndexInferError), _no_such_event),
+        },
         head=HEAD,
         theme=theme(),
         css_paths=STYLE,
@@ -120,10 +127,25 @@ def _behind(gate: Gate) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     return start
 
 
+def _no_such_event(request: Any, error: Exception) -> Any:
+    """The answer to who names an event that the page lacks: a program, or a page of yesterday.
+
+    Raises: `error`, if it came from anything else.
+    """
+    from starlette.responses import JSONResponse
+
+    from vicuna.app.words import language_in
+    from vicuna.app.words import say as in_words
+
+    if traceback.extract_tb(error.__traceback__)[-1].name != "get_fn":
+        raise error
+    return JSONResponse({"detail": in_words(language_in(request.scope), "gate.event")}, 404)
+
+
 def free_port(settings: WebSettings) -> int:
     """The port that was asked for, or the first free one from 7860 on.
 
-    Raises: UserError where it is busy.
+    Raises: UserError if it is in use, or cannot be had.
     """
     wanted = settings.port
     for port in [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + PORTS):
@@ -132,12 +154,24 @@ def free_port(settings: WebSettings) -> int:
             for host in dict.fromkeys((settings.host, "127.0.0.1")):
                 _probe(host, port)
         except OSError as e:
-            reason = e.strerror or str(e)
+            error = e
             continue
         return port
-    which = f"port {wanted}" if wanted else f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1}"
+    if not wanted:
+        raise UserError(
+            f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {settings.host} can be "
+            f"used: {error.strerror or error}",
+            where="port",
+            fix="Name another with --port.",
+        )
+    if error.errno == errno.EADDRINUSE:
+        raise UserError(
+            f"port {wanted} of {settings.host} is in use",
+            where="port",
+            fix="Close the program that uses it, or choose another --port.",
+        )
     raise UserError(
-        f"{which} of {settings.host} can be used: {reason}",
+        f"port {wanted} of {settings.host} cannot be used: {error.strerror or error}",
         where="port",
         fix="Leave out --port for the first free one, or name another.",
     )

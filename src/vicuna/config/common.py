@@ -16,7 +16,7 @@ class DatasetEntry(BaseModel):
     columns: what the source's own names stand for: {instruction: 问题, output: 答案}.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     path: str
     weight: float = Field(1.0, gt=0)
     max_samples: int = Field(0, ge=0)
@@ -107,7 +107,9 @@ EarlyStopping = Annotated[
 class Settings(BaseModel):
     """Common to all commands."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 def setting(default: Any, group: str, text: str, **limits: Any) -> Any:

@@ -235,5 +235,6 @@ def _in_words(cls: type[BaseModel], error: Any) -> str:
         return f"{name}: no such setting{near}"
     expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
     expected |= {"string": "text", "tuple": "a list", "list": "a list", "mapping": "a table"}
+    expected |= {"finite": "a number"}  # neither nan nor inf
     word = expected.get(kind.split("_")[0], error["msg"])
     return f"{name} is {given!r}, but must be {word}"

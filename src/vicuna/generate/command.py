@@ -76,6 +76,8 @@ def _generate_mistakes(settings: config.GenerateSettings, said: Sequence[str]) -
     mistakes = []
     if bool(settings.input) == bool(said):
         mistakes.append('what to answer? Give one "instruction", or --input FILE --output FILE')
+    elif said and not " ".join(said).strip():
+        mistakes.append("the instruction is empty: there is nothing to answer")
     if settings.input and not settings.output:
         mistakes.append("output is missing: where the answers go (--output answers.jsonl)")
     if settings.show_beams and (settings.input or settings.json_output):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -26,7 +26,7 @@ class Settings(BaseModel):
         no effect with the others.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
     min_new_tokens: int = Field(0, ge=0, description="no end token before so many tokens")
@@ -67,7 +67,7 @@ class Settings(BaseModel):
     )
     no_repeat_ngram_size: int = Field(0, ge=0, description="no n tokens in a row twice; 0: off")
     banned_words: tuple[str, ...] = Field((), description="texts that no answer contains")
-    logit_bias: Mapping[int | str, float] = Field(
+    logit_bias: Mapping[int | str, Annotated[float, Field(allow_inf_nan=True)]] = Field(
         {}, description="added to the scores of tokens, which are ids or spelled"
     )
 

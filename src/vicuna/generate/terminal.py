@@ -35,6 +35,7 @@ HELP = """\
 """
 _COMMAND = re.compile(r"/(\w+)(?:\s+(.*))?", re.DOTALL)
 _ADAPTER = re.compile(r"(?P<off>off)|on(?:\s+(?P<strength>-?\d*\.?\d+))?")
+_ANOTHER = "To talk with another one, start anew: vicuna chat --adapter FOLDER"
 _NOTES: dict[FinishReason, str] = {
     "length": "(stopped at {limit} tokens; --max_new_tokens allows more)",
     "context": "(stopped: the context of {context} tokens is full; /reset starts anew)",
@@ -168,9 +169,14 @@ class _Talk:
     def set_adapter(self, text: str) -> str:
         words = _ADAPTER.fullmatch(text)
         if not words:
-            raise UserError("on or off?", where="/adapter", fix="/adapter off, /adapter on 0.5")
+            raise UserError(
+                "on or off? It switches the adapter that this talk was started with: /adapter off, "
+                "/adapter on, /adapter on 0.5",
+                where="/adapter",
+                fix=_ANOTHER,
+            )
         if self.switch is None:
-            raise UserError("there is no adapter to switch", where="/adapter")
+            raise UserError("there is no adapter to switch", where="/adapter", fix=_ANOTHER)
         if words["off"]:
             self.switch(False, 1.0)
             return "The base alone answers.\n"

@@ -73,8 +73,16 @@ def check_gguf_counts(fields: Mapping[str, Any], path: Path) -> None:
         return
     own = {key: fields[f"{name}.{key}"] for key in MOST_GGUF if f"{name}.{key}" in fields}
     _check(own, MOST_GGUF, path)
-    stored = path.stat().st_size
-    _compare(None, own.get("embedding_length"), own.get("block_count"), stored, path)
+
+
+def check_gguf_against(fields: Mapping[str, Any], path: Path) -> None:
+    """Check a GGUF file's metadata, whose counts are sound, against the bytes of the whole file.
+
+    Raises: UserError where a part of its layers would be far more.
+    """
+    name = fields.get("general.architecture")
+    width, layers = (fields.get(f"{name}.{key}") for key in ("embedding_length", "block_count"))
+    _compare(None, width, layers, path.stat().st_size, path)
 
 
 def _check(config: Mapping[str, Any], most: Mapping[str, int], path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
-from vicuna.model.counts import check_gguf_counts
+from vicuna.model.counts import check_gguf_against, check_gguf_counts
 from vicuna.model.gguf_fields import read_tensors
 
 # What the format itself allows as the length of a header.
@@ -178,6 +178,7 @@ def check_gguf(path: Path) -> None:
         size = math.prod(shape) // block * width
         entries[name] = Entry(known.name, shape, first + offset, size)
     _check_places(path, entries.items(), first, path.stat().st_size, align)
+    check_gguf_against(fields, path)
 
 
 # -- folders ----
