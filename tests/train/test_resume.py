@@ -275,7 +275,7 @@ def test_config_yaml_of_a_resumed_run_is_a_clean_recipe(whole: Path, tmp_path: P
 
 def test_weights_of_sources_are_part_of_the_data(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut_after(whole, 4, tmp_path / "run")
-    with pytest.raises(SettingsError, match="data was"):
+    with pytest.raises(SettingsError, match="the data are not those"):
         train("--resume", str(run), "--dataset", f"{data}@weight=2")
 
 
