@@ -256,6 +256,21 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole: Path, tmp_
     assert same(weights(run), weights(whole))
 
 
+def test_a_run_from_an_adapter_killed_at_once_starts_from_that_adapter_again(
+    words: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(*words, "--init_adapter", str(whole), "--output_dir", str(run))
+    undisturbed = weights(run)
+    shutil.copytree(run, tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    assert train("--resume", str(tmp_path / "killed")) == 0
+    assert same(weights(tmp_path / "killed"), undisturbed)
+    config = "adapter/adapter_config.json"
+    assert (tmp_path / "killed" / config).read_bytes() == (run / config).read_bytes()
+
+
 def test_later_checkpoints_of_an_abandoned_branch_are_kept_aside(
     whole: Path, tmp_path: Path
 ) -> None:

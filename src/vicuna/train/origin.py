@@ -148,7 +148,10 @@ def _resume(
         if not checkpoints.all_of(run / "checkpoints"):
             screen.warn("no checkpoint in this run yet: it starts from its beginning")
             merged = {**_old_settings(run, given, begins=True), **given, "output_dir": str(run)}
-            return config.build(TrainSettings, merged), Origin("resume")
+            settings = config.build(TrainSettings, merged)
+            start = settings.init_adapter or settings.adapter
+            files = adapters.read_adapter(start) if start else None
+            return settings, Origin("resume", adapter=files)
         checkpoint, state, warnings = checkpoints.last_whole(run)
         for words in warnings:
             screen.warn(words)

@@ -314,7 +314,7 @@ def _learner(
         )
         if origin.adapter is not None:
             peft = adapters.attach_saved(model, origin.adapter, settings.lora_dropout)
-            if origin.kind == "resume":
+            if origin.kind == "resume" and origin.state is not None:
                 _name_alike(peft, origin.adapter)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
