@@ -271,6 +271,17 @@ def test_a_run_from_an_adapter_killed_at_once_starts_from_that_adapter_again(
     assert (tmp_path / "killed" / config).read_bytes() == (run / config).read_bytes()
 
 
+def test_a_run_that_continued_another_and_has_no_checkpoint_is_refused(
+    words: list[str], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train("--continue_from", str(whole), *words[2:4], "--output_dir", str(run))
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(UserError, match="continues another one"):
+        train("--resume", str(run))
+
+
 def test_later_checkpoints_of_an_abandoned_branch_are_kept_aside(
     whole: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
 from vicuna.model import load
 from vicuna.model.adapter_base import named_base
+from vicuna.tables import read_yaml
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.began import began_in, settle
 from vicuna.train.checkpoint import State
@@ -146,6 +147,7 @@ def _resume(
         _must_be_run(run)
         sweep(run / "checkpoints")  # one that was being replaced when the process was killed
         if not checkpoints.all_of(run / "checkpoints"):
+            _refuse_continued(run)
             screen.warn("no checkpoint in this run yet: it starts from its beginning")
             merged = {**_old_settings(run, given, begins=True), **given, "output_dir": str(run)}
             settings = config.build(TrainSettings, merged)
@@ -172,6 +174,18 @@ def _resume(
 
 def _adapter_of(checkpoint: Path) -> adapters.AdapterFiles:
     return adapters.read_adapter(str(checkpoint / "adapter"))
+
+
+def _refuse_continued(run: Path) -> None:
+    """Raises: UserError when a run without a checkpoint began with another run's weights, which its
+    config does not name: it would begin without them."""
+    resolved = read_yaml(run / "config.yaml").get("resolved")
+    if isinstance(resolved, dict) and resolved.get("begins") == "continue":
+        raise UserError(
+            "this run continues another one and was stopped before its first checkpoint",
+            where=str(run),
+            fix="Give its --continue_from again, with another --output_dir.",
+        )
 
 
 def _must_be_run(run: Path) -> None:
