@@ -10,6 +10,7 @@ import selectors
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,9 +64,7 @@ def vicuna(
     """
     there = _files(folder)
     pipes = [os.pipe() for _ in range(3)]
-    child = os.fork()
-    if child == 0:
-        _child(folder, words, pipes, before, env)
+    child = _fork(lambda: _child(folder, words, pipes, before, env))
     (given, to), (out, his_out), (err, his_err) = pipes
     for fd in (given, his_out, his_err):
         os.close(fd)
@@ -75,6 +74,27 @@ def vicuna(
     printed = _listen(child, out, err)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return Done(code, *printed, sorted(_files(folder) - there))
+
+
+def _fork(run: Callable[[], NoReturn]) -> int:
+    """Fork, and `run` in the child. The id of the child.
+
+    From a thread of its own, which is the child's main thread: OpenMP keeps its workers by the
+    thread that called for them. This one has none yet; those of the test's thread do not live in
+    the child, where it would wait for them for ever.
+    """
+    made: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            run()
+        made.append(child)
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    return made[0]
 
 
 def _listen(child: int, *ends: int) -> list[str]:
