@@ -17,14 +17,14 @@ from torch import Tensor
 
 from benchkit import machine, report
 from vicuna.data.pack import Segment
-from vicuna.model import cpu_attention
+from vicuna.model import attention_cpu
 from vicuna.model.attention import Layout
-from vicuna.model.parts import Heads
+from vicuna.model.decoder_view import Heads
 
 HEADS = Heads(9, 3, 64, 0.125, None)
 LENGTHS = (64, 128, 212, 400, 512, 1024)
 ROUNDS, CALLS = 5, 5
-WAYS = (cpu_attention.FlashSegments, cpu_attention.BlockSegments)
+WAYS = (attention_cpu.FlashSegments, attention_cpu.BlockSegments)
 
 
 def gradient(

@@ -114,20 +114,20 @@ class Bench:
 
     def _open_llamacpp(self, folder: Path) -> None:
         """Of each type of weights an engine over the wheel's library; and over the one that was
-        built for this CPU (`vicuna.generate.engines.native`), where it was."""
-        from vicuna.export.gguf import write_base
+        built for this CPU (`vicuna.llamacpp.build`), where it was."""
         from vicuna.export.gguf_cache import base_file
-        from vicuna.generate.engines import libllama, native
+        from vicuna.export.gguf_writer import write_base
+        from vicuna.llamacpp import build, library
 
         f16 = base_file(folder, "f16")
         small = Path(tempfile.mkdtemp()) / "q4_k_m.gguf"
-        os.environ[libllama.OWN_BUILD] = libllama.WHEEL
+        os.environ[library.OWN_BUILD] = library.WHEEL
         write_base(folder, small, "q4_k_m")
         files = (("llama.cpp F16", f16), ("llama.cpp Q4_K_M", small))
         self._open_each(files, "")
-        if built := native.found(libllama.VERSION):
-            os.environ[libllama.OWN_BUILD] = str(built)
-            libllama.library.cache_clear()  # engines keep the library they were opened with
+        if built := build.found(library.VERSION):
+            os.environ[library.OWN_BUILD] = str(built)
+            library.library.cache_clear()  # engines keep the library they were opened with
             self._open_each(files, NATIVE)
 
     def _open_each(self, files: Sequence[tuple[str, Path]], suffix: str) -> None:

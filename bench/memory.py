@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 
 def job_of(setting: Setting) -> Any:
-    from vicuna.memory.step import Job
+    from vicuna.memory.traced_step import Job
 
     return Job(
         setting.precision, setting.checkpointing, setting.rows, setting.longest, setting.rank,
@@ -89,22 +89,22 @@ def job_of(setting: Setting) -> Any:
 
 
 def config_of(setting: Setting) -> Any:
-    from vicuna.memory import shapes
-    from vicuna.memory.step import shortened
+    from vicuna.memory import model_shapes
+    from vicuna.memory.traced_step import shortened
 
-    config = shapes.config_of(setting.model)
+    config = model_shapes.config_of(setting.model)
     return shortened(config, setting.layers) if setting.layers else config
 
 
 def pack_of(setting: Setting) -> Any:
     import numpy as np
 
-    from vicuna.memory import step
+    from vicuna.memory import traced_step
 
-    pack = step.worst_pack(job_of(setting))
+    pack = traced_step.worst_pack(job_of(setting))
     if not setting.targets:
         return pack
-    return step.pack_of(pack.segments, np.arange(setting.targets))
+    return traced_step.pack_of(pack.segments, np.arange(setting.targets))
 
 
 def planned(setting: Setting) -> tuple[int, int]:
@@ -127,8 +127,8 @@ def real(setting: Setting) -> dict[str, int]:
     from torch.profiler import ProfilerActivity, profile
 
     from vicuna.memory.devices import at_hand
-    from vicuna.memory.step import begin, run
-    from vicuna.memory.track import Trace, Tracker, without_collection
+    from vicuna.memory.traced_step import begin, run
+    from vicuna.memory.tracker import Trace, Tracker, without_collection
 
     load_libraries(setting)
     before = resident("VmRSS")
@@ -182,8 +182,8 @@ def load_libraries(setting: Setting) -> None:
     """A step of a small model of the same kind: what is loaded by it is no part of the model."""
     import torch
 
-    from vicuna.memory.step import pack_of as rows_of
-    from vicuna.memory.step import worst_pack
+    from vicuna.memory.traced_step import pack_of as rows_of
+    from vicuna.memory.traced_step import worst_pack
 
     small = replace(setting, model="smollm2-135m", layers=1, rows=16, longest=16)
     learner = build(small, torch.float32)
@@ -211,7 +211,7 @@ def build(setting: Setting, dtype: Any) -> Any:
 
     from vicuna.model.adapter import LoraSettings, attach
     from vicuna.model.base import locate
-    from vicuna.train.step import Learner
+    from vicuna.model.trainable import Learner
 
     if setting.model == "smollm2-135m" and not setting.layers:
         model = AutoModelForCausalLM.from_pretrained(str(locate(setting.model)), dtype=dtype)

@@ -29,10 +29,10 @@ REFERENCE = "RTX 3090"
 
 def rows_of(base: str, cards: tuple[str, ...] = CARDS) -> list[dict[str, Any]]:
     """All cells of a base: one row a precision and length."""
-    from vicuna.memory import devices, shapes
+    from vicuna.memory import devices, model_shapes
     from vicuna.memory.footprint import Planner
 
-    config = shapes.config_of(base)
+    config = model_shapes.config_of(base)
     # Cards with the same data types and kernels differ in nothing but their runtime.
     alike: dict[tuple[Any, ...], Planner] = {}
     planners = {}
@@ -52,7 +52,7 @@ def rows_of(base: str, cards: tuple[str, ...] = CARDS) -> list[dict[str, Any]]:
 
 def cell(planner: Any, device: Any, precision: str, length: int) -> dict[str, Any]:
     """The peaks on a card by checkpointing, in bytes, and the cheapest that fits ("" for none)."""
-    from vicuna.memory.step import Job
+    from vicuna.memory.traced_step import Job
 
     own = device.fastest()[0] if precision == "16 bits" else precision
     other = device.runtime - planner.device.runtime

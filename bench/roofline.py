@@ -24,7 +24,7 @@ from benchkit import contenders, examples, machine, operations, profile, rate, r
 HERE = Path(__file__).parent
 SAMPLE = HERE.parent / "src/vicuna/samples/instruct_zh.jsonl"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# Rows whose logits exist at a time, as in vicuna/train/loss.py.
+# Rows whose logits exist at a time, as in vicuna/model/loss.py.
 HEAD_ROWS = 512
 
 

@@ -107,7 +107,7 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
     """Random weights of a shape in bf16, a file of at most 1 GiB after another."""
     import torch
 
-    from vicuna.convert.shards import Planned, write_sharded
+    from vicuna.weights.safetensors_writer import Planned, write_sharded
 
     folder.mkdir()
     h, inner, kv = (
@@ -208,8 +208,8 @@ def child(words: list[str]) -> None:
     from transformers import AutoTokenizer  # noqa: F401
 
     from vicuna.convert import merge
-    from vicuna.export.gguf import write_base
-    from vicuna.generate.engines.libllama import library
+    from vicuna.export.gguf_writer import write_base
+    from vicuna.llamacpp.library import library
     from vicuna.model.adapter import read_adapter
     from vicuna.model.vocabulary import load_vocabulary
 
@@ -234,7 +234,7 @@ def child(words: list[str]) -> None:
 
 def types(args: argparse.Namespace) -> dict[str, Any]:
     """Size, perplexity on held-out text, and speed of each type."""
-    from vicuna.export.gguf import write_base
+    from vicuna.export.gguf_writer import write_base
     from vicuna.model.base import EMBEDDED, locate
 
     folder = locate(EMBEDDED)
@@ -267,7 +267,7 @@ def held_out(folder: Path, data: str) -> Any:
 
 def imatrix(args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity of types of few bits, with an importance matrix and without."""
-    from vicuna.export import command
+    from vicuna.commands import export
     from vicuna.model.base import EMBEDDED, locate
 
     texts = held_out(locate(EMBEDDED), args.data)
@@ -280,7 +280,7 @@ def imatrix(args: argparse.Namespace) -> dict[str, Any]:
                 if words:  # measured once, and kept by the command beside its first file
                     words.append(str(matrix) if matrix.exists() else args.calibration)
                 started = ["--type", kind, "--model", EMBEDDED, "--output", str(path), "--force"]
-                command.run([*started, "--no-verify", *words])
+                export.run([*started, "--no-verify", *words])
                 found = {k: perplexity(path, ids, args.threads) for k, ids in texts.items()}
                 rows.setdefault(kind, {})[key] = found
                 print(kind, key, found, file=sys.stderr)

@@ -262,7 +262,7 @@ def _job(
 
 
 def _cache() -> Path:
-    from vicuna.cache import cache_dir
+    from vicuna.files import cache_dir
 
     return cache_dir("bench")
 

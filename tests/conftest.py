@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), *(str(HERE / name) for name in ("generate", "app", "browser"))]
+sys.path[:0] = [
+    str(HERE),
+    *(str(HERE / name) for name in ("generate", "web", "browser", "train", "export")),
+]
 
 
 def pytest_collection_finish() -> None:

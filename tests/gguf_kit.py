@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kit import save_tokenizer, tiny_model
-from vicuna.export.gguf import write_base
+from vicuna.export.gguf_writer import write_base
 
 
 def vary(model: Any, seed: int = 0) -> Any:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, Example
 from vicuna.data.pack import build_packs, targets_of
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 END, VOCAB = 1, 200
 CPU = torch.device("cpu")

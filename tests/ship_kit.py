@@ -13,7 +13,7 @@ from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.data.template import LiteralTemplate, builtin
 from vicuna.model.adapter import identify, save
-from vicuna.model.weights import open_weights
+from vicuna.weights.read import open_weights
 
 # Small texts: what is compared counts in every test.
 QUICK = ["--verify_tokens", "32"]

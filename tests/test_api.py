@@ -31,7 +31,7 @@ QUESTION = [{"role": "user", "content": "你好，今天天气？"}]
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny base, as a folder and as GGUF, and an adapter for it."""
-    from vicuna.export.gguf import write_base
+    from vicuna.export.gguf_writer import write_base
     from vicuna.model.adapter import save
 
     folder = tmp_path_factory.mktemp("api")
@@ -303,7 +303,7 @@ def test_adapters_are_loaded_later_mixed_and_dropped(
     place: Path, tmp_path: Path, engine: str
 ) -> None:
     from vicuna.model.adapter import read_adapter, save
-    from vicuna.model.mix import save_mix
+    from vicuna.model.concatenate import save_mix
 
     base = tiny_llama(340, eos_token_id=3)  # the seed of `place`, other adapters
     chatml = {"template": find("chatml", vocabulary(byte_level())).to_dict()}

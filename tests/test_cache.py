@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vicuna import cache
+from vicuna import files
 from vicuna.errors import UserError
 
 
@@ -29,12 +29,12 @@ def killed(code: str, *words: str) -> None:
 
 WRITES = {
     "folder": """
-        import sys, time; from pathlib import Path; from vicuna.cache import whole_folder
+        import sys, time; from pathlib import Path; from vicuna.files import whole_folder
         with whole_folder(Path(sys.argv[1])) as aside:
             (aside / "half").write_text("x"); print("there", flush=True); time.sleep(600)
     """,
     "file": """
-        import sys, time; from pathlib import Path; from vicuna.cache import whole_file
+        import sys, time; from pathlib import Path; from vicuna.files import whole_file
         with whole_file(Path(sys.argv[1])) as aside:
             aside.write_text("x"); print("there", flush=True); time.sleep(600)
     """,
@@ -65,7 +65,7 @@ def test_what_a_killed_process_left_is_gone_at_the_next_start(
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     foreign = tmp_path / ".result.notes.part"
     foreign.write_text("somebody's own")
-    cache.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert (
         sorted(p.name for p in tmp_path.iterdir() if p != foreign) == ["result"] * target.exists()
     )
@@ -73,7 +73,7 @@ def test_what_a_killed_process_left_is_gone_at_the_next_start(
     if before and moment != "file":
         # What was there before is there again, also if the kill fell between two renames.
         assert (target / "old").read_text() == "whole"
-    write = cache.whole_file if moment == "file" else cache.whole_folder
+    write = files.whole_file if moment == "file" else files.whole_folder
     with write(target) as aside:
         if moment == "file":
             aside.write_text("new")
@@ -85,39 +85,39 @@ def test_the_next_one_to_write_cleans_up_by_itself(
 ) -> None:
     killed(WRITES["folder"], str(tmp_path / "result"))
     killed(WRITES["folder"], str(tmp_path / "other"))
-    with cache.whole_folder(tmp_path / "result"):
+    with files.whole_folder(tmp_path / "result"):
         pass
     # Elsewhere only its own target's; in the cache, all of them.
     assert [p.name for p in tmp_path.glob(".*")] == [p.name for p in tmp_path.glob(".other.*.part")]
     assert list(tmp_path.glob(".other.*.part"))
     monkeypatch.setenv("VICUNA_CACHE", str(tmp_path.parent))
-    with cache.whole_folder(tmp_path / "result"):
+    with files.whole_folder(tmp_path / "result"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
 
 
 def test_a_process_that_lives_is_left_alone(tmp_path: Path) -> None:
-    with cache.whole_folder(tmp_path / "result") as aside:
-        cache.sweep(tmp_path)
+    with files.whole_folder(tmp_path / "result") as aside:
+        files.sweep(tmp_path)
         assert aside.is_dir()
     # The number of a process that is gone may be another's by now.
     reused = tmp_path / f".x.{os.getpid()}.part"
     reused.write_text("")
-    cache.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert reused.exists()
     os.utime(reused, (1.0, 1.0))
-    cache.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert not reused.exists()
 
 
 def test_of_another_machine_only_what_is_old_is_removed(tmp_path: Path) -> None:
     theirs = tmp_path / ".x.abcdef-1.part"
     theirs.write_text("")
-    cache.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert theirs.exists()
     long_ago = time.time() - 30 * 86400
     os.utime(theirs, (long_ago, long_ago))
-    cache.sweep(tmp_path)
+    files.sweep(tmp_path)
     assert not theirs.exists()
 
 
@@ -127,12 +127,12 @@ def test_scratch_folders_of_killed_processes_go(
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     code = """
-        import time; from vicuna.cache import scratch_folder
+        import time; from vicuna.files import scratch_folder
         with scratch_folder("merged") as name: print(name, flush=True); time.sleep(600)
     """
     killed(code)
     (left,) = tmp_path.iterdir()
-    with cache.scratch_folder("merged") as mine:
+    with files.scratch_folder("merged") as mine:
         assert [str(p) for p in tmp_path.iterdir()] == [mine]
     assert not left.exists()
 
@@ -173,7 +173,7 @@ def full_python(path: Path) -> None:
 @pytest.mark.parametrize(
     "write", [full_safetensors, full_tokenizers, full_numpy, full_torch, full_python]
 )
-@pytest.mark.parametrize("way", [cache.whole_folder, cache.whole_file])
+@pytest.mark.parametrize("way", [files.whole_folder, files.whole_file])
 def test_every_library_s_full_disk_is_one_message(tmp_path: Path, write, way) -> None:  # type: ignore[no-untyped-def]
     import resource
 
@@ -192,6 +192,6 @@ def test_every_library_s_full_disk_is_one_message(tmp_path: Path, write, way) ->
 
 
 def test_what_is_no_error_of_the_disk_stays_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mine"), cache.whole_folder(tmp_path / "x"):
+    with pytest.raises(ValueError, match="mine"), files.whole_folder(tmp_path / "x"):
         raise ValueError("mine")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from vicuna import config
 from vicuna.config import TrainSettings, parse
-from vicuna.config.common import DatasetEntry, Settings
+from vicuna.config.base import DatasetEntry, Settings
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings as Decoding
 

@@ -21,8 +21,8 @@ import numpy as np
 from vicuna.data.encode import NO_TARGET as NOTHING
 from vicuna.data.encode import Encoder, Example, Segment
 from vicuna.data.formats import parse
-from vicuna.data.order import Group, Order
 from vicuna.data.read import read
+from vicuna.data.sampler import Group, Order
 from vicuna.data.template import Renderer, find
 from vicuna.model.vocabulary import load_vocabulary
 

@@ -53,7 +53,7 @@ def one_update(job: contenders.Job, work: Path) -> dict[str, Any]:
     from torch.profiler import profile as profiler
 
     from vicuna import config
-    from vicuna.train.screen import Screen
+    from vicuna.train.progress import Screen
     from vicuna.train.setup import prepare
 
     torch.set_num_threads(job.threads)

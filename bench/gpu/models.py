@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
 
 def config_of(shape: str, tiny: bool) -> Any:
     """transformers' config of a shape; with `tiny`, a small one that has the same form."""
-    from vicuna.memory.shapes import config_of as known
+    from vicuna.memory.model_shapes import config_of as known
 
     config = known(SHAPES[shape])
     if tiny:

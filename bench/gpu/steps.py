@@ -19,7 +19,7 @@ from torch import Tensor
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 END = 2
 PREFIX = 38  # tokens of the Alpaca preamble with a Llama tokenizer, about

@@ -40,7 +40,7 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vicuna import config
     from vicuna.train.loop import Training
-    from vicuna.train.screen import Screen
+    from vicuna.train.progress import Screen
     from vicuna.train.setup import prepare
 
     given = settings_of(job)

@@ -55,7 +55,7 @@ def _words(context: typer.Context, settings: str, usage: str) -> list[str]:
     words = context.args
     if "--help" in words or "-h" in words:
         from vicuna import config
-        from vicuna.help import show
+        from vicuna.commands.help import show
 
         show(getattr(config, settings), usage, context.command.help or "")
         raise typer.Exit()
@@ -66,7 +66,7 @@ def _words(context: typer.Context, settings: str, usage: str) -> list[str]:
 def train(context: typer.Context) -> None:
     """Train a LoRA adapter on your data."""
     words = _words(context, "TrainSettings", "vicuna train [RECIPE.yaml] --dataset FILE")
-    from vicuna.train.command import run
+    from vicuna.commands.train import run
 
     raise typer.Exit(run(words))
 
@@ -75,7 +75,7 @@ def train(context: typer.Context) -> None:
 def plan(context: typer.Context) -> None:
     """Say what memory a run needs, and whether it fits a device; needs no GPU and no weights."""
     words = _words(context, "PlanSettings", "vicuna plan [RECIPE.yaml] [--memory 11GiB]")
-    from vicuna.memory.command import run
+    from vicuna.commands.plan import run
 
     raise typer.Exit(run(words))
 
@@ -84,7 +84,7 @@ def plan(context: typer.Context) -> None:
 def generate(context: typer.Context) -> None:
     """Answer one instruction, or a file of them."""
     words = _words(context, "GenerateSettings", 'vicuna generate --adapter RUN "instruction"')
-    from vicuna.generate.command import generate as run
+    from vicuna.commands.generate import generate as run
 
     raise typer.Exit(run(words))
 
@@ -93,7 +93,7 @@ def generate(context: typer.Context) -> None:
 def chat(context: typer.Context) -> None:
     """Talk in the terminal."""
     words = _words(context, "AnswerSettings", "vicuna chat --adapter RUN")
-    from vicuna.generate.command import chat as run
+    from vicuna.commands.generate import chat as run
 
     raise typer.Exit(run(words))
 
@@ -102,7 +102,7 @@ def chat(context: typer.Context) -> None:
 def run_gguf(context: typer.Context) -> None:
     """Talk with a GGUF file on the CPU, computed by llama.cpp."""
     words = _words(context, "RunSettings", "vicuna run FILE.gguf [--adapter RUN]")
-    from vicuna.generate.command import run_file as run
+    from vicuna.commands.generate import run_file as run
 
     raise typer.Exit(run(words))
 
@@ -111,7 +111,7 @@ def run_gguf(context: typer.Context) -> None:
 def download(context: typer.Context) -> None:
     """Fetch a model, an adapter or a data set from a hub; goes on where it was interrupted."""
     words = _words(context, "DownloadSettings", "vicuna download OWNER/NAME")
-    from vicuna.download.command import run
+    from vicuna.commands.download import run
 
     raise typer.Exit(run(words))
 
@@ -121,7 +121,7 @@ def export_gguf(context: typer.Context) -> None:
     """Write a base, a base with an adapter, or an adapter as a GGUF file for llama.cpp."""
     usage = "vicuna export gguf --model M --adapter RUN --type q4_k_m --output FILE.gguf"
     words = _words(context, "ExportSettings", usage)
-    from vicuna.export.command import run
+    from vicuna.commands.export import run
 
     raise typer.Exit(run(words))
 
@@ -129,7 +129,7 @@ def export_gguf(context: typer.Context) -> None:
 def _quantize(context: typer.Context, method: str) -> NoReturn:
     usage = f"vicuna quantize {method} --model M [--adapter RUN] --bits 4 --output_dir D"
     words = _words(context, "QuantizeSettings", usage)
-    from vicuna.quantize.command import run
+    from vicuna.commands.quantize import run
 
     raise typer.Exit(run(method, words))
 
@@ -166,7 +166,7 @@ def convert_model(context: typer.Context) -> None:
     """Write a model in another layout: Hugging Face's, or Meta's."""
     usage = "vicuna convert --model MODEL --to hf | meta --output_dir FOLDER"
     words = _words(context, "ConvertModelSettings", usage)
-    from vicuna.convert.command import run
+    from vicuna.commands.convert import run
 
     raise typer.Exit(run(words))
 
@@ -175,7 +175,7 @@ def convert_model(context: typer.Context) -> None:
 def inspect(context: typer.Context) -> None:
     """Say what an adapter is, and whether it is sound."""
     words = _words(context, "InspectSettings", "vicuna adapter inspect ADAPTER [--json]")
-    from vicuna.convert.adapter import inspect as run
+    from vicuna.commands.adapter import inspect as run
 
     raise typer.Exit(run(words))
 
@@ -184,7 +184,7 @@ def inspect(context: typer.Context) -> None:
 def upgrade(context: typer.Context) -> None:
     """Write an adapter of any age as PEFT writes it today; the old one stays as it is."""
     words = _words(context, "UpgradeSettings", "vicuna adapter upgrade ADAPTER --output_dir FOLDER")
-    from vicuna.convert.adapter import upgrade as run
+    from vicuna.commands.adapter import upgrade as run
 
     raise typer.Exit(run(words))
 
@@ -193,7 +193,7 @@ def upgrade(context: typer.Context) -> None:
 def web(context: typer.Context) -> None:
     """Open the web page: chat, try adapters, look at data, train."""
     words = _words(context, "WebSettings", "vicuna web [--adapter RUN]")
-    from vicuna.app.command import run
+    from vicuna.web.command import run
 
     raise typer.Exit(run(words))
 
@@ -202,7 +202,7 @@ def web(context: typer.Context) -> None:
 def demo(context: typer.Context) -> None:
     """Train the embedded base on the sample data and show what it learned."""
     words = _words(context, "DemoSettings", "vicuna demo")
-    from vicuna.demo import run
+    from vicuna.commands.demo import run
 
     raise typer.Exit(run(words))
 
@@ -211,7 +211,7 @@ def demo(context: typer.Context) -> None:
 def doctor(context: typer.Context) -> None:
     """Check a model's tokenizer and template, and what this machine has."""
     words = _words(context, "DoctorSettings", "vicuna doctor MODEL")
-    from vicuna.model.doctor import run
+    from vicuna.commands.doctor import run
 
     raise typer.Exit(run(words))
 
@@ -220,7 +220,7 @@ def doctor(context: typer.Context) -> None:
 def check(context: typer.Context) -> None:
     """Read files and say what is wrong with which record."""
     words = _words(context, "DataCommandSettings", "vicuna data check FILE ... [--json]")
-    from vicuna.data.commands import check as run
+    from vicuna.commands.data import check as run
 
     raise typer.Exit(run(words))
 
@@ -229,7 +229,7 @@ def check(context: typer.Context) -> None:
 def stats(context: typer.Context) -> None:
     """Token lengths, and what each cutoff_len would lose."""
     words = _words(context, "DataCommandSettings", "vicuna data stats FILE ... [--json]")
-    from vicuna.data.commands import stats as run
+    from vicuna.commands.data import stats as run
 
     raise typer.Exit(run(words))
 
@@ -238,7 +238,7 @@ def stats(context: typer.Context) -> None:
 def preview(context: typer.Context) -> None:
     """Show examples as the model will see them, trained tokens coloured."""
     words = _words(context, "PreviewSettings", "vicuna data preview FILE [--number 3]")
-    from vicuna.data.commands import preview as run
+    from vicuna.commands.data import preview as run
 
     raise typer.Exit(run(words))
 
@@ -247,7 +247,7 @@ def preview(context: typer.Context) -> None:
 def convert(context: typer.Context) -> None:
     """Write any data format as another."""
     words = _words(context, "ConvertSettings", "vicuna data convert FILE --to messages --output F")
-    from vicuna.data.convert import convert as run
+    from vicuna.commands.data_convert import convert as run
 
     raise typer.Exit(run(words))
 
@@ -300,7 +300,7 @@ def _failed(error: BaseException, debug: bool) -> int:
         say_traceback(error)
     if hasattr(error, "format_message"):  # typer's own: an unknown command
         return _told(f"error: {error.format_message()}", EXIT_MISTAKE)
-    from vicuna.faults import explain
+    from vicuna.system_errors import explain
 
     mistake = explain(error)
     if mistake is not None:

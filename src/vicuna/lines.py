@@ -7,7 +7,7 @@ import os
 from io import FileIO
 from pathlib import Path
 
-from vicuna.faults import cannot_write
+from vicuna.system_errors import cannot_write
 
 
 class Lines:

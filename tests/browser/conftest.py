@@ -15,7 +15,7 @@ import pytest
 from browser_kit import FLAGS, Visitor, chromium, missing
 from page_kit import make_place, open_page
 
-from vicuna.app.state import App
+from vicuna.web.state import App
 
 
 @pytest.fixture(scope="module")

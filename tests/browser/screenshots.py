@@ -58,9 +58,9 @@ def pages(adapters: str) -> Iterator[tuple[Any, str]]:
     """(browser, address) of a page on the embedded base."""
     from playwright.sync_api import sync_playwright
 
-    from vicuna.app.server import serve
-    from vicuna.app.state import App
     from vicuna.config import WebSettings
+    from vicuna.web.server import serve
+    from vicuna.web.state import App
 
     app = App(WebSettings(adapters=[adapters], open=False))
     page = serve(app, wait=False)

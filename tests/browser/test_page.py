@@ -11,8 +11,8 @@ import pytest
 from browser_kit import Visitor
 from page_kit import open_page
 
-from vicuna.app.state import App
-from vicuna.app.words import say
+from vicuna.web.i18n import say
+from vicuna.web.state import App
 
 LONG = 300
 

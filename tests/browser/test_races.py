@@ -12,7 +12,7 @@ from app_kit import write_run
 from browser_kit import Visitor
 from page_kit import open_page
 
-from vicuna.app.state import App
+from vicuna.web.state import App
 
 
 def longest(visitor: Visitor, tokens: int) -> None:
@@ -172,12 +172,12 @@ def test_who_answers_side_by_side_is_kept_while_other_tabs_are_looked_at(visitor
 def test_the_newest_choice_of_a_data_set_is_what_is_shown(
     visitor: Visitor, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vicuna.app import data_look
+    from vicuna.web import data_view
 
     for name, count in (("slow", 5), ("quick", 7)):
         lines = [json.dumps({"instruction": f"{i}?", "output": "ja"}) for i in range(count)]
         (place / "data" / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
-    page, look = visitor.page, data_look._look
+    page, look = visitor.page, data_view._look
     begun: list[str] = []
     ready: list[str] = []
 
@@ -185,10 +185,10 @@ def test_the_newest_choice_of_a_data_set_is_what_is_shown(
         begun.append(wish.files[0].stem)
         visitor_waits = wish.files[0].stem == "slow"
         while visitor_waits and not ready:
-            data_look.threading.Event().wait(0.05)
+            data_view.threading.Event().wait(0.05)
         return look(wish, say)
 
-    monkeypatch.setattr(data_look, "_look", late)
+    monkeypatch.setattr(data_view, "_look", late)
     visitor.tab("Data")
     source = page.locator("#data-source input").first
     for name in ("slow", "quick"):

@@ -332,14 +332,14 @@ def test_nothing_is_replaced_without_force_and_nothing_foreign_ever(
 def test_a_result_that_misses_the_gate_is_not_there(
     made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vicuna.model import merging
+    from vicuna.model import lora_delta
 
-    right = merging.Addition.to
+    right = lora_delta.Addition.to
 
     def wrong(self: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight + 2 * (right(self, name, weight) - weight)
 
-    monkeypatch.setattr(merging.Addition, "to", wrong)
+    monkeypatch.setattr(lora_delta.Addition, "to", wrong)
     refused(tmp_path / "m", "--adapter", made[1], match="too far from what was read")
     with pytest.raises(UserError, match="it was kept"):
         merged(tmp_path / "m", "--adapter", made[1], "--keep_failed")
@@ -351,9 +351,9 @@ def test_an_interruption_or_a_full_disk_leaves_nothing(
 ) -> None:
     import shutil
 
-    from vicuna.convert import shards
+    from vicuna.weights import safetensors_writer
 
-    right, written = shards.write_bytes, []
+    right, written = safetensors_writer.write_bytes, []
 
     def fails(f: Any, planned: Any, error: type[BaseException]) -> None:
         written.append(planned.name)
@@ -362,7 +362,7 @@ def test_an_interruption_or_a_full_disk_leaves_nothing(
         right(f, planned)
 
     for error, shown in ((OSError, UserError), (KeyboardInterrupt, KeyboardInterrupt)):
-        monkeypatch.setattr(shards, "write_bytes", lambda f, p, e=error: fails(f, p, e))
+        monkeypatch.setattr(safetensors_writer, "write_bytes", lambda f, p, e=error: fails(f, p, e))
         with pytest.raises(shown):
             merged(tmp_path / "m", "--adapter", made[1])
         assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gguf_kit import tiny_base
 from kit import config_of
 from ship_kit import QUICK, base_in, content, report_of, same_bytes, tensors_of
-from vicuna.convert.command import run
+from vicuna.commands.convert import run
 from vicuna.convert.meta import MetaWeights, params_of
 from vicuna.convert.pth import PthWriter
 from vicuna.errors import SettingsError, UserError
@@ -246,7 +246,7 @@ def test_pickled_weights_become_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
-    from vicuna.export.gguf import write_base
+    from vicuna.export.gguf_writer import write_base
 
     base = base_in(tmp_path / "hf")
     write_base(base, tmp_path / "x.gguf", "bf16")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kit import tiny_model
 from ship_kit import QUICK, adapter_in, base_in, content, report_of, tensors_of
-from vicuna.convert.adapter import inspect, upgrade
+from vicuna.commands.adapter import inspect, upgrade
 from vicuna.convert.merge import run as merge
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.model.adapter import attach_saved, plain_folder, read_adapter
@@ -298,8 +298,8 @@ def test_every_command_takes_them(
     """Answering with both engines, merging, and where a training begins."""
     import vicuna
     from vicuna.config import TrainSettings, parse
-    from vicuna.train.origin import find
-    from vicuna.train.screen import Screen
+    from vicuna.train.progress import Screen
+    from vicuna.train.resume import find
 
     base, today = made
     how = {"precision": "fp32", "template": "alpaca"}

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 
 from vicuna import config
-from vicuna.data import columns, json_values, kinds, reasons
+from vicuna.data import columns, file_types, json_values, reasons
 from vicuna.data.formats import parse
 from vicuna.data.read import expand, read
 from vicuna.data.report import FileReport
@@ -73,25 +73,31 @@ def _sqlite(path: Path) -> None:
 
 
 FOREIGN: dict[str, tuple[Any, str]] = {
-    "xlsx": (lambda p: _zip(p, "[Content_Types].xml", "xl/workbook.xml"), kinds.WORKBOOK),
-    "docx": (lambda p: _zip(p, "[Content_Types].xml", "word/document.xml"), kinds.WORD),
-    "zip": (lambda p: _zip(p, "a.jsonl", "b.jsonl"), kinds.ARCHIVE),
-    "tar": (lambda p: _tar(p, "w"), kinds.ARCHIVE),
-    "tar.gz": (lambda p: _tar(p, "w:gz"), kinds.ARCHIVE),
-    "tar.xz": (lambda p: _tar(p, "w:xz"), kinds.ARCHIVE),
-    "7z": (lambda p: made(p, b"7z\xbc\xaf\x27\x1c\0\4" + bytes(50)), kinds.ARCHIVE),
-    "rar": (lambda p: made(p, b"Rar!\x1a\x07\x01\0" + bytes(50)), kinds.ARCHIVE),
-    "xls": (lambda p: made(p, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)), kinds.OLD_OFFICE),
-    "pdf": (lambda p: made(p, b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(50)), kinds.PDF),
-    "db": (_sqlite, kinds.SQLITE),
-    "pkl": (lambda p: made(p, pickle.dumps(RECORDS)), kinds.PICKLE),
-    "npy": (lambda p: np.save(p, np.zeros(3)), kinds.NUMPY),
-    "npz": (lambda p: np.savez(p, a=np.zeros(3)), kinds.NUMPY),
-    "png": (lambda p: made(p, b"\x89PNG\r\n\x1a\n" + bytes(50)), kinds.MEDIA_FILE),
-    "html": (lambda p: made(p, "<!DOCTYPE html><html><body>好</body></html>"), kinds.WEB_PAGE),
-    "yaml": (lambda p: made(p, "- instruction: 好\n  output: 是\n"), kinds.YAML),
-    "lfs": (lambda p: made(p, "version https://git-lfs.github.com/spec/v1\noid x\n"), kinds.LFS),
-    "bin": (lambda p: made(p, bytes(range(256)) * 9), kinds.BINARY),
+    "xlsx": (lambda p: _zip(p, "[Content_Types].xml", "xl/workbook.xml"), file_types.WORKBOOK),
+    "docx": (lambda p: _zip(p, "[Content_Types].xml", "word/document.xml"), file_types.WORD),
+    "zip": (lambda p: _zip(p, "a.jsonl", "b.jsonl"), file_types.ARCHIVE),
+    "tar": (lambda p: _tar(p, "w"), file_types.ARCHIVE),
+    "tar.gz": (lambda p: _tar(p, "w:gz"), file_types.ARCHIVE),
+    "tar.xz": (lambda p: _tar(p, "w:xz"), file_types.ARCHIVE),
+    "7z": (lambda p: made(p, b"7z\xbc\xaf\x27\x1c\0\4" + bytes(50)), file_types.ARCHIVE),
+    "rar": (lambda p: made(p, b"Rar!\x1a\x07\x01\0" + bytes(50)), file_types.ARCHIVE),
+    "xls": (
+        lambda p: made(p, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600)),
+        file_types.OLD_OFFICE,
+    ),
+    "pdf": (lambda p: made(p, b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + bytes(50)), file_types.PDF),
+    "db": (_sqlite, file_types.SQLITE),
+    "pkl": (lambda p: made(p, pickle.dumps(RECORDS)), file_types.PICKLE),
+    "npy": (lambda p: np.save(p, np.zeros(3)), file_types.NUMPY),
+    "npz": (lambda p: np.savez(p, a=np.zeros(3)), file_types.NUMPY),
+    "png": (lambda p: made(p, b"\x89PNG\r\n\x1a\n" + bytes(50)), file_types.MEDIA_FILE),
+    "html": (lambda p: made(p, "<!DOCTYPE html><html><body>好</body></html>"), file_types.WEB_PAGE),
+    "yaml": (lambda p: made(p, "- instruction: 好\n  output: 是\n"), file_types.YAML),
+    "lfs": (
+        lambda p: made(p, "version https://git-lfs.github.com/spec/v1\noid x\n"),
+        file_types.LFS,
+    ),
+    "bin": (lambda p: made(p, bytes(range(256)) * 9), file_types.BINARY),
 }
 
 

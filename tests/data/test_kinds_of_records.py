@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import checks, keys, reasons
-from vicuna.data.convert import as_format, convert
+from vicuna.commands.data_convert import as_format, convert
+from vicuna.data import checks, field_names, reasons
 from vicuna.data.formats import parse
 from vicuna.data.types import Conversation, Parsed, Raw, Turn
 from vicuna.errors import UserError
@@ -90,7 +90,7 @@ def test_no_key_is_passed_over_in_silence(shape: str) -> None:
     record = SHAPES[shape]()
     plain = set(of(record).unused)
     assert set(of(SHAPES[shape](somebody="x")).unused) == plain | {"somebody"}
-    for key in sorted(keys.KNOWN - set(record) - keys.HARMLESS):
+    for key in sorted(field_names.KNOWN - set(record) - field_names.HARMLESS):
         value = "某事某物"
         found = of(SHAPES[shape](**{key: value}))
         said = " ".join(f"{p.field} {p.reason}" for p in found.problems)
@@ -128,7 +128,7 @@ def test_empty_values_are_no_columns() -> None:
 # Masks and weights
 
 
-@pytest.mark.parametrize("key", [*keys.LEARNED, "Loss", "loss-weight", "Train On Turn"])
+@pytest.mark.parametrize("key", [*field_names.LEARNED, "Loss", "loss-weight", "Train On Turn"])
 @pytest.mark.parametrize("shape", TURNS)
 def test_an_answer_that_is_not_to_be_learned_is_not(shape: str, key: str) -> None:
     for no in (0, 0.0, False, "false", "0", "no"):
@@ -139,7 +139,7 @@ def test_an_answer_that_is_not_to_be_learned_is_not(shape: str, key: str) -> Non
         assert of(TURNS[shape](**{key: yes})).problems == []
 
 
-@pytest.mark.parametrize("key", keys.MASKED)
+@pytest.mark.parametrize("key", field_names.MASKED)
 @pytest.mark.parametrize("shape", TURNS)
 def test_a_masked_answer_is_not_learned(shape: str, key: str) -> None:
     for yes in (1, True, "true"):
@@ -150,10 +150,10 @@ def test_a_masked_answer_is_not_learned(shape: str, key: str) -> None:
 
 @pytest.mark.parametrize("shape", TALKS)
 def test_weights_masks_and_labels_of_a_record(shape: str) -> None:
-    for key in (*keys.LEARNED, *keys.GOOD):
+    for key in (*field_names.LEARNED, *field_names.GOOD):
         assert taught(SHAPES[shape](**{key: False})) == [], key
         assert taught(SHAPES[shape](**{key: True}))[-1] == A, key
-    for key in (*keys.MASKED, *keys.BAD):
+    for key in (*field_names.MASKED, *field_names.BAD):
         assert taught(SHAPES[shape](**{key: True})) == [], key
         assert taught(SHAPES[shape](**{key: False}))[-1] == A, key
 
@@ -326,7 +326,7 @@ def test_a_label_that_says_neither_good_nor_bad_is_named() -> None:
 SYSTEM = "你是老师。"
 
 
-@pytest.mark.parametrize("key", keys.SYSTEMS)
+@pytest.mark.parametrize("key", field_names.SYSTEMS)
 @pytest.mark.parametrize("shape", TALKS)
 def test_a_system_prompt_beside_any_shape(shape: str, key: str) -> None:
     for value in (SYSTEM, [{"text": SYSTEM}], {"role": "system", "parts": [{"text": SYSTEM}]}):
@@ -355,7 +355,7 @@ def test_a_system_prompt_wherever_it_stands() -> None:
 # What a text model cannot take
 
 
-@pytest.mark.parametrize("key", [*keys.MEDIA, *keys.TOOLS])
+@pytest.mark.parametrize("key", [*field_names.MEDIA, *field_names.TOOLS])
 def test_media_and_tools_drop_the_record_by_name(key: str) -> None:
     for value in (["x"], "x", [{"name": "x"}], {"bytes": "x"}):
         for record in (
@@ -395,7 +395,7 @@ def test_parts_that_are_no_text_drop_the_record(part: Any) -> None:
 # Thoughts
 
 
-@pytest.mark.parametrize("key", [*keys.THOUGHTS, "Complex_CoT", "Inner Thoughts"])
+@pytest.mark.parametrize("key", [*field_names.THOUGHTS, "Complex_CoT", "Inner Thoughts"])
 def test_reasoning_is_the_thought_of_the_answer(key: str) -> None:
     for record in (
         *(SHAPES[s](**{key: "先想。"}) for s in TALKS),
@@ -698,7 +698,9 @@ def test_converting_keeps_what_is_meant(to: str) -> None:
 
 # Anything at all
 
-NAMES = st.sampled_from(sorted(keys.KNOWN | {"chat", "mapping", "prompt", "turn_1", "role", "opa"}))
+NAMES = st.sampled_from(
+    sorted(field_names.KNOWN | {"chat", "mapping", "prompt", "turn_1", "role", "opa"})
+)
 WORDS = st.sampled_from([Q, A, "", "true", "0", "[]", "[1]", "{'a': 1}", "Human: a\nAssistant: b"])
 VALUES = st.recursive(
     WORDS | st.none() | st.booleans() | st.integers(-2, 3) | st.floats(),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.order import Group, Order, mix, permutation, split_validation
+from vicuna.data.sampler import Group, Order, mix, permutation, split_validation
 
 sizes = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0, 1.5, 3.0])),

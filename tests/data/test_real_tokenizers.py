@@ -16,8 +16,8 @@ import pytest
 from test_template import CHATML, LLAMA2, VICUNA
 
 from vicuna.data.encode import Encoder
-from vicuna.data.fidelity import differences
 from vicuna.data.template import ChatTemplate, Renderer, builtin, find
+from vicuna.data.template_check import differences
 from vicuna.data.types import Conversation, Turn
 from vicuna.model.vocabulary import load_vocabulary
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from vicuna.data import sandbox
+from vicuna.data import template_sandbox
 from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.sandbox import LimitError, RenderError, compile_template, render
+from vicuna.data.template_sandbox import LimitError, RenderError, compile_template, render
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
 
@@ -59,7 +59,7 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "COMPUTING", 0.3)
+    monkeypatch.setattr(template_sandbox, "COMPUTING", 0.3)
 
 
 def _render(source: str) -> str:
@@ -83,7 +83,7 @@ def test_parsing_is_bounded_too() -> None:
         with pytest.raises(UserError):
             compile_template(source)
     with pytest.raises(UserError, match="characters"):
-        compile_template("a" * (sandbox.SOURCE + 1))
+        compile_template("a" * (template_sandbox.SOURCE + 1))
 
 
 def test_what_usual_templates_use_renders_as_in_transformers() -> None:

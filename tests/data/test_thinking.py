@@ -12,8 +12,8 @@ import pytest
 from generate_kit import byte_level, vocabulary
 
 from vicuna.data.encode import NO_TARGET, Encoder, Vocabulary
-from vicuna.data.fidelity import differences, lines_for, share_of_thoughts
 from vicuna.data.template import Renderer, Template, find, from_dict
+from vicuna.data.template_check import differences, lines_for, share_of_thoughts
 from vicuna.data.types import Conversation, Turn
 
 HEAD = "{%- for m in messages -%}{%- set c = m.content -%}"

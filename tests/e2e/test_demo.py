@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vicuna.cache import cache_dir
+from vicuna.files import cache_dir
 
 SAMPLES = Path(str(resources.files("vicuna.samples")))
 COUNTS = "一两三四五六七八九十"

@@ -27,8 +27,8 @@ from tokenizers import AddedToken, Tokenizer  # noqa: E402
 
 from gguf_kit import save_base  # noqa: E402
 from kit import tiny_model  # noqa: E402
-from vicuna.model import pretokenizers  # noqa: E402
-from vicuna.model.gguf_fields import read_fields  # noqa: E402
+from vicuna.gguf import pretokenizers  # noqa: E402
+from vicuna.gguf.read import read_fields  # noqa: E402
 
 # Not special in the tokenizer; some are by their spelling.
 TEXT_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "[ANSWER]", "::")

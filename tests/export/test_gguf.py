@@ -12,14 +12,14 @@ import torch
 
 from gguf_kit import save_base, scores_after, tiny_base, tiny_gguf
 from kit import save_tokenizer, tiny_model
-from vicuna.convert.pieces import Pieces
 from vicuna.data.encode import Encoder
 from vicuna.errors import UserError
-from vicuna.export.gguf import write_base
 from vicuna.export.gguf_names import Names, Shape
 from vicuna.export.gguf_types import PLAIN
-from vicuna.model.gguf_fields import read_fields
+from vicuna.export.gguf_writer import write_base
+from vicuna.gguf.read import read_fields
 from vicuna.model.vocabulary import load_vocabulary
+from vicuna.weights.chunks import Pieces
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"

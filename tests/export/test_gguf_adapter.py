@@ -11,9 +11,9 @@ import pytest
 from gguf_kit import scores_after, tiny_base
 from kit import shake, with_adapter
 from vicuna.errors import UserError
-from vicuna.export.gguf import write_adapter, write_base
+from vicuna.export.gguf_writer import write_adapter, write_base
+from vicuna.gguf.read import read_fields
 from vicuna.model.adapter import AdapterFiles, read_adapter, save
-from vicuna.model.gguf_fields import read_fields
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"

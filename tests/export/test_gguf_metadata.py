@@ -15,10 +15,10 @@ from metadata_kit import BASES, RECORDED, SPELT, TEXT_TOKENS, make_base, metadat
 
 from gguf_kit import save_base
 from kit import tiny_model
-from vicuna.export.gguf import write_adapter, write_base
+from vicuna.export.gguf_writer import write_adapter, write_base
+from vicuna.gguf.folder import vocabulary_folder
+from vicuna.gguf.read import read_fields
 from vicuna.model.adapter import AdapterFiles, LoraSettings
-from vicuna.model.gguf_fields import read_fields
-from vicuna.model.gguf_vocabulary import vocabulary_folder
 from vicuna.model.vocabulary import load_vocabulary
 
 # Ours alone, and harmless: what llama.cpp assumes anyway, or says of other architectures.

@@ -14,8 +14,8 @@ import torch
 from gguf_kit import tiny_base
 from vicuna.errors import UserError
 from vicuna.export import ggml
-from vicuna.export.gguf import write_base
 from vicuna.export.gguf_types import FILE_TYPES, K_QUANTS, Model, kind_of
+from vicuna.export.gguf_writer import write_base
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"

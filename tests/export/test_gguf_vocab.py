@@ -19,10 +19,10 @@ from gguf_kit import save_base, vary
 from kit import metaspace, save_tokenizer, tiny_model
 from vicuna.data.encode import Encoder
 from vicuna.errors import UserError
-from vicuna.export.gguf import write_base
-from vicuna.model import pretokenizers
-from vicuna.model.gguf_fields import read_fields
-from vicuna.model.gguf_vocabulary import vocabulary_folder
+from vicuna.export.gguf_writer import write_base
+from vicuna.gguf import pretokenizers
+from vicuna.gguf.folder import vocabulary_folder
+from vicuna.gguf.read import read_fields
 from vicuna.model.vocabulary import load_vocabulary
 
 needs_llamacpp = pytest.mark.skipif(

@@ -12,8 +12,8 @@ import torch
 from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.errors import UserError
-from vicuna.export.gguf import write_base
 from vicuna.export.gguf_names import Names, Shape
+from vicuna.export.gguf_writer import write_base
 from vicuna.export.importance import (
     Importance,
     is_importance,
@@ -21,7 +21,7 @@ from vicuna.export.importance import (
     read_importance,
     write_importance,
 )
-from vicuna.model.gguf_fields import read_fields
+from vicuna.gguf.read import read_fields
 
 
 def names(config: dict[str, object]) -> Names:

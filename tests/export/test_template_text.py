@@ -10,8 +10,8 @@ from generate_kit import SPECIALS, byte_level, vocabulary
 
 from vicuna.data.chat_template import ChatTemplate
 from vicuna.data.encode import Encoder
-from vicuna.data.jinja_program import Program
 from vicuna.data.template import Renderer, builtin, find
+from vicuna.data.template_program import Program
 from vicuna.data.types import Turn
 from vicuna.export.modelfile import modelfile
 from vicuna.export.template_text import default_system, go, jinja, recognised

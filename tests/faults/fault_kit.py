@@ -23,9 +23,9 @@ PATIENCE = 240  # seconds, after which a child counts as hanging
 HEAVY = ("torch", "transformers", "peft", "safetensors.torch", "gguf", "yaml", "rich.table",
          "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
          "transformers.models.llama.modeling_llama", "matplotlib.figure", "bitsandbytes",
-         "vicuna.train.loop", "vicuna.train.setup", "vicuna.memory.command", "vicuna.convert.merge",
-         "vicuna.generate.load", "vicuna.generate.engines.torch", "vicuna.export.gguf",
-         "vicuna.data.commands", "vicuna.quantize.command", "vicuna.verify.report")  # fmt: skip
+         "vicuna.train.loop", "vicuna.train.setup", "vicuna.commands.plan", "vicuna.convert.merge",
+         "vicuna.generate.load", "vicuna.generate.engines.torch", "vicuna.export.gguf_writer",
+         "vicuna.commands.data", "vicuna.commands.quantize", "vicuna.verify.report")  # fmt: skip
 
 
 def warm_up() -> None:

@@ -18,8 +18,8 @@ from fault_kit import Done, copied, files_at_most, full_at, vicuna
 from place_kit import ROWS, Row
 
 from vicuna.errors import UserError
-from vicuna.faults import cannot_write, explain, in_words, system_error, writing
 from vicuna.lines import Lines
+from vicuna.system_errors import cannot_write, explain, in_words, system_error, writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits files")
 _WRITE = [

@@ -13,7 +13,7 @@ from vicuna.data.template import Renderer
 from vicuna.data.types import Raw, Turn
 from vicuna.errors import UserError
 from vicuna.generate.batch import Tally, answer_file
-from vicuna.generate.questions import question, questions
+from vicuna.generate.prompt_file import question, questions
 from vicuna.generate.settings import Settings
 
 

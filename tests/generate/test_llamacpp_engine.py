@@ -15,9 +15,10 @@ import torch
 from gguf_kit import scores_after, tiny_base, tiny_gguf
 from kit import with_adapter
 from vicuna.errors import UserError
-from vicuna.generate.engines import libllama, llamacpp
+from vicuna.generate.engines import llamacpp
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
 from vicuna.generate.engines.llamacpp import LlamaCppEngine, physical_cores
+from vicuna.llamacpp import library
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"
@@ -288,23 +289,23 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_wheel_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    libllama.library.cache_clear()
+    library.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'chinese-vicuna\[cpp\]'"):
-        libllama.library()
+        library.library()
 
 
 def test_a_build_of_ones_own_is_taken_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "libllama.so"
-    monkeypatch.setenv(libllama.OWN_BUILD, str(own))
-    libllama.library.cache_clear()
+    monkeypatch.setenv(library.OWN_BUILD, str(own))
+    library.library.cache_clear()
     with pytest.raises(UserError, match=r"libllama\.so: llama\.cpp cannot be loaded"):
-        libllama.library()
+        library.library()
     own.symlink_to(next(Path(find_wheel()).glob("xllamacpp.*so")))
-    assert libllama.library()
-    libllama.library.cache_clear()
+    assert library.library()
+    library.library.cache_clear()
 
 
 def find_wheel() -> str:
@@ -315,16 +316,16 @@ def find_wheel() -> str:
 
 
 def test_another_layout_of_the_structures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = libllama.ContextParams._fields_
+    fields = library.ContextParams._fields_
     shifted = type(
-        "Shifted", (libllama.c.Structure,), {"_fields_": [("new", libllama.c.c_int32), *fields]}
+        "Shifted", (library.c.Structure,), {"_fields_": [("new", library.c.c_int32), *fields]}
     )
-    table = {**libllama._FUNCTIONS, "llama_context_default_params": (shifted, [])}
-    monkeypatch.setattr(libllama, "_FUNCTIONS", table)
-    libllama.library.cache_clear()
+    table = {**library._FUNCTIONS, "llama_context_default_params": (shifted, [])}
+    monkeypatch.setattr(library, "_FUNCTIONS", table)
+    library.library.cache_clear()
     with pytest.raises(UserError, match="not the one that was tested"):
-        libllama.library()
-    libllama.library.cache_clear()
+        library.library()
+    library.library.cache_clear()
 
 
 def test_threads_respect_what_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +343,7 @@ def test_threads_respect_what_this_process_may_use(monkeypatch: pytest.MonkeyPat
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     """(PEFT model, GGUF of its base, GGUF LoRA)."""
-    from vicuna.export.gguf import write_adapter
+    from vicuna.export.gguf_writer import write_adapter
     from vicuna.model.adapter import read_adapter, save
 
     folder = tmp_path_factory.mktemp("adapted")

@@ -187,7 +187,7 @@ REFUSED = {
 def test_what_is_refused_is_refused_everywhere(
     base: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vicuna.app.shelf import Shelf
+    from vicuna.serve.registry import Shelf
 
     folder = adapter(tmp_path / "a")
     path = Path(folder) / "adapter_config.json"
@@ -217,8 +217,8 @@ def test_what_is_refused_is_refused_everywhere(
 
 def test_on_the_page(base: str, good: str, tmp_path: Path) -> None:
     from vicuna import config
-    from vicuna.app.room import Room
     from vicuna.generate.load import open_model
+    from vicuna.serve.worker import Room
 
     bad = adapter(tmp_path / "bad", hidden_size=48)
     settings = {"model": base, "precision": "fp32", "template": "alpaca"}

@@ -12,10 +12,10 @@ from vicuna.memory import devices
 from vicuna.memory.allocator import CachingAllocator, rounded
 from vicuna.memory.extrapolate import full_peak
 from vicuna.memory.footprint import PARTS, Planner
-from vicuna.memory.shapes import config_of as shape
-from vicuna.memory.stand_in import QuantizedStandIn, attention_on, kernel_of
-from vicuna.memory.step import Job, Step, shortened, worst_pack
-from vicuna.memory.track import Tracker
+from vicuna.memory.meta_layers import QuantizedStandIn, attention_on, kernel_of
+from vicuna.memory.model_shapes import config_of as shape
+from vicuna.memory.traced_step import Job, Step, shortened, worst_pack
+from vicuna.memory.tracker import Tracker
 
 MIB = devices.MIB
 JOB = Job("bf16", "none", rows=600, longest=256)

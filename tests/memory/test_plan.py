@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from vicuna.commands import plan as command
 from vicuna.config import PlanSettings, TrainSettings, parse
 from vicuna.errors import SettingsError, UserError
-from vicuna.memory import command, devices, plan, shapes
-from vicuna.memory.choose import CHECKPOINTING, choose, most_rows
+from vicuna.memory import devices, model_shapes, plan
 from vicuna.memory.devices import GIB
 from vicuna.memory.footprint import Footprint, Planner
-from vicuna.memory.step import Job, shortened
+from vicuna.memory.search import CHECKPOINTING, choose, most_rows
+from vicuna.memory.traced_step import Job, shortened
 
 SHARE = {"none": 4, "selective": 3, "full": 1, "offload": 0.5}
 BASE = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
@@ -120,11 +121,13 @@ def test_shorter_examples_or_fewer_layers_where_nothing_else_helps(
 
 def test_examples_longer_than_the_base_can_see_are_refused() -> None:
     with pytest.raises(UserError, match="made for 2048"):
-        plan.make(TrainSettings(cutoff_len=4096), shapes.config_of("llama-7b"), devices.cpu(GIB))
+        plan.make(
+            TrainSettings(cutoff_len=4096), model_shapes.config_of("llama-7b"), devices.cpu(GIB)
+        )
 
 
 def test_a_real_choice_on_a_real_shape() -> None:
-    config = shortened(shapes.config_of("llama-7b"), 4)
+    config = shortened(model_shapes.config_of("llama-7b"), 4)
     device = devices.by_memory(3 * GIB)
     choice = choose(TrainSettings(), config, device, 512)
     assert choice.fits
@@ -189,19 +192,19 @@ def test_this_machine() -> None:
     ],
 )  # fmt: skip
 def test_shapes_have_the_published_number_of_weights(name: str, billions: float) -> None:
-    s = shapes.known()[name]
+    s = model_shapes.known()[name]
     head = s.get("head", s["hidden"] // s["heads"])
     attention = s["hidden"] * head * (2 * s["heads"] + 2 * s["kv"])
     layer = attention + 3 * s["hidden"] * s["inter"]
     embeddings = s["vocab"] * s["hidden"] * (1 if s.get("tied") else 2)
     assert (s["layers"] * layer + embeddings) / 1e9 == pytest.approx(billions, rel=2e-3)
-    config = shapes.config_of(name)
+    config = model_shapes.config_of(name)
     assert (config.num_hidden_layers, config.vocab_size) == (s["layers"], s["vocab"])
 
 
 def test_an_unknown_shape_names_the_nearest() -> None:
     with pytest.raises(UserError, match="llama-3-8b"):
-        shapes.config_of("llama3-8b")
+        model_shapes.config_of("llama3-8b")
 
 
 # -- the command ---------------------------------------------------------------------------------
@@ -259,8 +262,8 @@ def test_a_known_shape_stands_in_for_a_hub_id_that_cannot_be_reached(
 ) -> None:
     words = ["--memory", "80GiB", "--precision", "bf16", "--micro_batch_tokens", "64"]
     words += ["--cutoff_len", "64"]
-    config, notes = shapes.config_and_notes(model)
-    assert config.hidden_size == shapes.known()[shape]["hidden"]
+    config, notes = model_shapes.config_and_notes(model)
+    assert config.hidden_size == model_shapes.known()[shape]["hidden"]
     assert notes == [f"the hub cannot be reached; planned by the known shape {shape}"]
     if shape == "smollm2-135m":
         assert command.run(["--model", model, *words]) == 0
@@ -272,7 +275,7 @@ def test_a_known_shape_stands_in_for_a_hub_id_that_cannot_be_reached(
 )
 def test_no_shape_stands_in_for_another(unreachable: None, model: str) -> None:
     with pytest.raises(UserError, match="the hub cannot be reached"):
-        shapes.config_of(model)
+        model_shapes.config_of(model)
 
 
 def test_a_folder_of_a_shapes_name_is_the_folder(
@@ -280,8 +283,8 @@ def test_a_folder_of_a_shapes_name_is_the_folder(
 ) -> None:
     (tmp_path / "qwen2.5-7b").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert not shapes.is_known("qwen2.5-7b")
-    assert shapes.is_known("llama-7b")
+    assert not model_shapes.is_known("qwen2.5-7b")
+    assert model_shapes.is_known("llama-7b")
 
 
 def test_the_process_is_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from kit import config_of
 from vicuna.data.pack import Segment
 from vicuna.memory import devices
 from vicuna.memory.extrapolate import full_peak
-from vicuna.memory.step import Job, Step, begin, pack_of, run, worst_pack
-from vicuna.memory.track import KINDS, Tracker, without_collection
+from vicuna.memory.traced_step import Job, Step, begin, pack_of, run, worst_pack
+from vicuna.memory.tracker import KINDS, Tracker, without_collection
 from vicuna.model import dropout
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 CPU = devices.cpu(8 * devices.GIB)
 JOB = Job("fp32", "none", rows=96, longest=40)

@@ -10,15 +10,15 @@ import pytest
 
 from kit import save_tokenizer, tiny_model, with_adapter
 from vicuna import config
+from vicuna.commands.model_source import open_source
 from vicuna.config import AnswerSettings, MergeSettings, TrainSettings
 from vicuna.convert import merge
 from vicuna.errors import UserError
-from vicuna.export.source import open_source
 from vicuna.generate.load import open_model
 from vicuna.model import adapter_base
 from vicuna.model.adapter import read_adapter, save
-from vicuna.train import origin
-from vicuna.train.screen import Screen
+from vicuna.train import resume
+from vicuna.train.progress import Screen
 
 
 def adapter(folder: Path, base: Any) -> str:
@@ -63,7 +63,7 @@ def test_a_base_of_another_machine_is_the_adapters_claim(
         lambda: open_model(config.build(AnswerSettings, {"adapter": folder})),
         lambda: open_source(Asked(folder)),
         lambda: merge.run(["--adapter", folder, "--output_dir", str(tmp_path / "m")]),
-        lambda: origin.find(
+        lambda: resume.find(
             config.build(TrainSettings, {"init_adapter": folder, "dataset": ["x"]}), {}, Screen()
         ),
     )

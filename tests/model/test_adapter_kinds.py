@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kit import tiny_model, with_adapter
-from vicuna.convert.adapter import inspect
+from vicuna.commands.adapter import inspect
 from vicuna.errors import UserError
 from vicuna.model.adapter import attach_saved, read_adapter, save
 

@@ -28,9 +28,9 @@ from vicuna.data.pack import build_packs, targets_of
 from vicuna.errors import UserError
 from vicuna.generate.decode import Finished, Settings, decode
 from vicuna.generate.engines.torch import open_engine
+from vicuna.model import forward_choice
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.train import ways
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 pytestmark = pytest.mark.slow
 CPU, END = torch.device("cpu"), 2
@@ -116,7 +116,7 @@ def test_learns_and_answers_as_transformers_does(name: str) -> None:
     peft.eval()
     if name in NOT_CAUSAL:
         with pytest.raises(UserError, match="no model of the next token"):
-            ways.settle(Learner(peft, CPU))
+            forward_choice.settle(Learner(peft, CPU))
         return
     learn(peft)
     if name not in OTHER_POSITIONS:
@@ -132,9 +132,9 @@ def test_few_are_left_out() -> None:
 def learn(peft: Any) -> None:
     loss, wanted = one_by_one(peft)
     learner = Learner(peft, CPU)
-    said = ways.settle(learner)
+    said = forward_choice.settle(learner)
     packed = learner.way == "packed"
-    assert packed != any(ways.ONE_BY_ONE in line for line in said)
+    assert packed != any(forward_choice.ONE_BY_ONE in line for line in said)
     assert (learner.fast is not None) == (said == [])
     learner.packed_attention()
     packs = build_packs(examples(), END, 1000, 0 if packed else 1, share=packed)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Segment
-from vicuna.model import attention, cpu_attention, gpu_attention
+from vicuna.model import attention, attention_cpu, attention_gpu
 from vicuna.model.attention import Layout
-from vicuna.model.parts import Heads
+from vicuna.model.decoder_view import Heads
 
 # A tree: a preamble, two examples behind it, one of them with two endings, and one on its own.
 TREE = [
@@ -49,7 +49,7 @@ def by_hand(qkv: Tensor, heads: Heads, segments: list[Segment]) -> Tensor:
 
 
 def flex(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
-    return gpu_attention.flex(*parts(qkv, heads), heads, layout).flatten(1)
+    return attention_gpu.flex(*parts(qkv, heads), heads, layout).flatten(1)
 
 
 def one_by_one(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
@@ -70,9 +70,9 @@ BACKENDS = {
 def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What bf16 takes on a CPU, in any type, and in blocks shorter than the segments."""
     if "blocks" in request.node.name:
-        monkeypatch.setattr(cpu_attention, "in_blocks", lambda _: True)
-        monkeypatch.setattr(cpu_attention, "BLOCK", 8)
-        monkeypatch.setattr(cpu_attention, "STEP", 4)
+        monkeypatch.setattr(attention_cpu, "in_blocks", lambda _: True)
+        monkeypatch.setattr(attention_cpu, "BLOCK", 8)
+        monkeypatch.setattr(attention_cpu, "STEP", 4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
@@ -147,7 +147,7 @@ def test_bf16_on_the_cpu_is_as_near_as_bf16_can_be(shape: str) -> None:
 
 def test_on_the_cpu_and_old_gpus_segments_are_computed_one_by_one() -> None:
     layout = Layout(TREE)
-    assert gpu_attention.choose(torch.device("cpu"), torch.float32, layout) == "segments"
+    assert attention_gpu.choose(torch.device("cpu"), torch.float32, layout) == "segments"
     starts, longest = Layout(FLAT).boundaries(torch.device("cpu"))
     assert starts.tolist() == [0, 20, 57, 90]
     assert longest == 37
@@ -170,5 +170,5 @@ def test_the_backend_follows_the_chip_and_the_pack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(gpu_attention, "_has_triton", lambda: True)
-    assert gpu_attention.choose(torch.device("cuda"), dtype, Layout(segments)) == wanted
+    monkeypatch.setattr(attention_gpu, "_has_triton", lambda: True)
+    assert attention_gpu.choose(torch.device("cuda"), dtype, Layout(segments)) == wanted

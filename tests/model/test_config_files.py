@@ -12,16 +12,17 @@ from generate_kit import byte_level
 from tokenizers import AddedToken
 
 from kit import save_tokenizer, tiny_model
+from vicuna.commands import doctor
+from vicuna.commands.generate import generate
+from vicuna.commands.plan import run as plan
+from vicuna.commands.train import run as train
 from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, find
 from vicuna.errors import UserError
-from vicuna.generate.command import generate
-from vicuna.memory.command import run as plan
-from vicuna.model import doctor, load
+from vicuna.model import load
 from vicuna.model.config_files import check_folder, load_config
-from vicuna.model.token_rows import without_row
+from vicuna.model.missing_embeddings import without_row
 from vicuna.model.vocabulary import load_vocabulary
-from vicuna.train.command import run as train
 
 
 def base(folder: Path, added: Sequence[AddedToken] = (), **names: str) -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kit import tiny_model, with_adapter
-from vicuna.data.order import mix as numpy_mix
+from vicuna.data.sampler import mix as numpy_mix
 from vicuna.model.dropout import DropoutState, PrefixDropout, install, mix
 
 ROWS = mix(torch.arange(500))

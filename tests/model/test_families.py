@@ -14,7 +14,7 @@ from vicuna.model import fused
 from vicuna.model.adapter import LoraSettings, attach, identify
 from vicuna.model.base import locate
 from vicuna.model.load import Chosen, context_length, load_base
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 CPU = torch.device("cpu")
 

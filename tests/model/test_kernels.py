@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vicuna.model import kernels
-from vicuna.model.kernels import PLAIN
+from vicuna.model import elementwise
+from vicuna.model.elementwise import PLAIN
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_swiglu_and_its_gradient() -> None:
         again, soft = PLAIN.swiglu_again(wide)
         torch.testing.assert_close(again, wanted)
         torch.testing.assert_close(PLAIN.swiglu_backward(d, wide, soft), gradient)
-        torch.testing.assert_close(kernels._swiglu_backward(d, wide, soft), gradient)
+        torch.testing.assert_close(elementwise._swiglu_backward(d, wide, soft), gradient)
 
 
 def test_a_rotation_and_back_changes_nothing_and_equals_transformers() -> None:
@@ -59,28 +59,28 @@ def test_a_rotation_and_back_changes_nothing_and_equals_transformers() -> None:
 
 
 def test_a_cpu_takes_plain_kernels_unless_asked_otherwise() -> None:
-    assert kernels.choose("auto", CPU, torch.float32, 64) is PLAIN
-    assert kernels.choose("plain", torch.device("cuda"), torch.float32, 64) is PLAIN
-    assert kernels.choose("compiled", CPU, torch.float32, 64) is not PLAIN
+    assert elementwise.choose("auto", CPU, torch.float32, 64) is PLAIN
+    assert elementwise.choose("plain", torch.device("cuda"), torch.float32, 64) is PLAIN
+    assert elementwise.choose("compiled", CPU, torch.float32, 64) is not PLAIN
 
 
 @pytest.mark.parametrize(("plain", "fast", "wanted"), [(2.0, 1.0, "compiled"), (1.0, 1.0, "plain")])
 def test_a_gpu_takes_the_faster_ones(
     plain: float, fast: float, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_seconds", lambda k, *_: plain if k is PLAIN else fast)
-    chosen = kernels.choose("auto", torch.device("cuda"), torch.float16, 64)
+    monkeypatch.setattr(elementwise, "_seconds", lambda k, *_: plain if k is PLAIN else fast)
+    chosen = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
     assert (chosen.swiglu is not PLAIN.swiglu) == (wanted == "compiled")
     assert chosen.reason.startswith(wanted)
 
 
 def test_where_nothing_compiles_plain_kernels_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(k: kernels.Kernels, *_: object) -> float:
+    def fail(k: elementwise.Kernels, *_: object) -> float:
         if k is not PLAIN:
             raise RuntimeError("no compiler\nand more")
         return 1.0
 
-    monkeypatch.setattr(kernels, "_seconds", fail)
-    chosen = kernels.choose("auto", torch.device("cuda"), torch.float16, 64)
+    monkeypatch.setattr(elementwise, "_seconds", fail)
+    chosen = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
     assert chosen.swiglu is PLAIN.swiglu
     assert "RuntimeError no compiler" in chosen.reason

@@ -19,7 +19,7 @@ from vicuna.model import lora_config
 from vicuna.model.adapter import attach_saved, even, read_adapter, save_files
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.adapter_fit import notes_on
-from vicuna.model.merging import Addition
+from vicuna.model.lora_delta import Addition
 
 IDS = torch.arange(3, 40)[None]
 TARGET = ["q_proj", "v_proj", "down_proj"]

@@ -11,7 +11,7 @@ from kit import tiny_model, with_adapter
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import TorchEngine
 from vicuna.model.adapter import read_adapter, save
-from vicuna.model.mix import save_mix
+from vicuna.model.concatenate import save_mix
 
 PROMPT = [5, 6, 7, 8]
 

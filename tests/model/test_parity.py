@@ -36,7 +36,7 @@ from parity_kit import (
 from vicuna.data.encode import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.model import dropout, fused
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 CHECKPOINTING: Any = ("none", "selective", "full", "offload")
 # Whole and shared, in several packs, each example alone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vicuna.model import products
+from vicuna.model import onednn_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -19,14 +19,14 @@ def test_a_product_is_the_linear_layers(dtype: torch.dtype, rows: int, biased: b
         x.double(), weight.double(), None if bias is None else bias.double()
     )
     near = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
-    assert torch.allclose(products.product(x, weight, bias).double(), right, **near)
-    packed = products.packed(weight)
+    assert torch.allclose(onednn_linear.product(x, weight, bias).double(), right, **near)
+    packed = onednn_linear.packed(weight)
     if packed is not None:
-        assert torch.allclose(products.product(x, packed, bias).double(), right, **near)
+        assert torch.allclose(onednn_linear.product(x, packed, bias).double(), right, **near)
     else:
         assert dtype != torch.float32 or not torch.backends.mkldnn.is_available()
 
 
 def test_what_cannot_be_laid_out_is_left_alone() -> None:
-    assert products.packed(torch.empty(4, 4, device="meta")) is None
-    assert products.packed(torch.ones(4, 4, dtype=torch.int8)) is None
+    assert onednn_linear.packed(torch.empty(4, 4, device="meta")) is None
+    assert onednn_linear.packed(torch.ones(4, 4, dtype=torch.int8)) is None

@@ -16,7 +16,7 @@ from vicuna.data.encode import Example
 from vicuna.data.pack import build_packs
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import TorchEngine, open_engine
-from vicuna.train.step import Learner
+from vicuna.model.trainable import Learner
 
 CPU = torch.device("cpu")
 PROMPT = list(range(3, 23))
@@ -247,10 +247,10 @@ def test_what_is_more_than_a_lora_is_refused_or_computed_by_peft(kind: str) -> N
 @contextmanager
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where weights are laid out for answering."""
-    from vicuna.model import products
+    from vicuna.model import onednn_linear
 
-    monkeypatch.setattr(products, "packed", lambda weight: weight.clone())
-    monkeypatch.setattr(products, "product", torch.nn.functional.linear)
+    monkeypatch.setattr(onednn_linear, "packed", lambda weight: weight.clone())
+    monkeypatch.setattr(onednn_linear, "product", torch.nn.functional.linear)
     yield
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from gguf_kit import tiny_base
 from kit import with_adapter
+from vicuna.commands.quantize import run
 from vicuna.data.template import builtin
 from vicuna.errors import SettingsError, UserError
 from vicuna.model.adapter import save
 from vicuna.quantize import environment, process
-from vicuna.quantize.command import run
 
 FAKE = Path(__file__).parent / "fake_gptqmodel.py"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gguf_kit import tiny_base
-from vicuna.quantize.command import run
+from vicuna.commands.quantize import run
 
 ENVIRONMENT = os.environ.get("VICUNA_TEST_GPTQMODEL", "")
 

@@ -17,17 +17,17 @@ from typing import Any
 def main(base: Path, gguf: Path, adapter: Path) -> None:
     import torch
 
-    from vicuna.cache import file_hash
+    from vicuna.commands.train import run
     from vicuna.config import DatasetEntry, TrainSettings
     from vicuna.data import dataset as datasets
     from vicuna.data.encode import Encoder
     from vicuna.data.template import Renderer, find
     from vicuna.export import gguf_cache
-    from vicuna.generate.engines import native
+    from vicuna.files import file_hash
+    from vicuna.llamacpp import build
     from vicuna.model import adapter as adapters
     from vicuna.model.base import locate, locate_vocabulary
     from vicuna.model.vocabulary import load_vocabulary
-    from vicuna.train.command import run
 
     torch.set_num_threads(1)
     told: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def main(base: Path, gguf: Path, adapter: Path) -> None:
     told["gguf base"] = gguf_cache.base_file(base, "f16").name
     told["gguf vocabulary"] = locate_vocabulary(str(gguf)).name
     told["gguf as folder"] = locate(str(gguf)).name
-    told["library"] = native.place("1").name
+    told["library"] = build.place("1").name
     words = f"--model {base} --dataset data.jsonl --output_dir run --max_steps 2 --batch_size 4"
     assert run([*words.split(), "--precision", "fp32", "--template", "auto"]) == 0
     for path in sorted(Path("run/adapter").iterdir()):

@@ -51,7 +51,7 @@ def write_data(path: Path, n: int = 40, shift: int = 0) -> Path:
 
 def train(*words: str) -> int:
     """`vicuna train` in this process; returns the exit code, raises UserError."""
-    from vicuna.train.command import run
+    from vicuna.commands.train import run
 
     torch.set_num_threads(1)
     return run(words)

@@ -24,8 +24,8 @@ from run_kit import same, save_tiny_model, train, weights, write_data
 from safetensors.torch import load_file
 
 import vicuna
-from vicuna.cache import file_hash
 from vicuna.errors import SettingsError
+from vicuna.files import file_hash
 from vicuna.model.vocabulary import load_vocabulary
 
 PROBE = Path(__file__).with_name("fingerprint_probe.py")
@@ -71,7 +71,7 @@ def old_adapter(run: Path, folder: Path) -> Path:
 def test_every_digest_is_the_same_in_every_process(
     base: Path, whole: Path, data: Path, tmp_path: Path
 ) -> None:
-    from vicuna.export.gguf import write_base
+    from vicuna.export.gguf_writer import write_base
 
     write_base(base, tmp_path / "base.gguf", "f16")
     words = [str(base), str(tmp_path / "base.gguf"), str(old_adapter(whole, tmp_path / "old"))]

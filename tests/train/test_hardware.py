@@ -16,7 +16,7 @@ from vicuna.config import TrainSettings, build
 from vicuna.memory import devices
 from vicuna.memory.devices import GIB
 from vicuna.train import hardware
-from vicuna.train.screen import Screen
+from vicuna.train.progress import Screen
 
 CPU = torch.device("cpu")
 # What the libraries take beside the tensors of a step, in a plan.
@@ -65,8 +65,8 @@ def test_less_is_taken_where_it_is_tight_and_the_reason_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     with_memory(monkeypatch, 64 * GIB)
-    from vicuna.memory.choose import choose
-    from vicuna.memory.shapes import config_of as read
+    from vicuna.memory.model_shapes import config_of as read
+    from vicuna.memory.search import choose
 
     settings = build(TrainSettings, {"precision": "fp32"})
     need = choose(settings, read(str(folder)), devices.cpu(64 * GIB, False), 60).footprint
@@ -122,7 +122,7 @@ def test_a_plan_that_fails_is_no_reason_not_to_train(
 def test_the_rough_count_is_above_the_plan(folder: Path) -> None:
     from transformers import AutoConfig
 
-    from vicuna.memory.choose import choose
+    from vicuna.memory.search import choose
 
     for config, longest in ((AutoConfig.from_pretrained(folder), 60), (config_of("qwen3"), 2048)):
         settings = build(TrainSettings, {"precision": "fp32"})

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from run_kit import events, train
 
-from vicuna import cache, interrupts
+from vicuna import files, interrupts
+from vicuna.model.trainable import Learner
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import loop
-from vicuna.train.step import Learner
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +117,14 @@ def test_the_third_says_what_is_lost(
     run = tmp_path / "run"
     press_at(monkeypatch, Learner, "backward", 6, 2)
     # The checkpoint that is then written has step 5.
-    real = cache.sync
+    real = files.sync
 
     def third(path: Path) -> None:
         if "step-000005" in str(path):
             signal.raise_signal(signal.SIGINT)
         real(path)
 
-    monkeypatch.setattr(cache, "sync", third)
+    monkeypatch.setattr(files, "sync", third)
     with pytest.raises(KeyboardInterrupt):
         train(*words, "--output_dir", str(run))
     assert "update 5 is lost, those up to 4 are kept" in interrupts.line()
@@ -199,7 +199,7 @@ def test_every_command_that_writes_leaves_nothing_half_made(
     out.mkdir()
     monkeypatch.setenv("VICUNA_CACHE", str(tmp_path / "cache"))
     line = COMMANDS[name].format(base=tiny, run=whole, out=out, data=data)
-    calls = press_at(monkeypatch, cache, "sync", 1, times)
+    calls = press_at(monkeypatch, files, "sync", 1, times)
     assert command(*line.split()) == 130
     assert calls
     error = capsys.readouterr().err.strip().splitlines()

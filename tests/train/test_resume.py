@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from run_kit import events, same, train, weights, write_data
 
-from vicuna import cache
+from vicuna import files
 from vicuna.errors import SettingsError, UserError
 from vicuna.train import checkpoint as checkpoints
 
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    real = cache.sync
+    real = files.sync
     written: list[Path] = []
 
     def full(path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
                 raise OSError(28, "No space left on device")
         real(path)
 
-    monkeypatch.setattr(cache, "sync", full)
+    monkeypatch.setattr(files, "sync", full)
     with pytest.raises(UserError, match="cannot write: the disk is full"):
         train(*words, "--output_dir", str(run))
     monkeypatch.undo()
@@ -339,7 +339,7 @@ def test_a_log_that_has_no_room_is_one_message(
     """The plot at the end, too: nothing that is written ends otherwise."""
     import resource
 
-    from vicuna.train.runfolder import RunFolder
+    from vicuna.train.run_folder import RunFolder
 
     run = tmp_path / "run"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -13,7 +13,7 @@ from run_kit import events, largest_difference, same, save_tiny_model, train, we
 
 from kit import tiny_model
 from vicuna.errors import SettingsError, UserError
-from vicuna.train.runfolder import RunFolder
+from vicuna.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from run_kit import events, largest_difference, same, train, weights
 from vicuna.config import TrainSettings, build
 from vicuna.data.pack import Pack
 from vicuna.errors import UserError
-from vicuna.model.memory_errors import is_memory
+from vicuna.model.out_of_memory import is_memory
+from vicuna.model.trainable import Learner
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.checkpoint import State
-from vicuna.train.shrink import EVALUATION, advice
-from vicuna.train.step import Learner
+from vicuna.train.oom import EVALUATION, advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")

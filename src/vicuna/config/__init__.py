@@ -6,15 +6,21 @@ together, a misspelt key with the nearest right one, a name of the 2023 project 
 A module for each kind of command holds its settings; `parse` reads them.
 """
 
-from vicuna.config.answer import AnswerSettings, GenerateSettings, ModelSettings
-from vicuna.config.common import DatasetEntry, Settings
+from vicuna.config.base import DatasetEntry, Settings
 from vicuna.config.data import (
     ConvertSettings,
     DataCommandSettings,
     DataSettings,
     PreviewSettings,
 )
-from vicuna.config.names import OLD_NAMES
+from vicuna.config.decoding import AnswerSettings, GenerateSettings, ModelSettings
+from vicuna.config.models import (
+    ConvertModelSettings,
+    InspectSettings,
+    MergeSettings,
+    UpgradeSettings,
+    VerifySettings,
+)
 from vicuna.config.parse import (
     RUN_KEYS,
     build,
@@ -29,13 +35,7 @@ from vicuna.config.quantize import (
     QuantizeSettings,
     RunSettings,
 )
-from vicuna.config.ship import (
-    ConvertModelSettings,
-    InspectSettings,
-    MergeSettings,
-    UpgradeSettings,
-    VerifySettings,
-)
+from vicuna.config.renamed import OLD_NAMES
 from vicuna.config.tools import DemoSettings, DoctorSettings
 from vicuna.config.train import PlanSettings, TrainSettings
 from vicuna.config.web import WebSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vicuna.config.common import Settings, setting
+from vicuna.config.base import Settings, setting
 
 
 class DataSettings(Settings):

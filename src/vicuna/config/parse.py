@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vicuna.config.common import BARE, SWITCH, DatasetEntry, Datasets, Settings
-from vicuna.config.names import OLD_NAMES
+from vicuna.config.base import BARE, SWITCH, DatasetEntry, Datasets, Settings
+from vicuna.config.renamed import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
+from vicuna.json_yaml import read_yaml
 from vicuna.paths import exists
-from vicuna.tables import read_yaml
 
 # What a run writes beside its settings into config.yaml; skipped when the file is used as a recipe.
 RUN_KEYS = ("resolved", "environment")

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from vicuna.config.answer import AnswerSettings
-from vicuna.config.common import Settings, Words, setting
-from vicuna.config.ship import VerifySettings
+from vicuna.config.base import Settings, Words, setting
+from vicuna.config.decoding import AnswerSettings
+from vicuna.config.models import VerifySettings
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q2_k", "q3_k_s", "q3_k_m",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vicuna.config.common import Settings, setting
+from vicuna.config.base import Settings, setting
 
 
 class DoctorSettings(Settings):

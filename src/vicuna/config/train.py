@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from vicuna.config.common import Checkpointing, Datasets, Texts, Words, setting
+from vicuna.config.base import Checkpointing, Datasets, Texts, Words, setting
 from vicuna.config.data import DataSettings
 
 

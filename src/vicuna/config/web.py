@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vicuna.config.answer import ModelSettings
-from vicuna.config.common import Texts, Words, setting
+from vicuna.config.base import Texts, Words, setting
+from vicuna.config.decoding import ModelSettings
 
 
 class WebSettings(ModelSettings):

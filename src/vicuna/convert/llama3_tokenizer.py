@@ -10,8 +10,8 @@ import binascii
 from pathlib import Path
 from typing import Any
 
-from vicuna.convert.output import write_json
 from vicuna.errors import UserError
+from vicuna.weights.output_folder import write_json
 
 _BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"
 # In the order of their ids; `None` is the next reserved one. 3.1 gave names to three of them.

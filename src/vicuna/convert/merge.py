@@ -15,29 +15,29 @@ import torch
 from torch import Tensor
 
 from vicuna import config
-from vicuna.cache import whole_folder
 from vicuna.config import MergeSettings
 from vicuna.convert.combine import Method, combine
-from vicuna.convert.output import (
+from vicuna.data.encode import Encoder
+from vicuna.errors import SettingsError, UserError
+from vicuna.files import whole_folder
+from vicuna.memory.devices import parse_memory
+from vicuna.model import adapter as adapters
+from vicuna.model.adapter import AdapterFiles
+from vicuna.model.adapter_base import named_base
+from vicuna.model.base import EMBEDDED, locate
+from vicuna.model.lora_delta import Addition
+from vicuna.model.vocabulary import load_vocabulary
+from vicuna.verify.report import Report, size_of
+from vicuna.verify.scorers import FolderScorer
+from vicuna.weights.output_folder import (
     check_space,
     copy_side_files,
     read_json,
     result_folder,
     write_json,
 )
-from vicuna.convert.shards import Planned, Read, copies, rounded, write_sharded
-from vicuna.data.encode import Encoder
-from vicuna.errors import SettingsError, UserError
-from vicuna.memory.devices import parse_memory
-from vicuna.model import adapter as adapters
-from vicuna.model.adapter import AdapterFiles
-from vicuna.model.adapter_base import named_base
-from vicuna.model.base import EMBEDDED, locate
-from vicuna.model.merging import Addition
-from vicuna.model.vocabulary import load_vocabulary
-from vicuna.model.weights import Weights, nbytes, open_weights, shapes
-from vicuna.verify.report import Report, size_of
-from vicuna.verify.scorers import FolderScorer
+from vicuna.weights.read import Weights, nbytes, open_weights, shapes
+from vicuna.weights.safetensors_writer import Planned, Read, copies, rounded, write_sharded
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {v: k.replace("fp", "float").replace("bf", "bfloat") for k, v in _TYPES.items()}
@@ -252,7 +252,7 @@ def _write_config(source: _Source, folder: Path, plan: Sequence[Planned], untie:
 def _write_speech(source: _Source, folder: Path) -> None:
     """How the merged model wants to be talked to: the adapter's template and its end token."""
     from vicuna.data.template import Renderer, from_dict
-    from vicuna.export.speech import write_speech
+    from vicuna.export.chat_format import write_speech
 
     saved = [t for f, _ in source.parts if (t := f.meta.get("template"))]
     if not saved:

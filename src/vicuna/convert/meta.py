@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicuna.convert.output import read_json, write_json
 from vicuna.convert.pth import PthWriter
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import rope_settings
-from vicuna.model.pickles import load_pickled
-from vicuna.model.weights import ALL, Weights
+from vicuna.weights.output_folder import read_json, write_json
+from vicuna.weights.read import ALL, Weights
+from vicuna.weights.torch_files import load_pickled
 
 PARAMS = "params.json"
 HF_CONFIG = "hf_config.json"  # config.json of the model that was written in this layout

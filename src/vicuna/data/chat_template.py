@@ -14,8 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vicuna.data.encode import Segment
-from vicuna.data.jinja_program import Program
-from vicuna.data.outline import (
+from vicuna.data.template_base import (
+    Shape,
+    Slot,
+    Template,
+    ThoughtMarks,
+    TrainTurns,
+)
+from vicuna.data.template_input import (
     ANSWERS,
     GAP,
     HOLE,
@@ -28,15 +34,9 @@ from vicuna.data.outline import (
     cut,
     hole,
 )
-from vicuna.data.renderings import Renderings
-from vicuna.data.template_base import (
-    Shape,
-    Slot,
-    Template,
-    ThoughtMarks,
-    TrainTurns,
-)
-from vicuna.data.thoughts import split_thought
+from vicuna.data.template_output import Renderings
+from vicuna.data.template_program import Program
+from vicuna.data.thinking import split_thought
 from vicuna.data.types import Conversation, Turn
 
 

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from vicuna.data.thoughts import MARK, split_thought
+from vicuna.data.thinking import MARK, split_thought
 from vicuna.data.types import Conversation, Problem, Turn
 
 # The reasons a user reads. Stable; a detail may follow after ": ".

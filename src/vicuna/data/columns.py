@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vicuna.data import keys, preferences
-from vicuna.data.textrules import Unusable, parse_json
+from vicuna.data import field_names, preferences
+from vicuna.data.clean import Unusable, parse_json
 from vicuna.data.types import Raw
 from vicuna.errors import UserError
 
@@ -17,10 +17,16 @@ from vicuna.errors import UserError
 Columns = tuple[tuple[str, str], ...]
 
 # Under one of these, or a list of turns, a record has its answer.
-_ANSWERING = {*keys.ANSWERS, *keys.CHOSEN, *keys.ALL_TURN_LISTS, *keys.OPTION_ANSWERS, "history"}
+_ANSWERING = {
+    *field_names.ANSWERS,
+    *field_names.CHOSEN,
+    *field_names.ALL_TURN_LISTS,
+    *field_names.OPTION_ANSWERS,
+    "history",
+}
 _ANSWERING |= {*preferences.KEYS, *preferences.LISTS, "content"}
 # A prompt may be a whole dialogue in one text.
-_ASKING = [n for n in ("instruction", *keys.QUESTIONS) if n != "prompt"]
+_ASKING = [n for n in ("instruction", *field_names.QUESTIONS) if n != "prompt"]
 LOOKED_AT = 200  # records that a column must show itself in
 
 
@@ -43,8 +49,8 @@ def settled(given: Mapping[str, str]) -> Columns:
     Raises: UserError where a name is none that records have here.
     """
     for name in given:
-        if name.strip().lower() not in keys.KNOWN:
-            near = get_close_matches(name.lower(), sorted(keys.KNOWN), n=1)
+        if name.strip().lower() not in field_names.KNOWN:
+            near = get_close_matches(name.lower(), sorted(field_names.KNOWN), n=1)
             raise UserError(
                 f"columns.{name}: no format has this name",
                 where="dataset",

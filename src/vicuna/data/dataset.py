@@ -17,11 +17,11 @@ from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import checks, columns, encodings
 from vicuna.data.encode import Example
 from vicuna.data.lengths import CUTOFFS, Lengths
-from vicuna.data.order import Group, Order, split_validation
-from vicuna.data.pace import Pace
 from vicuna.data.prepare import Recipe, prepare_file
 from vicuna.data.read import read
+from vicuna.data.reading_progress import Pace
 from vicuna.data.report import DataReport, FileReport
+from vicuna.data.sampler import Group, Order, split_validation
 from vicuna.data.sources import expand_noting
 from vicuna.data.store import Store
 from vicuna.data.template import Renderer

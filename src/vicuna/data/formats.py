@@ -25,23 +25,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vicuna.data import chat_exports, flags, preferences, readers
 from vicuna.data import columns as own_columns
-from vicuna.data import exports, marks, preferences, readers
-from vicuna.data.columns import Columns
-from vicuna.data.keys import ALL_TURN_LISTS, ANSWERS, HARMLESS, PLAIN_QUESTIONS, first, fold
-from vicuna.data.marks import Reading
-from vicuna.data.printed import printed
-from vicuna.data.readers import (
-    as_list,
-    looks_like_turns,
-    pair_keys,
-)
-from vicuna.data.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
-from vicuna.data.said import (
-    Said,
-    converse,
-)
-from vicuna.data.textrules import (
+from vicuna.data.clean import (
     Note,
     Unusable,
     clean,
@@ -49,6 +35,20 @@ from vicuna.data.textrules import (
     parse_json,
     parse_list,
     shorten,
+)
+from vicuna.data.columns import Columns
+from vicuna.data.field_names import ALL_TURN_LISTS, ANSWERS, HARMLESS, PLAIN_QUESTIONS, first, fold
+from vicuna.data.flags import Reading
+from vicuna.data.python_literals import printed
+from vicuna.data.readers import (
+    as_list,
+    looks_like_turns,
+    pair_keys,
+)
+from vicuna.data.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
+from vicuna.data.turns import (
+    Said,
+    converse,
 )
 from vicuna.data.types import Action, Conversation, Parsed, Problem, Raw, Turn
 
@@ -63,16 +63,21 @@ _READERS: dict[str, Callable[[Reading], Iterable[Said]]] = {
     "pair": readers.pair,
     "preference": readers.preference,
     "dialogue": readers.dialogue,
-    "moss": exports.moss,
-    "chatgpt": exports.tree,
-    "oasst": exports.assistant_tree,
+    "moss": chat_exports.moss,
+    "chatgpt": chat_exports.tree,
+    "oasst": chat_exports.assistant_tree,
 }
 # A record of these keys alone has nothing that `marks` could honour.
 _PLAIN = frozenset(("instruction", "input", "output", "conversations", "messages", "id"))
 _ALPACA = frozenset(("instruction", "input", "output", "id"))
 # Without any of these a record is of no format that needs a second look.
 _SPECIAL = frozenset(
-    (*exports.KEYS, *preferences.KEYS, *ALL_TURN_LISTS - {"conversations", "messages"}, "prompt")
+    (
+        *chat_exports.KEYS,
+        *preferences.KEYS,
+        *ALL_TURN_LISTS - {"conversations", "messages"},
+        "prompt",
+    )
 )
 
 
@@ -98,14 +103,14 @@ def parse(raw: Raw, columns: Columns = ()) -> Parsed:
             raise _unknown(reading.values)
         if name == "text":
             turns = _text(reading)
-            marks.record(reading, [])
+            flags.record(reading, [])
             conversation = Conversation(turns, raw.line, "text")
         else:
             said = list(_READERS[name](reading))
             merit = None
             if not _PLAIN.issuperset(reading.values):
-                said = marks.record(reading, said)
-                merit = marks.merit(reading.values)
+                said = flags.record(reading, said)
+                merit = flags.merit(reading.values)
             conversation = Conversation(converse(said, note), raw.line, "chat", merit)
     except Unusable as e:
         return Parsed(None, name, [_problem(raw.line, e.field, e.reason, "dropped")])
@@ -220,13 +225,13 @@ def _detect(r: dict[str, Any]) -> str:
 
 
 def _special(r: dict[str, Any]) -> str | None:
-    if exports.refusal(r):
+    if chat_exports.refusal(r):
         return "unknown"
-    if exports.is_tree(r):
+    if chat_exports.is_tree(r):
         return "chatgpt"
-    if exports.is_moss(r):
+    if chat_exports.is_moss(r):
         return "moss"
-    if exports.is_assistant_tree(r):
+    if chat_exports.is_assistant_tree(r):
         return "oasst"
     if preferences.chosen_key(r) or preferences.two_keys(r):
         return "preference"
@@ -235,7 +240,7 @@ def _special(r: dict[str, Any]) -> str | None:
 
 def _unknown(r: dict[str, Any]) -> Unusable:
     names = shorten(", ".join(k for k in map(str, r) if k not in HARMLESS or len(r) < 3), 60)
-    return Unusable(names, exports.refusal(r) or UNKNOWN_FORMAT)
+    return Unusable(names, chat_exports.refusal(r) or UNKNOWN_FORMAT)
 
 
 def _text(reading: Reading) -> list[Turn]:

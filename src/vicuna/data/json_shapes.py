@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vicuna.data import formats
+from vicuna.data.clean import Number, shorten
+from vicuna.data.field_names import ALL_TURN_LISTS
 from vicuna.data.json_values import DECODER, LIMIT, Window
-from vicuna.data.keys import ALL_TURN_LISTS
 from vicuna.data.readers import looks_like_turns
 from vicuna.data.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT
 from vicuna.data.text import BLANK
-from vicuna.data.textrules import Number, shorten
 from vicuna.data.types import Problem, Raw
 
 _TRAIN = ("train", "training", "train_data", "training_data", "train_set", "data")

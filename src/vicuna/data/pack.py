@@ -27,7 +27,7 @@ from itertools import pairwise
 import numpy as np
 
 from vicuna.data.encode import END_TOKEN, NO_TARGET, Example
-from vicuna.data.order import mix
+from vicuna.data.sampler import mix
 
 # Prefixes shorter than this are cheaper to compute again than to share: each segment is a call of
 # the attention kernel.

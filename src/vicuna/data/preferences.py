@@ -15,11 +15,11 @@ import re
 from itertools import takewhile
 from typing import Any
 
-from vicuna.data import keys
-from vicuna.data.marks import Reading, joined, number_of, says, thinking
+from vicuna.data import field_names
+from vicuna.data.clean import NOT_TEXT, Unusable, kind, names, parse_list
+from vicuna.data.flags import Reading, joined, number_of, says, thinking
 from vicuna.data.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER
-from vicuna.data.said import Said
-from vicuna.data.textrules import NOT_TEXT, Unusable, kind, names, parse_list
+from vicuna.data.turns import Said
 
 _ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))
 _TWO = tuple(
@@ -50,11 +50,17 @@ _SIGNS = {
     **dict.fromkeys(("rank", "ranking"), -1.0),
     **dict.fromkeys(names("score rating reward vote upvote like point quality"), 1.0),
 }
-KEYS = (*keys.CHOSEN, *(key for two in _TWO for key in two))
+KEYS = (*field_names.CHOSEN, *(key for two in _TWO for key in two))
 # Lists that may be as long as that of the answers and have nothing to do with it.
 _OTHER_LISTS = frozenset(
-    (*keys.ALL_TURN_LISTS, *keys.MATERIAL, *keys.SYSTEMS, *keys.QUESTIONS, *keys.HARMLESS)
-    + (*keys.CHOSEN, *keys.REJECTED, "history", "instruction")
+    (
+        *field_names.ALL_TURN_LISTS,
+        *field_names.MATERIAL,
+        *field_names.SYSTEMS,
+        *field_names.QUESTIONS,
+        *field_names.HARMLESS,
+    )
+    + (*field_names.CHOSEN, *field_names.REJECTED, "history", "instruction")
 ) - {"source"}
 LISTS = names("responses answers completions outputs generations replies candidates 回答列表")
 _TEXTS = names("response text content answer completion output value message generated_text")
@@ -62,14 +68,14 @@ _TEXTS = names("response text content answer completion output value message gen
 
 def chosen_key(values: dict[str, Any]) -> str | None:
     """The key of the better answer, where it is an answer and not a flag or a pointer."""
-    for key in keys.CHOSEN:
+    for key in field_names.CHOSEN:
         value = values.get(key)
         if isinstance(value, (list, dict)) and value:
             return key
         if isinstance(value, str) and value.strip():
             if _points(value) and (two_keys(values) or list_key(values)):
                 continue
-            worse = any(k in values for k in keys.REJECTED)
+            worse = any(k in values for k in field_names.REJECTED)
             if worse or value.strip().lower() not in ("true", "false", "yes", "no", "0", "1"):
                 return key
     if "chosen" in values and "rejected" in values and values["chosen"] is None:
@@ -89,8 +95,8 @@ def two_keys(values: dict[str, Any]) -> tuple[str, ...] | None:
     """The keys of two answers, or of more, that are compared."""
     for two in _TWO:
         if two[0] in values and two[1] in values:
-            if not keys.first(values, _WINNERS) and any(
-                not keys.empty(values.get(a)) for a in keys.ANSWERS
+            if not field_names.first(values, _WINNERS) and any(
+                not field_names.empty(values.get(a)) for a in field_names.ANSWERS
             ):
                 return None  # the record says itself which is its answer
             last = ord(two[1][-1])
@@ -104,7 +110,7 @@ def better(reading: Reading, several: tuple[str, ...]) -> str:
 
     Raises: Unusable where nothing says so, or none is.
     """
-    key = keys.first(reading.values, _WINNERS)
+    key = field_names.first(reading.values, _WINNERS)
     value = reading.take(key)
     word = str(value).strip().lower()
     if (name := re.sub("[ -]", "_", word)) in several:
@@ -136,7 +142,7 @@ def list_key(values: dict[str, Any]) -> str | None:
     for key in LISTS:
         items = _items(values.get(key))
         if items and all(isinstance(i, (str, dict, list)) for i in items):
-            if isinstance(items[0], dict) and not keys.first(items[0], _TEXTS):
+            if isinstance(items[0], dict) and not field_names.first(items[0], _TEXTS):
                 continue
             return key
     return None
@@ -186,11 +192,11 @@ def _judged(
     """
     values = reading.values if beside is None else beside
     used = reading.used if beside is None else set[str]()
-    rest = [k for k in values if k not in used and k != own and not keys.empty(values[k])]
+    rest = [k for k in values if k not in used and k != own and not field_names.empty(values[k])]
     unclear = ""
     for key in rest:
         found = _items(values[key])
-        if found is None or key in _OTHER_LISTS or key.removesuffix("s") in keys.HARMLESS:
+        if found is None or key in _OTHER_LISTS or key.removesuffix("s") in field_names.HARMLESS:
             continue
         merits = _merits(key, found)
         if merits and len(merits) == len(answers):
@@ -240,9 +246,9 @@ def _place(value: Any, answers: list[Any]) -> int | None:
 def _flag(key: str) -> float:
     """1 where a list of this name says yes to good answers, -1 to bad ones, 0 if it is none."""
     for name in (key, key.removesuffix("s")):
-        if name in keys.GOOD or name in (*keys.CHOSEN, "selected", "is_best", "best"):
+        if name in field_names.GOOD or name in (*field_names.CHOSEN, "selected", "is_best", "best"):
             return 1.0
-        if name in keys.BAD or name in keys.REJECTED:
+        if name in field_names.BAD or name in field_names.REJECTED:
             return -1.0
     return 0.0
 
@@ -253,7 +259,7 @@ def _merits(key: str, found: list[Any]) -> list[float] | None:
     plain = key.replace("-", "_").replace(" ", "_")
     sign = _SIGNS.get(plain.rsplit("_", 1)[-1].removesuffix("s"))
     if sign is None:
-        sign = -1.0 if key in keys.RANKS else 1.0 if key in keys.SCORES else None
+        sign = -1.0 if key in field_names.RANKS else 1.0 if key in field_names.SCORES else None
     if sign is not None:
         numbers = [number_of(v) for v in found]
         return [] if None in numbers else [sign * n for n in numbers if n is not None]
@@ -268,13 +274,17 @@ def _merit(item: Any) -> float | None:
     if not isinstance(item, dict):
         return None
     lower = {str(k).lower(): v for k, v in item.items()}
-    for key in keys.RANKS:
+    for key in field_names.RANKS:
         if (number := number_of(lower.get(key))) is not None:
             return -number
-    for key in (*keys.SCORES, "votes", "pm_score", "upvotes"):
+    for key in (*field_names.SCORES, "votes", "pm_score", "upvotes"):
         if (number := number_of(lower.get(key))) is not None:
             return number
-    for names_, sign in ((keys.GOOD, 1.0), (keys.BAD, -1.0), (("selected", "is_best"), 1.0)):
+    for names_, sign in (
+        (field_names.GOOD, 1.0),
+        (field_names.BAD, -1.0),
+        (("selected", "is_best"), 1.0),
+    ):
         for key in names_:
             if (said := says(lower.get(key))) is not None:
                 return sign if said else -sign
@@ -288,7 +298,7 @@ def _text(item: Any, field: str) -> Any:
     if not isinstance(item, dict):
         return item
     lower = {str(k).lower(): v for k, v in item.items()}
-    key = keys.first(lower, _TEXTS)
+    key = field_names.first(lower, _TEXTS)
     if key is None:
         raise Unusable(field, f"{NOT_TEXT}: an object")
     return _text(lower[key], f"{field}.{key}")
@@ -297,12 +307,12 @@ def _text(item: Any, field: str) -> Any:
 def answer(value: Any, field: str, reading: Reading) -> Said:
     """The better answer, given as text, as a turn, or as a turn in a list."""
     if isinstance(value, dict):
-        folded, _ = keys.fold(value, reading.note)
-        words = keys.first(folded, keys.WORDS)
+        folded, _ = field_names.fold(value, reading.note)
+        words = field_names.first(folded, field_names.WORDS)
         if words is None:
             raise Unusable(field, f"{NOT_TEXT}: an object")
         text, thought = joined(folded[words], f"{field}.{words}", reading)
-        own = keys.first(folded, keys.THOUGHTS)
+        own = field_names.first(folded, field_names.THOUGHTS)
         thought = thought if own is None else thinking(folded[own])
         return Said("assistant", text, f"{field}.{words}", thought=thought)
     return Said("assistant", value, field)

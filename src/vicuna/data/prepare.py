@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.cache import cache_dir, file_hash, whole_folder
 from vicuna.data import checks, formats
 from vicuna.data.columns import Columns
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Segment, Vocabulary
@@ -33,6 +32,7 @@ from vicuna.data.store import Store, StoreWriter, index_rows
 from vicuna.data.template import Renderer, from_dict
 from vicuna.data.template_base import TrainTurns
 from vicuna.data.types import Conversation, Problem, Raw, Turn
+from vicuna.files import cache_dir, file_hash, whole_folder
 from vicuna.interrupts import children_spared
 
 # Counts up when anything here changes what a record becomes.

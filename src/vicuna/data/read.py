@@ -3,8 +3,8 @@
 The content decides the format: JSONL, one JSON array, JSON objects one after another, an object
 that holds them (`json_shapes.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain
 text; those of text also compressed and in any usual encoding. Anything else is named for what it is
-(`kinds.py`). No file is ever loaded whole; what cannot be used becomes a `Problem`, and the rest is
-still read.
+(`file_types.py`). No file is ever loaded whole; what cannot be used becomes a `Problem`, and the
+rest is still read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from vicuna.data import kinds
+from vicuna.data import file_types
 from vicuna.data.json_shapes import open_shape
 from vicuna.data.json_values import DECODER, json_values, unfinished
-from vicuna.data.printed import printed
+from vicuna.data.python_literals import printed
 from vicuna.data.sources import digest, expand
 from vicuna.data.tables import arrow, delimiter_of, parquet, rows
 from vicuna.data.text import BLANK, CUT, MARK, Position, Text, head, lines, unwatched
@@ -58,14 +58,14 @@ def read(
         nothing.
     """
     text = Text(path, encoding, problems, position)
-    kind = kinds.kind_of(head(path, kinds.HEAD), path)
+    kind = file_types.kind_of(head(path, file_types.HEAD), path)
     if kind == "parquet":
         yield from parquet(path, problems, position)
         return
     if kind == "arrow":
         yield from arrow(path, problems, position)
         return
-    if kind != "text" and not (kind == kinds.BINARY and encoding):
+    if kind != "text" and not (kind == file_types.BINARY and encoding):
         problems.append(Problem(1, "", kind, "dropped"))
         return
     known = len(problems)
@@ -87,8 +87,8 @@ def _records(path: Path, text: Text, problems: list[Problem]) -> Iterator[Raw]:
             break
     start = "".join(first)
     name = _bare_name(path)
-    reason = kinds.text_kind(start, name)
-    if reason and (not name.endswith(".txt") or reason == kinds.LFS):
+    reason = file_types.text_kind(start, name)
+    if reason and (not name.endswith(".txt") or reason == file_types.LFS):
         problems.append(Problem(1, "", reason, "dropped"))
         return iter(())
     layout = _layout(name, start)

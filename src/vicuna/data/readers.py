@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vicuna.data import marks, options, preferences
-from vicuna.data.dialogue import POSSIBLE, Spoken, open_dialogue, whole_dialogue
-from vicuna.data.keys import (
+from vicuna.data import flags, multiple_choice, preferences
+from vicuna.data.clean import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
+from vicuna.data.field_names import (
     ALL_TURN_LISTS,
     ANSWERS,
     LEARNED,
@@ -31,7 +31,7 @@ from vicuna.data.keys import (
     first,
     fold,
 )
-from vicuna.data.marks import Reading
+from vicuna.data.flags import Reading
 from vicuna.data.reasons import (
     DIALOGUE,
     EMPTY_CONVERSATION,
@@ -45,8 +45,8 @@ from vicuna.data.reasons import (
     TOOL,
     UNKNOWN_ROLE,
 )
-from vicuna.data.said import Said
-from vicuna.data.textrules import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
+from vicuna.data.transcripts import POSSIBLE, Spoken, open_dialogue, whole_dialogue
+from vicuna.data.turns import Said
 from vicuna.data.types import Role
 
 # The reasons a user reads, beside those of `said` and `marks`.
@@ -97,12 +97,12 @@ def _choice(
     reading: Reading, question: Any, material: Any, answer: Any, key: str | None
 ) -> tuple[Any, Any, Any]:
     """Question, material and answer with the options of a multiple choice among them."""
-    if found := options.take(reading):
-        answer = options.answer(reading, key, found)
+    if found := multiple_choice.take(reading):
+        answer = multiple_choice.answer(reading, key, found)
         if empty(material):
-            question = options.asked(question, found)
+            question = multiple_choice.asked(question, found)
         elif not (isinstance(question, str) and all(text in question for _, text in found)):
-            material = options.asked(material, found)
+            material = multiple_choice.asked(material, found)
     return question, material, answer
 
 
@@ -336,7 +336,7 @@ def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[A
     if isinstance(value, str) and value[:1] == "[":
         text, value = value, parse_list(value)
         if value is None and len(text) < 1 << 20:
-            from vicuna.data.printed import printed
+            from vicuna.data.python_literals import printed
 
             value = printed(text)
             if value is not None and reading is not None:
@@ -396,7 +396,7 @@ def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Sa
         name = name.get("role")
     words = first(item, WORDS) or "content"
     field = f"{where}.{words}"
-    value, part_thought = marks.joined(item.get(words), field, reading)
+    value, part_thought = flags.joined(item.get(words), field, reading)
     taken = {speaker, words}
     if words == "content" and "text" in item:  # Claude's exports have both
         taken.add("text")
@@ -409,8 +409,8 @@ def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Sa
         taken.add("recipient")
     thinks = isinstance(name, str) and name.strip().lower() in THOUGHT_ROLES
     if thinks or channel == "analysis":
-        return Said("assistant", None, "", thought=marks.thinking(value))
-    beside = None if len(item) == len(taken) else marks.turn(item, taken, where, reading)
+        return Said("assistant", None, "", thought=flags.thinking(value))
+    beside = None if len(item) == len(taken) else flags.turn(item, taken, where, reading)
     role = role_of(name, f"{where}.{speaker}")
     if role != "assistant":
         for key in item:  # questions are never learned, and nobody thinks them up
@@ -432,7 +432,7 @@ def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said
     material = "input" if "input" in item and question == "instruction" else ""
     system = first(item, ("system", "system_prompt"))
     taken.update(k for k in (material, system) if k)
-    beside = None if len(item) == len(taken) else marks.turn(item, taken, where, reading)
+    beside = None if len(item) == len(taken) else flags.turn(item, taken, where, reading)
     if system and not empty(item[system]):
         yield Said("system", item[system], f"{where}.{system}")
     yield Said("user", item[question], f"{where}.{question}", item.get(material), material)

@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from vicuna.cache import file_hash
 from vicuna.errors import UserError
+from vicuna.files import file_hash
 from vicuna.paths import given_path
 
 _PACKED = tuple(
@@ -22,7 +22,7 @@ ENDINGS = (
     *(".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt"),
     *_PACKED,
 )
-# Data that cannot be read as they are: in a folder they are named, never passed over (`kinds.py`).
+# Data that cannot be read as they are: in a folder they are named (`file_types.py`).
 NAMED = (
     *(".xlsx", ".xls", ".ods", ".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".7z", ".rar"),
     *(".sqlite", ".sqlite3", ".db", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".orc", ".avro"),

@@ -9,8 +9,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from vicuna.data.field_names import KNOWN
 from vicuna.data.json_values import LIMIT
-from vicuna.data.keys import KNOWN
 from vicuna.data.text import MARK, Position, Text, lines, unwatched
 from vicuna.data.types import Problem, Raw
 

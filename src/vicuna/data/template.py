@@ -14,7 +14,7 @@ from vicuna.data.encode import Encoder, Segment, Vocabulary
 from vicuna.data.template_base import FIELD, Shape, Slot, Template, number_ends, shape_of
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
-from vicuna.tables import read_yaml
+from vicuna.json_yaml import read_yaml
 
 
 @dataclass

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vicuna.data.encode import Segment
-from vicuna.data.thoughts import split_thought
+from vicuna.data.thinking import split_thought
 from vicuna.data.types import Conversation, Turn
 
 TrainTurns = Literal["all", "last"]

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vicuna.convert.pieces import PIECE, all_finite
 from vicuna.errors import UserError
-from vicuna.generate.engines.libllama import INSTALL, OWN_BUILD, library
+from vicuna.llamacpp.library import INSTALL, OWN_BUILD, library
+from vicuna.weights.chunks import PIECE, all_finite
 
 FULL = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _Q8_BLOCKS = 1 << 13  # computed at a time: several steps over what a core's cache holds

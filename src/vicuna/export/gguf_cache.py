@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vicuna.cache import cache_dir
-from vicuna.export.gguf import write_adapter, write_base
+from vicuna.export.gguf_writer import write_adapter, write_base
+from vicuna.files import cache_dir
 from vicuna.model.adapter import AdapterFiles, even, identify
 from vicuna.terminal import say
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from vicuna.data.encode import Vocabulary
 from vicuna.errors import UserError
-from vicuna.model import pretokenizers
-from vicuna.model.gguf_tokenizer import (
+from vicuna.gguf import pretokenizers
+from vicuna.gguf.tokenizer import (
     BYTE,
     CONTROL,
     NORMAL,

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vicuna.cache import whole_file
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import Names
-from vicuna.model.gguf_fields import read_fields
+from vicuna.files import whole_file
+from vicuna.gguf.read import read_fields
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAGIC = b"GGUF"

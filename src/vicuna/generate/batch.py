@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 from vicuna.data.template import Renderer
 from vicuna.data.types import Problem, Turn
 from vicuna.errors import UserError
-from vicuna.faults import cannot_read, cannot_write
 from vicuna.generate.chat import fit
 from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import Engine
 from vicuna.generate.events import Finished, answer_json
-from vicuna.generate.questions import Question, questions
+from vicuna.generate.prompt_file import Question, questions
 from vicuna.generate.settings import Settings
 from vicuna.generate.thoughts import split
 from vicuna.interrupts import keeps
 from vicuna.lines import Lines
+from vicuna.system_errors import cannot_read, cannot_write
 from vicuna.terminal import say
 
 # What an answer adds to its record.

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from vicuna.data.template import Renderer
 from vicuna.data.types import Turn
 from vicuna.errors import UserError
-from vicuna.faults import cannot_write
 from vicuna.lines import append_line
+from vicuna.system_errors import cannot_write
 
 # Characters that a token of a context may stand for: more than any real text has. What is longer
 # cannot fit, and is not given to the tokenizer: its memory and time grow with the text.

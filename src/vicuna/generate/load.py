@@ -11,14 +11,14 @@ from vicuna.config import AnswerSettings
 from vicuna.data.encode import Encoder, Vocabulary
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.errors import UserError
-from vicuna.generate.openers import Opened, open_engine
+from vicuna.generate.engine_loading import Opened, open_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate_vocabulary
 from vicuna.model.config_files import read_config
-from vicuna.model.token_rows import check_rows
+from vicuna.model.missing_embeddings import check_rows
 from vicuna.model.vocabulary import load_vocabulary
 
 FIRST = adapters.FIRST  # the name of the adapter that a model is opened with

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vicuna.memory.allocator import rounded
-from vicuna.memory.track import KINDS, Trace
+from vicuna.memory.tracker import KINDS, Trace
 
 # The parts of a step, each a pass through all layers but `loss`: from one mark to the next.
 _PASSES = (("begin", "hidden"), ("hidden", "loss"), ("loss", "update"))

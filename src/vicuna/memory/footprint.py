@@ -12,9 +12,9 @@ from vicuna.data.pack import Pack
 from vicuna.memory import extrapolate
 from vicuna.memory.allocator import CachingAllocator
 from vicuna.memory.devices import Device
-from vicuna.memory.step import Job, Step, shape_of, shortened, worst_pack
-from vicuna.memory.track import KINDS, Trace
-from vicuna.model import parts, trial
+from vicuna.memory.traced_step import Job, Step, shape_of, shortened, worst_pack
+from vicuna.memory.tracker import KINDS, Trace
+from vicuna.model import decoder_view, self_check
 
 # In the order they are shown.
 PARTS = (
@@ -59,9 +59,9 @@ class Planner:
     def alone(self) -> str:
         """Why the base takes one example at a time, as far as its build shows it; "" if it takes
         packs. A run tries the weights, too."""
-        if getattr(self.config, "model_type", "") in ("", *parts.FAMILY):
+        if getattr(self.config, "model_type", "") in ("", *decoder_view.FAMILY):
             return ""
-        return trial.state_of(shape_of(self.config))
+        return self_check.state_of(shape_of(self.config))
 
     def footprint(self, job: Job, pack: Pack | None = None) -> Footprint:
         """What a job needs.

@@ -9,7 +9,9 @@ from typing import Any
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
 from vicuna.memory import devices
-from vicuna.memory.choose import (
+from vicuna.memory.devices import Device
+from vicuna.memory.footprint import Footprint, Planner
+from vicuna.memory.search import (
     CHECKPOINTING,
     FEW_ROWS,
     Room,
@@ -19,9 +21,7 @@ from vicuna.memory.choose import (
     most_rows,
     room_of,
 )
-from vicuna.memory.devices import Device
-from vicuna.memory.footprint import Footprint, Planner
-from vicuna.memory.step import Job
+from vicuna.memory.traced_step import Job
 
 # A frozen base is passed through twice, forward and backward, with about equal work; computing a
 # layer twice adds a third pass, computing gate and up twice not quite half of one.

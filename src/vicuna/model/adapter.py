@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicuna.cache import cache_dir, whole_folder
 from vicuna.errors import UserError
-from vicuna.model import adapter_fit, targets
+from vicuna.files import cache_dir, whole_folder
+from vicuna.model import adapter_fit, lora_targets
 from vicuna.model.adapter_files import (
     LEAD,
     META,
@@ -136,7 +136,7 @@ def attach(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=targets.find(model, lora.target),
+        target_modules=lora_targets.find(model, lora.target),
         use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
     )

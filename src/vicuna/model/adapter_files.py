@@ -27,8 +27,8 @@ from vicuna.model import adapter_kinds, adapter_mlx, lora_config
 from vicuna.model.adapter_names import META, WEIGHTS
 from vicuna.model.adapter_where import locate_adapter
 from vicuna.model.lora_config import CONFIG
-from vicuna.model.pickles import load_pickled
-from vicuna.model.weights import SafetensorsWeights
+from vicuna.weights.read import SafetensorsWeights
+from vicuna.weights.torch_files import load_pickled
 
 _OF_TRAINING = ".lora_velora_"  # part of no answer
 LEAD = "base_model.model."

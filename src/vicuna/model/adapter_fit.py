@@ -16,8 +16,8 @@ from vicuna.errors import UserError
 from vicuna.model import lora_config
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.lora_config import CONFIG, MERGE
-from vicuna.model.pickles import load_pickled
-from vicuna.model.weights import SafetensorsWeights, open_weights
+from vicuna.weights.read import SafetensorsWeights, open_weights
+from vicuna.weights.torch_files import load_pickled
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LAYER = re.compile(r"\.(\d+)\.")

@@ -139,7 +139,7 @@ def refuse_file(path: Path) -> None:
     if name.endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")):
         raise UserError("this is an archive", where=str(path), fix="Unpack it; give the folder.")
     if path.suffix == ".safetensors":
-        from vicuna.model.weights import SafetensorsWeights
+        from vicuna.weights.read import SafetensorsWeights
 
         refuse_keys(SafetensorsWeights([path]).names(), path)
     raise UserError("an adapter is a folder, this is a file", where=str(path), fix=_PEFT)

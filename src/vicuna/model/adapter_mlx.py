@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.model.lora_config import CONFIG
-from vicuna.model.weights import SafetensorsWeights
+from vicuna.weights.read import SafetensorsWeights
 
 WEIGHTS = "adapters.safetensors"
 _SIDES = {"lora_a": "A", "lora_b": "B"}

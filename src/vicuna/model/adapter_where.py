@@ -8,8 +8,8 @@ from pathlib import Path
 from vicuna.errors import UserError
 from vicuna.model import adapter_kinds
 from vicuna.model.lora_config import CONFIG
-from vicuna.model.old_files import refuse_old
 from vicuna.paths import given_path
+from vicuna.weights.legacy_files import refuse_old
 
 
 def locate_adapter(adapter: str) -> Path:

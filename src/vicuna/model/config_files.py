@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
-from vicuna.faults import explain
-from vicuna.model.counts import check_counts
-from vicuna.model.quiet import quiet_transformers
-from vicuna.tables import read_json
+from vicuna.json_yaml import read_json
+from vicuna.silence import quiet_transformers
+from vicuna.system_errors import explain
+from vicuna.weights.size_limits import check_counts
 
 CONFIG = "config.json"
 # Tables that libraries read from a base's folder beside it, each of them optional.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vicuna.errors import UserError
-from vicuna.model import frozen, products, switches
+from vicuna.model import dequantize, onednn_linear, peft_switches
 from vicuna.model.dropout import PrefixDropout
 
 
@@ -81,7 +81,7 @@ class Group:
         else:
             self.weight, self.bias = self._join()
         self.loras: list[Lora] = []
-        self._marks: list[switches.Mark] = []
+        self._marks: list[peft_switches.Mark] = []
         self._held: tuple[Tensor | None, Tensor | None] | None = None
         self.refresh()
 
@@ -122,7 +122,7 @@ class Group:
         ones up: what answers through `products.product` alone needs them no more."""
         if self.weight is None:
             return
-        self.packed = products.packed(self.weight)
+        self.packed = onednn_linear.packed(self.weight)
         if self.packed is None:
             return
         self.weight = None
@@ -156,7 +156,7 @@ class Group:
         for index, layer in enumerate(self.layers):
             if layer is self.bases[index]:
                 continue
-            for name in switches.active(layer):
+            for name in peft_switches.active(layer):
                 a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
                 columns = slice(start, start + a.shape[0])
                 start = columns.stop
@@ -166,14 +166,14 @@ class Group:
 
     def follow(self) -> bool:
         """`refresh` where PEFT's switches stand otherwise than they did; whether they do."""
-        if switches.same(self._marks, self._look()):
+        if peft_switches.same(self._marks, self._look()):
             return False
         self.refresh()
         return True
 
-    def _look(self) -> list[switches.Mark]:
+    def _look(self) -> list[peft_switches.Mark]:
         adapted = (m for m, base in zip(self.layers, self.bases) if m is not base)
-        return [switches.mark(layer) for layer in adapted]
+        return [peft_switches.mark(layer) for layer in adapted]
 
     def _follow_merge(self) -> None:
         """A merge changes weights, and may put them elsewhere than where they were joined."""
@@ -282,7 +282,7 @@ class Group:
             return g @ self.weight
         dh = g.new_zeros(g.shape[0], self.depth)
         for base, rows in zip(self.bases, self.rows):
-            dh.addmm_(g[:, rows], frozen.dense(base, g.dtype))
+            dh.addmm_(g[:, rows], dequantize.dense(base, g.dtype))
         return dh
 
 

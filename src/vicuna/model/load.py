@@ -12,7 +12,7 @@ from vicuna.errors import UserError
 from vicuna.model import attention
 from vicuna.model.base import quiet_transformers
 from vicuna.model.config_files import library_error
-from vicuna.model.weights import check_weights
+from vicuna.weights.read import check_weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from vicuna.errors import UserError
 
 if TYPE_CHECKING:
-    from vicuna.export.source import Source
+    from vicuna.commands.model_source import Source
     from vicuna.verify.scorers import Scorer
 
 
@@ -19,7 +19,7 @@ def write(bits: int, source: Source, aside: Path) -> Callable[[], Scorer]:
     Raises: UserError where bitsandbytes is missing or memory runs out.
     """
     from vicuna.model import load
-    from vicuna.quantize.merged import merged_folder
+    from vicuna.quantize.merged_base import merged_folder
 
     precision = load.Chosen("int8" if bits == 8 else "nf4", "asked for")
     device = load.pick_device()

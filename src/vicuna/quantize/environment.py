@@ -13,8 +13,8 @@ import venv
 from importlib import resources
 from pathlib import Path
 
-from vicuna.cache import cache_dir, file_hash
 from vicuna.errors import UserError
+from vicuna.files import cache_dir, file_hash
 from vicuna.terminal import say
 
 _READY = "ready"
@@ -64,7 +64,7 @@ def _interpreter(folder: Path) -> Path:
 
 def _make(folder: Path) -> None:
     """Create it; what an interrupted attempt left is gone over again."""
-    from vicuna.convert.output import check_space
+    from vicuna.weights.output_folder import check_space
 
     check_space(folder, _ROOM)
     say(f"Making an environment for gptqmodel once in {folder} ...", error=True)

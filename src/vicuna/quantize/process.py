@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from vicuna.cache import scratch_folder
 from vicuna.errors import UserError
+from vicuna.files import scratch_folder
 from vicuna.interrupts import children_spared
 from vicuna.quantize import worker
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from vicuna.cache import file_hash, whole_folder
 from vicuna.errors import UserError
+from vicuna.files import file_hash, whole_folder
 from vicuna.model import adapter as adapters
 from vicuna.train import optimizer as optimizers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from vicuna.config import TrainSettings
 from vicuna.model.adapter_names import WEIGHTS
-from vicuna.train.runfolder import read_log
+from vicuna.train.run_folder import read_log
 
 
 @dataclass(frozen=True)

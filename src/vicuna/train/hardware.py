@@ -12,13 +12,13 @@ import torch
 
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
-from vicuna.memory.choose import ROWS, Choice, choose
 from vicuna.memory.devices import GIB, at_hand
-from vicuna.model import load, parts
+from vicuna.memory.search import ROWS, Choice, choose
+from vicuna.model import decoder_view, load
 from vicuna.model.config_files import load_config
 from vicuna.model.load import Chosen
-from vicuna.train.loss import CHUNK
-from vicuna.train.screen import Screen
+from vicuna.model.loss import CHUNK
+from vicuna.train.progress import Screen
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _rough(config: Any, rows: int) -> int | None:
     weights in fp32, and twice what the layers keep of so many rows. None for other families, whose
     attention may keep more.
     """
-    if config.model_type not in parts.FAMILY:
+    if config.model_type not in decoder_view.FAMILY:
         return None
     hidden, inner = config.hidden_size, config.intermediate_size
     weights = config.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner)

@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from vicuna import interrupts
-from vicuna.cache import whole_folder
 from vicuna.data.encode import Example
 from vicuna.errors import UserError
+from vicuna.files import whole_folder
 from vicuna.model import adapter as adapters
 from vicuna.model import load
-from vicuna.model.memory_errors import is_memory
+from vicuna.model.out_of_memory import is_memory
 from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
+from vicuna.train.oom import EVALUATION, TRAINING, Shrinking, advice
 from vicuna.train.reporters import Reporters
 from vicuna.train.setup import Session
-from vicuna.train.shrink import EVALUATION, TRAINING, Shrinking, advice
 
 FP16_SCALE_GROWS_EVERY = 500
 FP16_SCALE_MAX = 65536.0

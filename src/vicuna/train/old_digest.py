@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.cache import file_hash
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data.dataset import Dataset, Split
 from vicuna.data.encode import Vocabulary
+from vicuna.files import file_hash
 from vicuna.train.checkpoint import State
 
 # What went into it then; both stay as they were.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vicuna.cache import whole_file
-from vicuna.train.runfolder import read_log
+from vicuna.files import whole_file
+from vicuna.train.run_folder import read_log
 
 
 def plot_loss(run: Path) -> Path | None:

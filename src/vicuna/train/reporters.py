@@ -8,7 +8,7 @@ from typing import Any
 
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
-from vicuna.train.runfolder import RunFolder
+from vicuna.train.run_folder import RunFolder
 
 _NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib", "perplexity")
 

@@ -18,28 +18,27 @@ from vicuna import interrupts
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
 from vicuna.data.encode import Encoder
-from vicuna.data.fidelity import differences, share_of_thoughts
 from vicuna.data.template import Renderer, Template, find, from_dict
+from vicuna.data.template_check import differences, share_of_thoughts
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, fused, kernels, load, targets
+from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora_targets
 from vicuna.model.adapter_files import CONFIG, read_json
 from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
-from vicuna.model.token_rows import check_rows
+from vicuna.model.missing_embeddings import check_rows
+from vicuna.model.trainable import Learner
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
-from vicuna.train import origin as origins
-from vicuna.train import ways
+from vicuna.train import resume as origins
 from vicuna.train.checkpoint import State
 from vicuna.train.hardware import Hardware, by_hand, decide
-from vicuna.train.origin import DECISIVE, Origin
-from vicuna.train.runfolder import RunFolder
+from vicuna.train.progress import Screen
+from vicuna.train.resume import DECISIVE, Origin
+from vicuna.train.run_folder import RunFolder
 from vicuna.train.schedule import Schedule
-from vicuna.train.screen import Screen
-from vicuna.train.step import Learner
 
 # Settings that are meant for one call of the command and must not come back with config.yaml.
 _ONCE = ("resume", "allow_changes", "continue_from", "from_data_beginning")
@@ -318,13 +317,13 @@ def _learner(
                 _name_alike(peft, origin.adapter)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
-            if lora.target == ("all",) and (words := targets.words(peft.get_base_model())):
+            if lora.target == ("all",) and (words := lora_targets.words(peft.get_base_model())):
                 screen.say(f"lora_target all: {words}")
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
-    chosen_kernels = kernels.choose(settings.kernels, device, chosen.dtype, inner)
-    if chosen_kernels is not kernels.PLAIN:
+    chosen_kernels = elementwise.choose(settings.kernels, device, chosen.dtype, inner)
+    if chosen_kernels is not elementwise.PLAIN:
         screen.say(f"kernels: {chosen_kernels.reason}")
     learner = Learner(
         peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels,
@@ -332,7 +331,7 @@ def _learner(
     )  # fmt: skip
     learner.dropout.seed = settings.seed
     with screen.working("trying the base on a few tokens"):
-        for line in ways.settle(learner):
+        for line in forward_choice.settle(learner):
             screen.say(line)
     if learner.fast is None:
         fused.install(peft)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from vicuna.errors import UserError
 from vicuna.model.config_files import library_error, load_config, read_config
 from vicuna.model.load import pick_device
-from vicuna.model.weights import Weights, open_weights
+from vicuna.weights.read import Weights, open_weights
 
 if TYPE_CHECKING:
     from vicuna.model.adapter import AdapterFiles
@@ -119,8 +119,8 @@ class GgufScorer:
     def __init__(
         self, path: Path, adapter: Path | None = None, longest: int = 512, threads: int = 0
     ) -> None:
-        from vicuna.generate.engines.llama_context import Context, Model
         from vicuna.generate.engines.llamacpp import physical_cores
+        from vicuna.llamacpp.context import Context, Model
 
         self._longest = longest
         self._model = Model(path)

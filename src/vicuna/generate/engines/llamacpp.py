@@ -19,9 +19,9 @@ from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
-from vicuna.generate.engines.libllama import complaint
-from vicuna.generate.engines.llama_context import Context, Model
 from vicuna.generate.engines.rows import check_rows
+from vicuna.llamacpp.context import Context, Model
+from vicuna.llamacpp.library import complaint
 
 # Tokens of a prompt computed by one call. llama.cpp asks within a call, too, whether to go on.
 CHUNK = 512

@@ -22,11 +22,11 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.switching import Switching
-from vicuna.model import answering, kernels, parts, placement, products, trial
-from vicuna.model.decoder import Layer
+from vicuna.model import decoder_view, device_map, elementwise, inference, onednn_linear, self_check
+from vicuna.model.decoder_view import Heads
 from vicuna.model.linear import Group, give_up
-from vicuna.model.memory_errors import is_memory
-from vicuna.model.parts import Heads
+from vicuna.model.llama import Layer
+from vicuna.model.out_of_memory import is_memory
 
 # Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
 CHUNK = 512
@@ -47,8 +47,8 @@ def open_engine(
     """
     from vicuna.generate.engines.torch_plain import PlainEngine
 
-    placement.check_present(model)
-    found: Any = parts.find(causal_of(model), training=False)
+    device_map.check_present(model)
+    found: Any = decoder_view.find(causal_of(model), training=False)
     if not isinstance(found, str):
         found = _differs(model)
     if not found:
@@ -71,8 +71,8 @@ def _differs(model: Any) -> str:
     both say the same of a few tokens. Asked once of a model: its weights may be given up later."""
     causal = causal_of(model)
     if causal not in _COMPARED:
-        with trial.in_evaluation(model), trial.narrow(causal):
-            far, allowed = _far(model, causal), trial.rounding(causal)
+        with self_check.in_evaluation(model), self_check.narrow(causal):
+            far, allowed = _far(model, causal), self_check.rounding(causal)
         _COMPARED[causal] = "" if far <= allowed else (
             f"our forward pass differs from it by {far:.2g} of the scores' size"
         )  # fmt: skip
@@ -81,8 +81,8 @@ def _differs(model: Any) -> str:
 
 def _far(model: Any, causal: Any) -> float:
     """The largest distance of our scores from transformers' along a text, also by single tokens."""
-    text, read = trial.ids_of(causal, 0, 16), 10
-    wanted = trial.scores_of(causal, text)
+    text, read = self_check.ids_of(causal, 0, 16), 10
+    wanted = self_check.scores_of(causal, text)
     try:
         engine = TorchEngine(model, len(text))
         # Scores are the caller's until the next call only.
@@ -92,7 +92,9 @@ def _far(model: Any, causal: Any) -> float:
         if is_memory(e):
             raise
         return math.inf
-    return trial.distance(torch.stack(found).to(wanted.device), wanted[[4, *range(read - 1, 16)]])
+    return self_check.distance(
+        torch.stack(found).to(wanted.device), wanted[[4, *range(read - 1, 16)]]
+    )
 
 
 def causal_of(model: Any) -> Any:
@@ -128,7 +130,7 @@ class TorchEngine(Switching):
         self.context_length = context_length
         self.cache_type: CacheType = cache_type
         causal = causal_of(model)
-        found = parts.find(causal, training=False)
+        found = decoder_view.find(causal, training=False)
         if isinstance(found, str):
             raise ValueError(found)
         self._build(found)
@@ -142,7 +144,7 @@ class TorchEngine(Switching):
         self.computed = 0  # positions that went through the model so far
         self.refresh()
 
-    def _build(self, found: parts.Parts) -> None:
+    def _build(self, found: decoder_view.Parts) -> None:
         self._parts = found
         self._layers = [Layer(block, found.eps) for block in found.blocks]
         # Its weight lies in `_head`; of this only the adapters are used.
@@ -162,7 +164,7 @@ class TorchEngine(Switching):
         if (laid := getattr(base, "laid_out", None)) is not None:
             self._head, _ = laid
             return
-        packed = products.packed(self._head)
+        packed = onednn_linear.packed(self._head)
         if packed is None:
             return
         self._head = packed
@@ -187,7 +189,7 @@ class TorchEngine(Switching):
     def _take(self, model: Any) -> None:
         """Compute with the same base, with other adapters around it, from now on. Weights that were
         laid out for answering stay so."""
-        found = parts.find(causal_of(model), training=False)
+        found = decoder_view.find(causal_of(model), training=False)
         assert not isinstance(found, str), found
         self.model = model
         self._build(found)
@@ -245,10 +247,10 @@ class TorchEngine(Switching):
             x, cos, sin = self._embed(list(token_ids), [position] * rows)
             for number, layer in enumerate(self._layers):
                 x, cos, sin = self._moved(number, x, cos, sin)
-                qkv = answering.attention_inputs(layer, x, cos, sin)
+                qkv = inference.attention_inputs(layer, x, cos, sin)
                 self._write(number, qkv, layer.heads, start)
                 attended = self._look(number, qkv, layer.heads, sights[layer.heads.window])
-                x = answering.rest(layer, attended, x)
+                x = inference.rest(layer, attended, x)
             return self._scores(x)
 
     # -- one forward -------------------------------------------------------------------------------
@@ -262,12 +264,12 @@ class TorchEngine(Switching):
         x, cos, sin = self._embed(ids, list(range(start, stop)))
         for number, layer in enumerate(self._layers):
             x, cos, sin = self._moved(number, x, cos, sin)
-            qkv = answering.attention_inputs(layer, x, cos, sin)
+            qkv = inference.attention_inputs(layer, x, cos, sin)
             self._write(number, qkv, layer.heads, start)
             attended = self._over_trunk(number, qkv, layer.heads, start, stop)
             if number == len(self._layers) - 1:
                 attended, x = attended[-1:], x[-1:]
-            x = answering.rest(layer, attended, x)
+            x = inference.rest(layer, attended, x)
         tree.extend(ids)
         return x
 
@@ -329,9 +331,9 @@ class TorchEngine(Switching):
     def _scores(self, x: Tensor) -> Tensor:
         norm = self._parts.norm
         x = x.to(norm.device)
-        h = answering.normalised(kernels.PLAIN, x, norm, self._parts.eps)
+        h = inference.normalised(elementwise.PLAIN, x, norm, self._parts.eps)
         h = h.to(self._head.device)
-        y = products.product(h, self._head, self._head_bias)
+        y = onednn_linear.product(h, self._head, self._head_bias)
         low, high = self._head_group.adapters(h.dtype)
         if low is not None and high is not None:
             y.addmm_(h @ low.t(), high.t())
@@ -357,7 +359,7 @@ class TorchEngine(Switching):
 class _Angles:
     """The rotary angles of positions: made once for each, not once for each step."""
 
-    def __init__(self, found: parts.Parts) -> None:
+    def __init__(self, found: decoder_view.Parts) -> None:
         self._rotary, self._made = found.rotary, 0
         self._cos = self._sin = torch.empty(0)
 
@@ -367,6 +369,6 @@ class _Angles:
             self._made = -(-(max(positions) + 1) // ANGLES) * ANGLES
             every = torch.arange(self._made, device=like.device)
             cos, sin = self._rotary(like[None], every[None])
-            self._cos, self._sin = cos[0], answering.signed(sin[0])
+            self._cos, self._sin = cos[0], inference.signed(sin[0])
         index = torch.tensor(positions, device=like.device)
         return self._cos[index], self._sin[index]

@@ -23,9 +23,9 @@ from vicuna.generate.engines.torch import (
     MAX_ROWS,
     causal_of,
 )
-from vicuna.model import fused, trial
-from vicuna.model.memory_errors import is_memory
-from vicuna.model.switches import Watch
+from vicuna.model import fused, self_check
+from vicuna.model.out_of_memory import is_memory
+from vicuna.model.peft_switches import Watch
 
 # What a cache is good for. kept: a further prompt goes on where an earlier one ended. steps: token
 # by token behind a prompt that was read in one piece. nothing: all is computed again each time.
@@ -159,8 +159,8 @@ class PlainEngine(Switching):
 
     def _tried(self) -> Trust:
         """Read, fork, go back and go on, with and without the cache, on a few tokens."""
-        with trial.narrow(self._causal), trial.in_evaluation(self.model):
-            allowed = trial.rounding(self._causal)
+        with self_check.narrow(self._causal), self_check.in_evaluation(self.model):
+            allowed = self_check.rounding(self._causal)
             found: tuple[Trust, ...] = ("kept", "steps")
             for trust in found:
                 self._trust = trust
@@ -175,11 +175,11 @@ class PlainEngine(Switching):
 
     def _distances(self) -> Iterator[float]:
         """How far scores with the cache are from those without, on the way through a few tokens."""
-        text, other = (trial.ids_of(self._causal, seed, 16) for seed in (0, 1))
+        text, other = (self_check.ids_of(self._causal, seed, 16) for seed in (0, 1))
         paths: list[list[int]] = []
 
         def far(scores: Tensor) -> float:
-            return trial.distance(scores, trial.last_scores(self._causal, paths))
+            return self_check.distance(scores, self_check.last_scores(self._causal, paths))
 
         for prompt in (text[:9], text[:13], text[:5] + other[:7]):
             paths = [prompt]

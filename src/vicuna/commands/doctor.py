@@ -1,0 +1,83 @@
+"""`vicuna doctor MODEL`: is the tokenizer sane, does the template fit, what has this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vicuna import config
+from vicuna.data.encode import Encoder
+from vicuna.data.template import Renderer, Template, find
+from vicuna.data.template_check import differences
+from vicuna.errors import EXIT_MISTAKE, UserError
+from vicuna.model.base import locate_vocabulary
+from vicuna.model.config_files import read_config
+from vicuna.model.missing_embeddings import check_rows
+from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
+from vicuna.terminal import say_json
+
+
+def examine(folder: Path, template: str) -> tuple[Template, list[Finding]]:
+    """(the template, what is found of a base's tokenizer, template and weights' headers).
+
+    Raises: UserError where one of them cannot be read at all.
+    """
+    from vicuna.weights.read import check_weights
+
+    vocabulary = load_vocabulary(folder)
+    encoder = Encoder(vocabulary)
+    chosen = find(template, vocabulary)
+    config = read_config(folder)
+    inner = config.get("text_config")
+    text_config = inner if isinstance(inner, dict) else config
+    found = check_up(encoder, chosen, text_config.get("vocab_size"), text_config)
+    try:
+        check_rows(Renderer(chosen, encoder), config, folder)
+    except UserError as e:
+        found.append(Finding("error", e.what))
+    try:
+        check_weights(folder)
+    except UserError as e:
+        found.append(Finding("error", str(e).split("\n")[0]))
+    return chosen, found + _fidelity(Renderer(chosen, encoder))
+
+
+def _fidelity(renderer: Renderer) -> list[Finding]:
+    """Whether training examples are what the template's makers render."""
+    name = renderer.template.name
+    lines = differences(renderer)
+    found = [Finding("warning", f"template {name}: {line}") for line in lines]
+    found += [Finding("ok", line) for line in differences(renderer, thoughts=True)]
+    if not lines:
+        same = "training examples are the template's own rendering, token for token"
+        found.append(Finding("ok", same))
+    return found
+
+
+def run(words: Sequence[str]) -> int:
+    """Print the findings; exit code 2 where one is an error."""
+    free: list[str] = []
+    settings, _ = config.parse(config.DoctorSettings, words, free=free)
+    model = free[0] if free else settings.model
+    from vicuna.model import load
+
+    folder = locate_vocabulary(model)
+    template, findings = examine(folder, settings.template)
+    device = load.pick_device()
+    precision, reason = load.fastest(device)
+    findings.append(Finding("ok", f"device {device}, weights best in {precision}: {reason}"))
+    bad = any(f.level == "error" for f in findings)
+    if settings.json_output:
+        found = [{"level": f.level, "text": f.text} for f in findings]
+        say_json({"model": model, "template": template.name, "findings": found})
+        return EXIT_MISTAKE if bad else 0
+    from rich.markup import escape
+
+    from vicuna.console import Console
+
+    console = Console()
+    console.print(f"[bold]{escape(model)}[/] with template {template.name}")
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    for f in findings:
+        console.print(f"  [{colours[f.level]}]{f.level:8}[/]{escape(f.text)}")
+    return EXIT_MISTAKE if bad else 0

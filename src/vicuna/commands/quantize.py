@@ -1,0 +1,194 @@
+"""`vicuna quantize gptq | awq | bnb`: from the words behind the command to a folder, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vicuna import config
+from vicuna.config import QuantizeSettings
+from vicuna.errors import SettingsError, UserError
+from vicuna.files import whole_folder
+from vicuna.terminal import say
+
+if TYPE_CHECKING:
+    from vicuna.commands.model_source import Source
+    from vicuna.verify.scorers import Scorer
+
+_BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "bnb": (4, 8)}
+_GROUPS = (128, 64, 32)
+_QUESTION = "What is the capital of France?"
+_OF_CALIBRATION = {"calibration", "num_samples", "cutoff_len", "seed"}
+# Settings that have no effect with a method.
+_IDLE = {
+    "gptq": set(),
+    "awq": {"act_order", "damp"},
+    "bnb": {"act_order", "damp", "group_size", "environment", *_OF_CALIBRATION},
+}
+
+
+def run(method: str, words: Sequence[str]) -> int:
+    """Write the folder, compare it with what it was made of, say how it went."""
+    settings, given = config.parse(QuantizeSettings, words)
+    _check(method, settings, set(given))
+    from vicuna.commands.model_source import open_source
+    from vicuna.verify.report import Report
+    from vicuna.weights.output_folder import result_folder
+
+    source = open_source(settings)
+    read = [source.folder, *([source.adapter.path] if source.adapter else [])]
+    target = result_folder(settings.output_dir, settings.force, read)
+    _refuse_quantised(source)
+    about = {**source.about(), "method": method, "bits": settings.bits}
+    if method != "bnb":
+        about["group_size"] = settings.group_size = _group(settings, given, source)
+    name = f"quantize {method} --bits {settings.bits}"
+    report = Report(name, target, f"{settings.bits}bit", about, source.notes)
+    with whole_folder(target) as aside:
+        after = _write(method, settings, source, aside)
+        _finish_folder(source, aside)
+        report.measure(_size(source), aside)
+        report.verify(settings, source.scorer, after, lambda: source.renderer.encoder)
+        if settings.verify and method != "bnb":
+            try:
+                report.answers[_QUESTION] = _answer(source, after())
+            except UserError as e:  # it was compared and is good: it is not lost for this
+                report.notes.append(f"it could not be asked a question: {e.what}")
+        report.write(aside)
+    report.finish()
+    return 0
+
+
+def _check(method: str, settings: QuantizeSettings, given: set[str]) -> None:
+    mistakes = []
+    if not settings.output_dir:
+        mistakes.append("output_dir is missing: the folder to write (--output_dir D)")
+    if settings.bits not in _BITS[method]:
+        allowed = ", ".join(map(str, _BITS[method]))
+        mistakes.append(f"bits is {settings.bits}, but {method} makes {allowed}")
+    mistakes += [f"{n} has no effect with {method}" for n in sorted(given & _IDLE[method])]
+    if mistakes:
+        raise SettingsError(mistakes)
+
+
+def _refuse_quantised(source: Source) -> None:
+    if source.config.get("quantization_config"):
+        raise UserError(
+            "this base is quantised already",
+            where=str(source.folder),
+            fix="Quantise the weights that it was made from.",
+        )
+
+
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
+
+
+def _group(settings: QuantizeSettings, given: dict[str, object], source: Source) -> int:
+    """Weights that share a scale: what was asked for, if it divides the rows of every matrix.
+
+    Raises: SettingsError where it does not; UserError where config.json lacks a width.
+    """
+    found = source.config
+    missing = [n for n in _WIDTHS if not isinstance(found.get(n), int) or found[n] < 1]
+    if missing:
+        raise UserError(
+            f"config.json has no {missing[0]}",
+            where=str(source.folder),
+            fix="Fetch it again from where the base was published.",
+        )
+    hidden, inner, heads = (int(found[n]) for n in _WIDTHS)
+    head = int(found.get("head_dim") or hidden // heads)
+    widths = sorted({hidden, inner, heads * head})
+    fits = [g for g in _GROUPS if all(w % g == 0 for w in widths)]
+    size = settings.group_size
+    if size == -1 or (size > 0 and all(w % size == 0 for w in widths)):
+        return size
+    if "group_size" not in given and fits:
+        source.notes.append(f"groups of {fits[0]}: {size} does not divide rows of {widths}")
+        return fits[0]
+    instead = f"; {', '.join(map(str, fits))} or -1 do" if fits else "; -1 (a whole row) does"
+    raise SettingsError([f"group_size {size} does not divide rows of {widths}{instead}"])
+
+
+def _write(
+    method: str, settings: QuantizeSettings, source: Source, aside: Path
+) -> Callable[[], Scorer]:
+    """Write the weights; what gives their scores."""
+    if method == "bnb":
+        from vicuna.quantize.bnb import write
+
+        return write(settings.bits, source, aside)
+    from vicuna.commands.model_source import counter
+    from vicuna.data.calibration import texts_for
+    from vicuna.quantize.environment import python_of
+    from vicuna.quantize.merged_base import merged_folder
+    from vicuna.quantize.process import QuantizedScorer, quantize
+
+    texts = texts_for(
+        settings.calibration, source.renderer, settings.num_samples, settings.cutoff_len,
+        settings.seed,
+    )  # fmt: skip
+    source.notes.append(
+        f"calibrated on {len(texts)} texts ({sum(map(len, texts)):,} tokens) of "
+        f"{settings.calibration}, template {source.renderer.template.name}"
+    )
+    python = python_of(settings.environment)
+    if method == "awq":
+        _tell_how_long(source, sum(map(len, texts)))
+    with merged_folder(source) as folder:
+        job = {
+            "model": str(folder), "output": str(aside), "method": method, "bits": settings.bits,
+            "group_size": settings.group_size, "act_order": settings.act_order,
+            "damp": settings.damp, "texts": texts,
+        }  # fmt: skip
+        quantize(python, job, counter("layers"))
+    return lambda: QuantizedScorer(python, aside, method)
+
+
+def _answer(source: Source, scorer: Any) -> str:
+    """What the result says to `_QUESTION`: nobody else here can open it and ask."""
+    from vicuna.data.types import Turn
+
+    renderer = source.renderer
+    prompt = renderer.prompt([Turn("user", _QUESTION)])
+    ids = scorer.answer(prompt, sorted(renderer.stop_ids), longest=48)
+    return renderer.encoder.decode(ids).strip()
+
+
+def _tell_how_long(source: Source, tokens: int) -> None:
+    """Say before it begins what AWQ's search takes where there is no GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    # Measured on the embedded base: 1,100 to 5,300 tokens, one core and two.
+    seconds = _size(source) / 2e6 * (0.4 + 0.00016 * tokens)
+    say(
+        f"Without a GPU, AWQ takes about {seconds / 60:,.0f} minutes of one core for this model "
+        f"and {tokens:,} tokens; fewer --num_samples take less.",
+        error=True,
+    )
+
+
+def _finish_folder(source: Source, aside: Path) -> None:
+    """Leave a folder that stands alone: the base's own tokenizer, the template, the end tokens."""
+    from vicuna.export.chat_format import write_speech
+    from vicuna.weights.output_folder import copy_side_files
+
+    (aside / "quant_log.csv").unlink(missing_ok=True)
+    written = (aside / "config.json").read_bytes()
+    copy_side_files(source.folder, aside)
+    (aside / "config.json").write_bytes(written)
+    if source.own_way:
+        write_speech(source.renderer, aside)
+    if "quantization_config" not in json.loads(written):
+        raise UserError("the library wrote weights that are not quantised", where=str(aside))
+
+
+def _size(source: Source) -> int:
+    from vicuna.verify.report import size_of
+    from vicuna.weights.read import weight_files
+
+    return sum(size_of(path) for path in weight_files(source.folder)[0])

@@ -1,0 +1,113 @@
+"""The settings of the commands that write a model: what they check of it, and `vicuna merge`,
+`convert` and `adapter`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from vicuna.config.base import Places, Settings, Words, setting
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+Shards = Annotated[Literal[1, 2, 4, 8], BeforeValidator(_whole)]
+
+
+class VerifySettings(Settings):
+    """How what a command wrote is compared with what it read."""
+
+    verify: bool = setting(
+        True, "Verifying", "load what was written and compare it with what was read (--no-verify)"
+    )
+    verify_data: str = setting(
+        "", "Verifying", "a data file of your own to compare on; else Chinese and English samples"
+    )
+    verify_tokens: int = setting(
+        1024, "Verifying", "tokens of each kind of text that are compared", ge=16
+    )
+    max_kl: float | None = setting(
+        None, "Verifying", "largest mean KL divergence that passes (nats); else by the kind",
+        ge=0,
+    )  # fmt: skip
+    max_perplexity_ratio: float | None = setting(
+        None, "Verifying", "largest perplexity after / before that passes; else by the kind", gt=0
+    )
+    keep_failed: bool = setting(False, "Verifying", "keep a result that does not pass")
+
+
+class MergeSettings(VerifySettings):
+    """The settings of `vicuna merge`."""
+
+    model: str = setting("", "Models", "the base; where not given, the one that the adapter names")
+    adapter: Places = setting(
+        [], "Models", "adapters, run folders or hub ids, of any age; several are combined"
+    )
+    allow_other_base: bool = setting(False, "Models", "accept an adapter of other weights")
+    weights: Words = setting(
+        [], "Combining", "what each adapter counts with, such as 0.7,0.3; 1 each if not given"
+    )
+    method: Literal[
+        "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
+        "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
+    ] = setting(
+        "linear", "Combining", "how several are combined: linear (the exact sum), svd, ties, "
+        "ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune, "
+        "magnitude_prune_svd"
+    )  # fmt: skip
+    density: float = setting(
+        0.5, "Combining", "share of values that ties, dare and magnitude_prune keep", gt=0, le=1
+    )
+    combined_rank: int = setting(
+        0, "Combining", "rank of what the svd methods make; 0: the largest of the adapters'", ge=0
+    )
+    seed: int = setting(42, "Combining", "decides what dare drops")
+    output_dir: str = setting("", "Result", "the folder to write")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Result", "type of the weights: auto (the base's own), fp32, bf16, fp16"
+    )
+    max_shard_size: str = setting("2GB", "Result", "largest file of weights, such as 500MB, 2GB")
+    force: bool = setting(False, "Result", "replace an existing folder")
+
+
+class ConvertModelSettings(VerifySettings):
+    """The settings of `vicuna convert`."""
+
+    model: str = setting(
+        "", "Model", "a folder (Hugging Face's or Meta's layout), a GGUF file, or a hub id"
+    )
+    to: Literal["hf", "meta"] = setting(
+        "hf", "Result", "hf: Hugging Face's layout, safetensors; meta: consolidated.NN.pth"
+    )
+    output_dir: str = setting("", "Result", "the folder to write")
+    num_shards: Shards = setting(1, "Result", "files that Meta's layout is cut into: 1, 2, 4, 8")
+    max_shard_size: str = setting("2GB", "Result", "largest file of safetensors")
+    tokenizer: str = setting(
+        "", "Model", "a folder with the tokenizer, where the weights come without one"
+    )
+    max_position_embeddings: int = setting(
+        0, "Model", "context of a model in Meta's layout, which does not say; 0: the family's", ge=0
+    )
+    force: bool = setting(False, "Result", "replace an existing folder")
+
+
+class InspectSettings(Settings):
+    """The settings of `vicuna adapter inspect`."""
+
+    adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
+    json_output: bool = setting(False, "Output", "print one JSON object (--json)")
+
+
+class UpgradeSettings(Settings):
+    """The settings of `vicuna adapter upgrade`."""
+
+    adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
+    alpha: float = setting(
+        0.0, "Adapter", "LoRA's alpha, where the adapter does not say; 0: twice the rank", ge=0
+    )
+    verify: bool = setting(True, "Result", "compare what was written with what was read")
+    output_dir: str = setting("", "Result", "the folder to write")
+    force: bool = setting(False, "Result", "replace an existing folder")

@@ -1,0 +1,339 @@
+"""Attention over a pack on a CPU, segment by segment, both ways.
+
+q, k, v and the result stay in one buffer each, and so do their gradients. In bf16 the products are
+our own, in blocks of rows; in the other types each segment is a call of PyTorch's flash attention
+for CPUs (FlashAttention-2, arXiv 2307.08691), which in bf16 is the slower one (bench/attention.py).
+
+    s = scale q k' + mask      p = softmax(s)      o = p v
+    dv += p' do    dp = do v'    ds = p (dp - sum(dp p))    dq = scale ds k    dk += scale ds' q
+
+A block is a few batched products, which run at the rate of the chip's matrix units; the heads that
+share a head of keys are rows of one product. Of the scores only those of one block exist at a time;
+backward computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vicuna.data.pack import Segment
+from vicuna.model.decoder_view import Heads
+
+if TYPE_CHECKING:
+    from vicuna.model.attention import Layout
+
+# Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
+# products that are worth starting.
+BLOCK = 128
+# Blocks and what they see are filled up to whole steps of rows.
+STEP = 32
+
+
+def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    """qkv (T, (H + 2 K) D), the heads of q, k and v side by side, rotated -> (T, H D)."""
+    way = BlockSegments if in_blocks(qkv) else FlashSegments
+    result: Tensor = way.apply(qkv, heads, layout)
+    return result
+
+
+def in_blocks(qkv: Tensor) -> bool:
+    """Whether our own products are the faster way."""
+    return qkv.dtype == torch.bfloat16
+
+
+# -- our own products ------------------------------------------------------------------------------
+
+
+class BlockSegments(torch.autograd.Function):
+    """Each segment in blocks of rows. Nothing but q, k and v is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+        ctx.heads, ctx.layout = heads, layout
+        ctx.save_for_backward(qkv)
+        plan = _plan_of(layout, heads, qkv)
+        rows = qkv.view(-1, heads.size)
+        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
+        result = torch.empty_like(queries)
+        scratch = qkv.new_empty(plan.scores)
+        for place in plan.places:
+            for block in place.blocks:
+                q, o = (block.part_of(t, heads) for t in (queries, result))
+                k, v = rows.index_select(0, block.seen).view(-1, block.width, heads.size).chunk(2)
+                torch.bmm(_weights(q, k, block, scratch), v, out=o)
+        return result.index_select(0, plan.back).view(qkv.shape[0], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (qkv,) = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        plan = _plan_of(layout, heads, qkv)
+        rows = qkv.view(-1, heads.size)
+        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
+        given = gradients[0].reshape(-1, heads.size).index_select(0, plan.given)
+        given.index_fill_(0, plan.empty, 0)
+        dqkv, dqueries = torch.empty_like(qkv), torch.empty_like(queries)
+        scratch, dscratch = qkv.new_empty(plan.scores), qkv.new_empty(plan.scores)
+        split = heads.query * heads.size
+        dkv = dqkv[:, split:].unflatten(1, (-1, heads.size)).transpose(0, 1)
+        for place in plan.places:
+            dseen = qkv.new_zeros(2 * heads.key, place.width, heads.size)
+            for block in place.blocks:
+                q, g, dq = (block.part_of(t, heads) for t in (queries, given, dqueries))
+                seen = rows.index_select(0, block.seen).view(-1, block.width, heads.size)
+                k, v = seen.chunk(2)
+                weights = _weights(q, k, block, scratch)
+                dweights = torch.bmm(g, v.transpose(1, 2), out=block.scores_of(dscratch, k))
+                dboth = torch.empty_like(seen)
+                torch.bmm(weights.transpose(1, 2), g, out=dboth[heads.key :])
+                dscores = torch.ops.aten._softmax_backward_data.out(
+                    dweights, weights, -1, weights.dtype, grad_input=dweights
+                )
+                torch.bmm(dscores.transpose(1, 2), q, out=dboth[: heads.key])
+                torch.bmm(dscores, k, out=dq)
+                dseen[:, block.columns] += dboth
+            place.give_back(dkv, dseen)
+        dqueries.mul_(heads.scale)
+        dqkv[:, :split] = dqueries.index_select(0, plan.back).view(-1, split)
+        return dqkv, None, None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a segment, filled up to whole steps: products come in few shapes, and the
+    library makes and keeps a program for each.
+
+    rows: where they lie among all blocks' rows, the heads of a block below each other. high: how
+    many. seen: int64 (2 K s,), the rows of qkv's heads that are their keys and values, which end
+    whole steps too. columns: where those lie in the segment's place. mask: (t, s'), the summand of
+    the scores, 0 or -inf, in the last columns.
+    """
+
+    rows: slice
+    high: int
+    seen: Tensor
+    columns: slice
+    mask: Tensor
+
+    @property
+    def width(self) -> int:
+        """s: how many rows of keys."""
+        return self.columns.stop - self.columns.start
+
+    def part_of(self, x: Tensor, heads: Heads) -> Tensor:
+        """Its part of what lies block by block, heads that share keys below each other:
+        (K, G t, D)."""
+        return x[self.rows].view(heads.key, -1, heads.size)
+
+    def scores_of(self, scratch: Tensor, k: Tensor) -> Tensor:
+        """Room for its scores: (K, G t, s)."""
+        rows = (self.rows.stop - self.rows.start) // k.shape[0]
+        return scratch[: k.shape[0] * rows * self.width].view(k.shape[0], rows, self.width)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a segment sees: the rows above it, then its own. ranges: where those lie in the pack.
+    width: with what the last block is filled up with."""
+
+    ranges: list[tuple[int, int]]
+    width: int
+    blocks: list[_Block]
+
+    def give_back(self, dkv: Tensor, dseen: Tensor) -> None:
+        """Put the gradients of k and v where they belong. Segments come behind those above them:
+        a segment's own rows are its alone until then."""
+        first = 0
+        for number, (a, b) in enumerate(self.ranges, 1):
+            part = dseen[:, first : first + b - a]
+            if number == len(self.ranges):
+                dkv[:, a:b] = part
+            else:
+                dkv[:, a:b] += part
+            first += b - a
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the rows of a pack are laid into blocks; the same for all layers with one window.
+
+    queries: int64, for each row of the blocks the row of qkv's heads (T (H + 2 K), D). given: the
+    same of the result's heads (T H, D). empty: rows of the blocks that are filling. back: int64
+    (T H,), where each row of the result lies in the blocks. scores: of the largest block.
+    """
+
+    queries: Tensor
+    given: Tensor
+    empty: Tensor
+    back: Tensor
+    scores: int
+    places: list[_Place]
+
+
+def _plan_of(layout: Layout, heads: Heads, like: Tensor) -> _Plan:
+    plan: _Plan = layout.cached(
+        ("blocks", heads.window), lambda: _make_plan(layout.segments, heads, like)
+    )
+    return plan
+
+
+def _make_plan(segments: Sequence[Segment], heads: Heads, like: Tensor) -> _Plan:
+    every = heads.query + 2 * heads.key
+    own_heads, seen_heads = np.arange(heads.query), np.arange(heads.query, every)
+    masks: dict[Any, Tensor] = {}
+    places, laid, filling = [], [], []
+    done = 0
+    for s in segments:
+        ranges = [*s.above, (s.start, s.stop)]
+        above = sum(b - a for a, b in s.above)
+        rows = np.concatenate([np.arange(a, b) for a, b in ranges])
+        # What follows the own rows is filling, which the masks hide.
+        rows = np.append(rows, np.full(STEP + BLOCK, s.start))
+        blocks = []
+        for start in range(above, above + s.stop - s.start, BLOCK):
+            count = min(BLOCK, above + s.stop - s.start - start)
+            high = _whole(count)
+            first = 0 if heads.window is None else max(0, start - heads.window + 1)
+            columns = slice(first, first + _whole(start + count - first))
+            seen = rows[columns] * every + seen_heads[:, None]
+            place = slice(done, done + heads.query * high)
+            done = place.stop
+            mask = _mask(start - first, high, columns.stop - first, heads.window, like, masks)
+            blocks.append(_Block(place, high, _index(seen, like), columns, mask))
+            laid.append((rows[start : start + high] * heads.query + own_heads[:, None]).ravel())
+            filling.append(np.broadcast_to(np.arange(high) >= count, (heads.query, high)).ravel())
+        width = max(block.columns.stop for block in blocks)
+        places.append(_Place(ranges, width, blocks))
+    given, empty = np.concatenate(laid), np.concatenate(filling)
+    row, head = np.divmod(given, heads.query)
+    back = np.empty(segments[-1].stop * heads.query, np.int64)
+    back[given[~empty]] = np.flatnonzero(~empty)
+    scores = max(heads.query * b.high * b.width for place in places for b in place.blocks)
+    queries, empty_rows = row * every + head, np.flatnonzero(empty)
+    return _Plan(
+        _index(queries, like), _index(given, like), _index(empty_rows, like), _index(back, like),
+        scores, places,
+    )  # fmt: skip
+
+
+def _index(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values).ravel()).to(like.device)
+
+
+def _mask(
+    above: int, high: int, width: int, window: int | None, like: Tensor, made: dict[Any, Tensor]
+) -> Tensor:
+    """Who sees what of the last columns: 0 or -inf (high, columns), where row i stands at column
+    `above + i` of `width`. All columns, where a window hides some of the first. Every row sees one,
+    those that are filling too: `above` is less than the window, and columns are filled up as rows.
+    """
+    if window is None or above + high <= window:
+        window, above, width = None, 0, width - above
+    key = (above, high, width)
+    if key not in made:
+        rows = torch.arange(above, above + high, device=like.device)[:, None]
+        columns = torch.arange(width, device=like.device)
+        hidden = columns > rows
+        if window is not None:
+            hidden |= columns <= rows - window
+        zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+        made[key] = zeros.masked_fill_(hidden, float("-inf"))
+    return made[key]
+
+
+def _whole(rows: int) -> int:
+    return -(-rows // STEP) * STEP
+
+
+def _weights(q: Tensor, k: Tensor, block: _Block, scratch: Tensor) -> Tensor:
+    """softmax(q k' + mask) in `scratch`: q (K, G t, D), scaled, k (K, s, D) -> (K, G t, s)."""
+    scores = torch.bmm(q, k.transpose(1, 2), out=block.scores_of(scratch, k))
+    mask = block.mask
+    masked = scores.view(k.shape[0], -1, mask.shape[0], k.shape[1])[..., -mask.shape[1] :]
+    masked.add_(mask)
+    return torch.softmax(scores, -1, out=scores)  # a row is read before it is written
+
+
+# -- PyTorch's flash attention ---------------------------------------------------------------------
+
+
+class FlashSegments(torch.autograd.Function):
+    """Each segment as one call of the fused kernel, called directly."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+        rows = qkv.shape[0]
+        out = qkv.new_empty(rows, heads.query, heads.size)
+        lses = []
+        q, k, v = _views(qkv, heads)
+        for s in layout.segments:
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, s.start : s.stop], _gather(k, s), _gather(v, s), 0.0, causal,
+                attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            out[s.start : s.stop] = o[0].transpose(0, 1)
+            lses.append(lse)
+        ctx.heads, ctx.layout = heads, layout
+        ctx.save_for_backward(qkv, out, *lses)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        qkv, out, *lses = ctx.saved_tensors
+        heads, layout = ctx.heads, ctx.layout
+        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)[None]
+        result = out.transpose(0, 1)[None]
+        shared = any(s.above for s in layout.segments)
+        dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
+        q, k, v = _views(qkv, heads)
+        dq, dk, dv = _views(dqkv, heads)
+        for s, lse in zip(layout.segments, lses):
+            own = slice(s.start, s.stop)
+            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
+                lse, 0.0, causal, attn_mask=mask, scale=heads.scale,
+            )  # fmt: skip
+            dq[:, :, own] = gq
+            for total, part in ((dk, gk), (dv, gv)):
+                start = 0
+                for a, b in (*s.above, (s.start, s.stop)):
+                    piece = part[:, :, start : start + b - a]
+                    if shared:
+                        total[:, :, a:b] += piece
+                    else:
+                        total[:, :, a:b] = piece
+                    start += b - a
+        return dqkv, None, None
+
+
+def _views(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """q (1, H, T, D), k and v (1, K, T, D) as views of one buffer."""
+    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)[None]
+    stop = heads.query + heads.key
+    return split[:, : heads.query], split[:, heads.query : stop], split[:, stop:]
+
+
+def _gather(x: Tensor, s: Segment) -> Tensor:
+    """The rows of k or v that a segment sees: those above it, then its own."""
+    if not s.above:
+        return x[:, :, s.start : s.stop]
+    return torch.cat([x[:, :, a:b] for a, b in (*s.above, (s.start, s.stop))], 2)
+
+
+def _mask_of(
+    s: Segment, window: int | None, layout: Layout, like: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
+    own = s.stop - s.start
+    above = sum(b - a for a, b in s.above)
+    if above == 0 and (window is None or own <= window):
+        return None, True
+    return layout.additive(above, own, window, like), False

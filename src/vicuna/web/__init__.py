@@ -1,0 +1,11 @@
+"""The web page of `vicuna web`: chat, instruct, adapters, data, train.
+
+`server.py` opens it, `page.py` lays it out. Every tab is a module `tab_NAME.py` with a function
+`build(app: App) -> None`, which is called inside the page's `gr.Blocks`, in a `gr.Tab` of its own,
+adds its components and says what happens on their events. What a tab knows of the rest is `App`
+(`state.py`): the settings of the command, the model and its queue, the sessions, the adapters.
+
+Texts are never written in a tab: `i18n.t("key")` stands for a text in English and Chinese from
+`texts/*.yaml` (a file for each tab); see `i18n.py`. Colours and sizes are in `theme.py` and
+`style.css`.
+"""

@@ -1,0 +1,142 @@
+"""The page: a line with the name and two switches, and the tabs."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from vicuna.web import kept_values, tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
+from vicuna.web.event_errors import plainly
+from vicuna.web.i18n import COOKIE, t
+from vicuna.web.number_input import take_all_numbers
+from vicuna.web.state import App
+
+TABS = {
+    "chat": tab_chat,
+    "instruct": tab_instruct,
+    "adapters": tab_adapters,
+    "data": tab_data,
+    "train": tab_train,
+}
+SECONDS = 4.0  # between looks for new adapters
+CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
+_SWITCH_LANGUAGE = (
+    f"() => {{ vicunaSpeaks('{t('page.other_language')}'); "
+    f"document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
+    "samesite=lax'; location.href = location.pathname; }"
+)
+_SWITCH_DARK = """() => {
+  const dark = document.body.classList.toggle('dark');
+  localStorage.setItem('vicuna-dark', dark ? '1' : '0');
+}"""
+# The name of this tab: made up once, kept as long as the tab is.
+HEAD = (
+    """<script>
+function vicunaTab() {
+  let name = sessionStorage.getItem('vicuna-tab');
+  if (!/^[0-9a-f]{32}$/.test(name || '')) {
+    const bytes = crypto.getRandomValues(new Uint8Array(16));
+    name = Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
+    sessionStorage.setItem('vicuna-tab', name);
+  }
+  return name;
+}
+</script>"""
+    + kept_values.SCRIPT
+)
+# The thread follows its end, unless the reader has scrolled up. Escape ends editing.
+_OPEN = """(...now) => {
+  const dark = localStorage.getItem('vicuna-dark');
+  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
+  const thread = document.getElementById('thread');
+  if (thread && !thread.dataset.follows) {
+    thread.dataset.follows = '1';
+    let near = true;
+    thread.addEventListener('scroll', () => {
+      near = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
+    });
+    new MutationObserver(() => { if (near) thread.scrollTop = thread.scrollHeight; })
+      .observe(thread, {childList: true, subtree: true, characterData: true});
+  }
+  if (!window.vicunaEscapes) {
+    window.vicunaEscapes = true;
+    document.addEventListener('keydown', (e) => {
+      if (e.key === 'Escape') document.querySelector('#chat-note [data-act=leave]')?.click();
+    });
+  }
+  return [vicunaTab(), ...KEPT];
+}"""
+
+
+def build(app: App) -> gr.Blocks:
+    """The page of an app; every tab's components have the id `tab-NAME` around them."""
+    base = app.room.loaded
+    take_all_numbers()
+    with gr.Blocks(
+        title=t("page.title"),
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(CLEAN, CLEAN),
+    ) as page:
+        app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
+        for noted in (app.opening, app.loading, app.arriving, app.kept):
+            noted.clear()
+        with gr.Row(elem_id="top"):
+            read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
+            gr.HTML(
+                f"<h1>{t('page.title')}</h1><span>{escape(base.base)}</span>{read_only}",
+                elem_id="name",
+            )
+            dark = gr.Button(t("page.appearance"), size="sm", elem_id="dark", min_width=0)
+            language = gr.Button(t("page.language"), size="sm", elem_id="language", min_width=0)
+        language.click(None, js=_SWITCH_LANGUAGE)
+        dark.click(None, js=_SWITCH_DARK)
+        with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
+            for name, tab in TABS.items():
+                with gr.Tab(t(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
+                    before = len(app.opening)
+                    tab.build(app)
+                # What a tab shows is looked up again whenever it is opened.
+                for fn, inputs, outputs in app.opening[before:]:
+                    inside.select(
+                        fn, inputs, outputs, show_progress="hidden", api_visibility="private"
+                    )
+        kept_values.keep(app.kept)
+        _watch_adapters(app)
+        opened = page.load(
+            None, app.kept, [app.tab, *app.kept], show_progress="hidden",
+            js=_OPEN.replace("KEPT", kept_values.restored(app.kept)),
+        )  # fmt: skip
+        for fn, inputs, outputs in [*app.loading, *app.opening]:
+            opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
+    _name(page, app.tab)
+    return page
+
+
+def _watch_adapters(app: App) -> None:
+    """What shows adapters is drawn anew when one appeared or went, as when a run has ended. The
+    clock stands outside of the tabs: what is in one that was not opened yet does not tick."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    known = gr.State(None)
+
+    def look(known: list[str] | None) -> Any:
+        now = app.shelf.lately()
+        return gr.skip() if now == known else now
+
+    gr.Timer(SECONDS).tick(look, known, known, trigger_mode="once", **quiet)
+    for fn, inputs, outputs in app.arriving:
+        known.change(fn, inputs, outputs, **quiet)
+
+
+def _name(page: gr.Blocks, tab: gr.Textbox) -> None:
+    """Every event tells its mistakes (`plainly`), and one that belongs to somebody is given the
+    tab's name where it is sent. Some are sent before the page has opened: by gradio, which selects
+    the first tab, or by a quick hand."""
+    for event in page.fns.values():
+        if event.fn is not None:
+            event.fn = plainly(event.fn)
+        if tab in event.inputs:
+            place = event.inputs.index(tab)
+            event.js = f"(...sent) => {{ sent[{place}] = vicunaTab(); return sent; }}"

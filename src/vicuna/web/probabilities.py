@@ -1,0 +1,87 @@
+"""How likely each token of an answer was, and what else could have stood in its place.
+
+Tokens are shown as they are, not as markdown, whose marks they would cut. What else there was is
+in `data-top` of each; `html_events.py` shows it for the token that is pointed at, tapped, or
+reached with the arrow keys.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import NamedTuple
+
+from vicuna.data.encode import Encoder
+from vicuna.generate.events import Answer
+from vicuna.generate.stream import StreamState, TextStream, token_bytes
+from vicuna.generate.thoughts import Parts
+
+Say = Callable[..., str]
+# From which probability on a token is tinted less: five tints, none for the likeliest.
+TINTS = (0.1, 0.3, 0.6, 0.9)
+_MARKS = {"\n": "↵", "\t": "⇥", "": "▫"}
+
+
+class Said(NamedTuple):
+    """A token of an answer. text: what it added, "" for a part of a character or a mark of the
+    end. top: (text, probability) of the likeliest in its place, itself first."""
+
+    text: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+
+
+def said(answer: Answer, encoder: Encoder, stops: Sequence[str] = ()) -> list[Said]:
+    """The tokens of an answer that was asked for with `logprobs`; else none."""
+    stream, state = TextStream(encoder, stops), StreamState()
+    found = []
+    for token in answer.logprobs or ():
+        text, state = stream.push(state, token.token_id)
+        likely = [(i, p) for i, p in token.top if i != token.token_id]
+        top = [(token.token_id, token.logprob), *likely]
+        shown = tuple((_spelled(i, encoder), round(math.exp(p), 4)) for i, p in top)
+        found.append(Said(text, shown[0][1], shown))
+    return found
+
+
+def thought_tokens(tokens: Sequence[Said], parts: Parts) -> int:
+    """How many tokens come before the answer's first: those of the thought and its marks."""
+    if not tokens or not parts.thought:
+        return 0
+    left = len("".join(token.text for token in tokens)) - len(parts.answer)
+    for place, token in enumerate(tokens):
+        if parts.answer and left <= 0:
+            return place
+        left -= len(token.text)
+    return len(tokens)
+
+
+def _spelled(token_id: int, encoder: Encoder) -> str:
+    if token_id in encoder.control_ids:
+        return encoder.token(token_id)
+    return token_bytes(encoder)[token_id].decode("utf-8", "replace")
+
+
+def html(tokens: Sequence[Said], say: Say) -> str:
+    """All tokens of an answer, tinted, with a place below for what else there was."""
+    inner = "".join(_token(token) for token in tokens)
+    scale = "".join(f'<i class="l{i}">{name}</i>' for i, name in enumerate(_scale()))
+    return (
+        f'<div class="v-toks" tabindex="0" role="group" aria-label="{escape(say("chat.probs"))}">'
+        f'{inner}</div><div class="v-alts" aria-live="polite"><p>{say("chat.probs_help")} '
+        f"<span>{scale}</span></p></div>"
+    )
+
+
+def _token(token: Said) -> str:
+    tint = sum(token.probability >= least for least in TINTS)
+    top = escape(json.dumps(token.top, ensure_ascii=False))
+    shown = "".join(_MARKS.get(c, "") + c for c in token.text) or _MARKS[""]
+    kind = "" if token.text else " part"
+    return f'<span class="v-tok l{tint}{kind}" data-top="{top}">{escape(shown)}</span>'
+
+
+def _scale() -> list[str]:
+    return [f"&lt;{TINTS[0]:.0%}", *(f"≥{least:.0%}" for least in TINTS)]
