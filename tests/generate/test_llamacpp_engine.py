@@ -17,8 +17,9 @@ from kit import with_adapter
 from vicuna.errors import UserError
 from vicuna.generate.engines import llamacpp
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
-from vicuna.generate.engines.llamacpp import LlamaCppEngine, physical_cores
+from vicuna.generate.engines.llamacpp import LlamaCppEngine
 from vicuna.llamacpp import library
+from vicuna.llamacpp.cores import physical_cores
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"

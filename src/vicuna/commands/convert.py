@@ -21,6 +21,7 @@ from vicuna.data.encode import Encoder
 from vicuna.errors import SettingsError
 from vicuna.files import scratch_folder, whole_folder
 from vicuna.gguf.read import read_tensors
+from vicuna.json_yaml import read_json
 from vicuna.memory.devices import parse_memory
 from vicuna.model.base import locate, locate_gguf
 from vicuna.model.vocabulary import load_vocabulary
@@ -30,7 +31,6 @@ from vicuna.verify.texts import LONGEST
 from vicuna.weights.output_folder import (
     check_space,
     copy_side_files,
-    read_json,
     result_folder,
     write_json,
 )

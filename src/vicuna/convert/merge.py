@@ -20,6 +20,7 @@ from vicuna.convert.combine import Method, combine
 from vicuna.data.encode import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import whole_folder
+from vicuna.json_yaml import read_json
 from vicuna.memory.devices import parse_memory
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
@@ -32,7 +33,6 @@ from vicuna.verify.scorers import FolderScorer
 from vicuna.weights.output_folder import (
     check_space,
     copy_side_files,
-    read_json,
     result_folder,
     write_json,
 )

@@ -21,6 +21,8 @@ from vicuna.errors import UserError
 from vicuna.files import cache_dir, scratch_folder, whole_folder
 from vicuna.terminal import say, visible
 
+# llama.cpp b11549: what the pinned wheel was made of and the structures in `library.py` describe.
+VERSION = "2026.10.11549"
 # Only what the engine calls: no server, no tools, nothing that is fetched while it is built.
 _OPTIONS = (
     "CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=ON", "GGML_NATIVE=ON", "LLAMA_CURL=OFF",
@@ -109,8 +111,6 @@ def _instructions() -> str:
 
 def main() -> None:
     """Build the library of the version that the engine is written for."""
-    from vicuna.llamacpp.library import VERSION
-
     say(f"building llama.cpp {VERSION} for this CPU; this takes some minutes")
     try:
         say(build(VERSION))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from vicuna.errors import UserError
-from vicuna.generate.engines.base import never
 from vicuna.llamacpp.library import (
     FLASH,
     TYPES,
@@ -101,7 +100,7 @@ class Context:
     ) -> None:
         self._lib, self._model = library(), model
         self._batch = _Arrays(batch)
-        self._stop: Callable[[], bool] = never
+        self._stop: Callable[[], bool] = lambda: False
         self._raised: BaseException | None = None
         self._abort = Abort(self._ask)
         params = self._params(cells, rows, batch, threads, cache_type)

@@ -20,13 +20,12 @@ from typing import Any
 
 from vicuna.errors import UserError
 from vicuna.llamacpp import build
+from vicuna.llamacpp.build import VERSION
 
 # Names a libllama of the same version that was built otherwise; "wheel": the wheel's in any case.
 OWN_BUILD = "VICUNA_LIBLLAMA"
 WHEEL = "wheel"
 INSTALL = "pip install 'chinese-vicuna[cpp]'"
-# What the layouts below were written for: llama.cpp b11549.
-VERSION = "2026.10.11549"
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type, of the cache
 # On the CPU its flash attention sums in 16 bits, which shows beside a cache of 32; a quantised
 # cache works with no other. For f16 llama.cpp decides.

@@ -11,7 +11,6 @@ writes beside a LoRA of the output matrix, are compared with the base (`adapter_
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.json_yaml import read_json
 from vicuna.model import adapter_kinds, adapter_mlx, lora_config
 from vicuna.model.adapter_names import META, WEIGHTS
 from vicuna.model.adapter_where import locate_adapter
@@ -382,20 +382,6 @@ def _config_above(
             notes.append(f"no {CONFIG} here; the run's, one folder up, was read")
             return config, str(above)
     return {}, ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON table.
-
-    Raises: UserError where it is none.
-    """
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path.name} is missing or broken: {e}", where=str(path)) from e
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path.name} is broken: expected a table", where=str(path))
-    return loaded
 
 
 def _number(value: Any, key: str, folder: Path) -> float:

@@ -21,9 +21,10 @@ from vicuna.data.encode import Encoder
 from vicuna.data.template import Renderer, Template, find, from_dict
 from vicuna.data.template_check import differences, share_of_thoughts
 from vicuna.errors import SettingsError, UserError
+from vicuna.json_yaml import read_json
 from vicuna.model import adapter as adapters
 from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora_targets
-from vicuna.model.adapter_files import CONFIG, read_json
+from vicuna.model.adapter_files import CONFIG
 from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
 from vicuna.model.missing_embeddings import check_rows

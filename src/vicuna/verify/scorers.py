@@ -119,8 +119,8 @@ class GgufScorer:
     def __init__(
         self, path: Path, adapter: Path | None = None, longest: int = 512, threads: int = 0
     ) -> None:
-        from vicuna.generate.engines.llamacpp import physical_cores
         from vicuna.llamacpp.context import Context, Model
+        from vicuna.llamacpp.cores import physical_cores
 
         self._longest = longest
         self._model = Model(path)

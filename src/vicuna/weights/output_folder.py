@@ -9,15 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import SettingsError, UserError
-from vicuna.model.adapter_files import read_json
-
-__all__ = [
-    "check_space",
-    "copy_side_files",
-    "read_json",
-    "result_folder",
-    "write_json",
-]
 
 # Files beside the weights that belong to a model, by their endings.
 _SIDE = {".json", ".model", ".jinja", ".txt", ".tiktoken", ".md"}

@@ -8,7 +8,6 @@ prompt is there once, and no key or value is ever copied.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.rows import check_rows
 from vicuna.llamacpp.context import Context, Model
+from vicuna.llamacpp.cores import physical_cores
 from vicuna.llamacpp.library import complaint
 
 # Tokens of a prompt computed by one call. llama.cpp asks within a call, too, whether to go on.
@@ -296,29 +296,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
         if x != y:
             return i
     return min(len(a), len(b))
-
-
-def physical_cores() -> int:
-    """Threads to compute with: OMP_NUM_THREADS, else the cores this process may use.
-
-    Two hardware threads of one core share its arithmetic units, so they count once.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    try:
-        usable = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        import psutil
-
-        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return len({_core(cpu) for cpu in usable})
-
-
-def _core(cpu: int) -> tuple[str, str]:
-    """(socket, core) of a hardware thread; the thread itself where the system does not tell."""
-    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        return (folder / "physical_package_id").read_text(), (folder / "core_id").read_text()
-    except OSError:
-        return "", str(cpu)

@@ -8,6 +8,15 @@ from typing import Any
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 
+# Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
+CHUNK = 512
+MAX_ROWS = 64
+
+
+def causal_of(model: Any) -> Any:
+    """The causal language model itself, also where PEFT is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 
 class Switching:
     """What an engine over a model of transformers, or PEFT's around one, does with adapters."""

@@ -21,18 +21,15 @@ from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.generate.engines.switching import Switching
+from vicuna.generate.engines.switching import CHUNK, MAX_ROWS, Switching, causal_of
 from vicuna.model import decoder_view, device_map, elementwise, inference, onednn_linear, self_check
 from vicuna.model.decoder_view import Heads
 from vicuna.model.linear import Group, give_up
 from vicuna.model.llama import Layer
 from vicuna.model.out_of_memory import is_memory
 
-# Tokens of a prompt computed at a time: bounds the memory of activations and the wait for a cancel.
-CHUNK = 512
 # Rotary angles are made for so many positions at a time.
 ANGLES = 1024
-MAX_ROWS = 64
 
 
 def open_engine(
@@ -95,11 +92,6 @@ def _far(model: Any, causal: Any) -> float:
     return self_check.distance(
         torch.stack(found).to(wanted.device), wanted[[4, *range(read - 1, 16)]]
     )
-
-
-def causal_of(model: Any) -> Any:
-    """The causal language model itself, also where PEFT is around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class TorchEngine(Switching):

@@ -17,12 +17,7 @@ import torch
 from torch import Tensor
 
 from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
-from vicuna.generate.engines.switching import Switching
-from vicuna.generate.engines.torch import (
-    CHUNK,
-    MAX_ROWS,
-    causal_of,
-)
+from vicuna.generate.engines.switching import CHUNK, MAX_ROWS, Switching, causal_of
 from vicuna.model import fused, self_check
 from vicuna.model.out_of_memory import is_memory
 from vicuna.model.peft_switches import Watch
