@@ -334,7 +334,7 @@ def test_threads_respect_what_this_process_may_use(monkeypatch: pytest.MonkeyPat
     assert physical_cores() == 3
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(llamacpp, "_core", lambda cpu: ("0", str(cpu // 2)))
+    monkeypatch.setattr("vicuna.llamacpp.cores._core", lambda cpu: ("0", str(cpu // 2)))
     assert physical_cores() == 2
 
 
