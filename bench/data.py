@@ -5,7 +5,9 @@
 Makes records of about 220 characters from the sample data (sentences shuffled by a fixed seed), or
 takes a file. (a) The tokenizer alone: the same texts through `encode_batch` on all cores. (b) What
 `vicuna train` does before training: read, parse, check, render, encode, look for duplicates, store.
-(c) The same again, from the cache. Prints one JSON object.
+(c) The same again, from the cache. Each runs in a process of its own. Prints one JSON object:
+seconds on the clock, CPU seconds of all processes, and after how long the first records were done,
+which is what starting the worker processes costs.
 """
 
 from __future__ import annotations
@@ -16,14 +18,20 @@ import multiprocessing
 import os
 import platform
 import random
+import resource
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    from vicuna.data.encode import Vocabulary
 
 SAMPLES = Path(__file__).parent.parent / "src/vicuna/samples"
 
@@ -41,10 +49,13 @@ def made_records(n: int) -> Iterator[dict[str, str]]:
 
 
 class PeakMemory:
-    """The most memory this process and its children held together, sampled every 50 ms.
+    """The most memory a process and its children held together, sampled every 50 ms.
 
     Proportional set size: what processes share is counted once.
     """
+
+    def __init__(self, process_id: int) -> None:
+        self._process_id = process_id
 
     def __enter__(self) -> PeakMemory:
         self.peak = 0
@@ -58,15 +69,21 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        me = psutil.Process()
         while not self._done.wait(0.05):
             total = 0
-            for process in [me, *me.children(recursive=True)]:
+            for process in self._processes():
                 try:
                     total += process.memory_full_info().pss
                 except (psutil.Error, AttributeError):
                     continue
             self.peak = max(self.peak, total)
+
+    def _processes(self) -> list[psutil.Process]:
+        try:
+            head = psutil.Process(self._process_id)
+            return [head, *head.children(recursive=True)]
+        except psutil.Error:  # it has ended
+            return []
 
 
 def main() -> None:
@@ -76,10 +93,12 @@ def main() -> None:
     parser.add_argument("--file", help="a data file of your own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(options.file) if options.file else Path(folder) / "data.json"
-        if not options.file:
+        path = Path(folder) / (Path(options.file).name if options.file else "data.json")
+        if options.file:
+            path.symlink_to(Path(options.file).absolute())
+        else:
             write(path, options.records, options.json_array)
-        print(json.dumps(measure(path, Path(folder) / "cache"), ensure_ascii=False, indent=1))
+        print(json.dumps(measure(path), ensure_ascii=False, indent=1))
 
 
 def write(path: Path, records: int, array: bool) -> None:
@@ -91,25 +110,52 @@ def write(path: Path, records: int, array: bool) -> None:
         f.write("\n]\n" if array else "")
 
 
-def measure(path: Path, cache: Path) -> dict[str, object]:
-    from tokenizers import Tokenizer
+def apart(work: Callable[[Path], dict[str, object]], path: Path) -> dict[str, object]:
+    """What `work` finds in a process of its own, which holds nothing of what came before.
 
-    from vicuna import config
-    from vicuna.data import dataset
-    from vicuna.data.encode import Encoder
-    from vicuna.data.read import read
-    from vicuna.data.template import Renderer, find
+    Adds the CPU seconds of the process and of its children, and its peak memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(work, path, sending))
+    process.start()
+    sending.close()
+    try:
+        with PeakMemory(process.pid or 0) as memory:
+            found: dict[str, object] = receiving.recv()
+    finally:
+        process.join()
+    return {**found, "peak_memory_mib": round(memory.peak / 2**20)}
+
+
+def _report(work: Callable[[Path], dict[str, object]], path: Path, to: Connection) -> None:
+    to.send(work(path))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those of its children that have ended."""
+    both = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, both))
+
+
+def vocabulary() -> Vocabulary:
+    """The embedded base's; it is converted when it is first asked for."""
     from vicuna.model.base import EMBEDDED, locate
     from vicuna.model.vocabulary import load_vocabulary
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    vocabulary = load_vocabulary(locate(EMBEDDED))
-    renderer = Renderer(find("auto", vocabulary), Encoder(vocabulary))
-    os.environ["VICUNA_CACHE"] = str(cache)
+    return load_vocabulary(locate(EMBEDDED))
 
-    tokenizer = Tokenizer.from_str(vocabulary.tokenizer_json)
+
+def tokenizer_alone(path: Path) -> dict[str, object]:
+    """(a): the texts of all records through the tokenizer, on all cores."""
+    from tokenizers import Tokenizer
+
+    from vicuna.data.read import read
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    tokenizer = Tokenizer.from_str(vocabulary().tokenizer_json)
     records = read(path, [])
-    alone = 0.0
+    seconds = cpu = 0.0
     count = characters = 0
     while chunk := list(islice(records, 4096)):
         values = [
@@ -118,32 +164,67 @@ def measure(path: Path, cache: Path) -> dict[str, object]:
         texts = [v[k] for v in values for k in ("instruction", "input", "output") if v.get(k)]
         count += len(chunk)
         characters += sum(map(len, texts))
-        began = time.perf_counter()
+        began, used = time.perf_counter(), cpu_seconds()
         tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        alone += time.perf_counter() - began
+        seconds += time.perf_counter() - began
+        cpu += cpu_seconds() - used
+    return {"records": count, "characters": characters, "seconds": seconds, "cpu": cpu}
 
+
+def prepared(path: Path) -> dict[str, object]:
+    """(b), or (c) when it is asked again: the data set made ready for training."""
+    from vicuna import config
+    from vicuna.data import dataset
+    from vicuna.data.encode import Encoder
+    from vicuna.data.template import Renderer, find
+
+    words = vocabulary()
+    renderer = Renderer(find("auto", words), Encoder(words))
+    os.environ["VICUNA_CACHE"] = str(path.parent / "cache")
     settings = config.build(config.DataSettings, {})
-    entries = [config.DatasetEntry(path=str(path))]
-    with PeakMemory() as memory:
-        began = time.perf_counter()
-        found, _ = dataset.load(entries, settings, renderer)
-        whole = time.perf_counter() - began
-    began = time.perf_counter()
-    dataset.load(entries, settings, renderer)
-    again = time.perf_counter() - began
+    said: list[float] = []
+    began, used = time.perf_counter(), cpu_seconds()
+    found, _ = dataset.load(
+        [config.DatasetEntry(path=str(path))],
+        settings,
+        renderer,
+        lambda _: said.append(time.perf_counter() - began),
+    )
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu": cpu_seconds() - used,
+        "first": said[0] if said else 0.0,
+        "tokens": int(found.column("length").sum()),
+    }
+
+
+def measure(path: Path) -> dict[str, object]:
+    """All three, each in a process of its own; `path` lies in a folder that may be written to."""
+    vocabulary()  # so that nobody converts the base while they are measured
+    alone, whole, again = (apart(work, path) for work in (tokenizer_alone, prepared, prepared))
+    count = int(str(alone["records"]))
+    ratios = [float(str(whole[k])) / float(str(alone[k])) for k in ("seconds", "cpu")]
     return {
         "records": count,
-        "characters_per_record": round(characters / count, 1),
-        "tokens": int(found.column("length").sum()),
-        "tokenizer_alone_seconds": round(alone, 2),
-        "prepare_seconds": round(whole, 2),
-        "from_cache_seconds": round(again, 2),
-        "ratio": round(whole / alone, 3),
-        "peak_memory_mib": round(memory.peak / 2**20),
+        "characters_per_record": round(int(str(alone["characters"])) / count, 1),
+        "tokens": whole["tokens"],
+        "tokenizer_alone_seconds": _rounded(alone["seconds"]),
+        "tokenizer_alone_cpu_seconds": _rounded(alone["cpu"]),
+        "prepare_seconds": _rounded(whole["seconds"]),
+        "prepare_cpu_seconds": _rounded(whole["cpu"]),
+        "first_records_after_seconds": _rounded(whole["first"]),
+        "from_cache_seconds": _rounded(again["seconds"]),
+        "ratio": round(ratios[0], 3),
+        "cpu_ratio": round(ratios[1], 3),
+        "peak_memory_mib": whole["peak_memory_mib"],
         "cores": multiprocessing.cpu_count(),
         "machine": platform.processor() or platform.machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _rounded(seconds: object) -> float:
+    return round(float(str(seconds)), 2)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -
 @pytest.mark.parametrize("before", [mark("好"), said("好")])
 def test_later_words_do_not(kind: str, before: Segment) -> None:
     for piece in (mark("ab"), said("ab")):
-        cut = replace(piece, cut=True)
+        cut = piece._replace(cut=True)
         assert spelled(ENCODERS[kind], [BOS, before, cut, said("ab")]) == [
             "<s>", "▁", "好", "ab", "ab"
         ]  # fmt: skip
@@ -194,7 +194,7 @@ def test_many_at_once_are_as_one_by_one(kind: str, texts: list[list[str]]) -> No
 @every
 def test_what_stands_before_a_cut_is_encoded_alone(kind: str) -> None:
     encoder = ENCODERS[kind]
-    parts = [mark("好a"), replace(said("b"), cut=True), replace(said("ab"), cut=True)]
+    parts = [mark("好a"), said("b")._replace(cut=True), said("ab")._replace(cut=True)]
     whole = encoder.encode([BOS, *parts], 1).ids.tolist()
     for n in range(len(parts) + 1):
         ids = encoder.encode([BOS, *parts[:n]], 1).ids.tolist()

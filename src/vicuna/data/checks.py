@@ -211,7 +211,7 @@ def _letters() -> np.ndarray:
 
 
 # The numbers from 0 to 2^32 are a circle; the signature is the first hash met from each of these
-# points on. Each is a MinHash (of the hashes turned by that angle), and one sort finds them all.
+# points on. Each is a MinHash: of the hashes turned back by that angle, the smallest.
 _POINTS = (np.arange(SIGNATURE, dtype=np.uint64) << np.uint64(32)) // np.uint64(SIGNATURE)
 _POINTS = _POINTS.astype(np.uint32)
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(0xD6E8FEB86659FD93))
@@ -228,21 +228,30 @@ def _signatures(texts: list[str], exact: np.ndarray) -> np.ndarray:
     # Four 16-bit units are the 64 bits of a number; windows overlap, a unit apart. Those that
     # reach into the next text are not looked at.
     windows = max(0, len(units) - SHINGLE + 1)
-    circle = _turned(np.ndarray((windows,), "<u8", units, strides=(2,)))
+    circle = [_turned(np.ndarray((windows,), "<u8", units, strides=(2,)))]
     own = _turned(exact)
-    signatures = np.empty((len(texts), SIGNATURE), np.uint32)
-    for i in range(len(texts)):
-        start, stop = int(stops[i]), int(stops[i + 1])
-        n = stop - start - SHINGLE + 1
-        if n < 1:  # too short to compare: like nothing but itself
-            hashes = own[i : i + 1]
-        elif stop - start > LONGEST:
-            half = LONGEST // 2
-            hashes = _turned(_ends(units[start:stop], half))
+    first, last = stops[:-1].copy(), stops[1:] - SHINGLE + 1
+    size = windows
+    for i in np.flatnonzero((last <= first) | (np.diff(stops) > LONGEST)).tolist():
+        if last[i] <= first[i]:  # too short to compare: like nothing but itself
+            circle.append(own[i : i + 1])
         else:
-            hashes = circle[start : start + n]
-        hashes = np.sort(hashes)
-        signatures[i] = hashes.take(hashes.searchsorted(_POINTS), mode="wrap")
+            circle.append(_turned(_ends(units[stops[i] : stops[i + 1]], LONGEST // 2)))
+        first[i], last[i] = size, size + len(circle[-1])
+        size = int(last[i])
+    return _nearest(np.concatenate(circle), first, last)
+
+
+def _nearest(circle: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """The first hash met from each point on, among those from `first` up to `last`: (n, POINTS)."""
+    signatures = np.empty((len(first), SIGNATURE), np.uint32)
+    if not len(first):
+        return signatures
+    # `reduceat` gives every second one what lies between two texts; it needs a value at the end.
+    circle = np.append(circle, np.uint32(0))
+    borders = np.stack([first, last], axis=1).ravel()
+    for k, point in enumerate(_POINTS):
+        signatures[:, k] = np.minimum.reduceat(circle - point, borders)[::2] + point
     return signatures
 
 

@@ -19,19 +19,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from itertools import accumulate, chain, groupby, pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 # Labels of a position: what it must predict.
 NO_TARGET, NEXT_TOKEN, END_TOKEN = 0, 1, 2
-_LEARNED = bytes([NEXT_TOKEN])
+_PLANS = 2048  # shapes of conversations that are remembered
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a rendered conversation.
 
     kind: `mark` (template's words), `text` (somebody's words), `bos`, `end` (the token a turn ends
@@ -126,15 +128,27 @@ def _prefixes_each(spec: dict[str, Any]) -> bool:
     return not first_only(spec.get("pre_tokenizer"))
 
 
-def _strip(
-    run: list[tuple[str, bool, bool]], side: Literal[0, -1], cut: Callable[[str], str]
-) -> None:
+class _Piece(NamedTuple):
+    """A part of a run. source: its text, or the number of the conversation's text that it is.
+
+    literal: whether these are a template's own words.
+    """
+
+    text: str
+    supervised: bool
+    literal: bool
+    source: str | int
+
+
+def _strip(run: list[_Piece], side: Literal[0, -1], cut: Callable[[str], str]) -> None:
     """Take white space off one side of a run."""
     while run:
-        text, supervised, literal = run[side]
-        rest = cut(text)
+        piece = run[side]
+        rest = cut(piece.text)
+        if rest == piece.text:
+            return
         if rest:
-            run[side] = (rest, supervised, literal)
+            run[side] = piece._replace(text=rest, source=rest)
             return
         run.pop(side)
 
@@ -203,19 +217,82 @@ def _spans_lines(piece: str) -> bool:
     return re.search(r"[\n\u010a](?=[^\s\u010a\u010d\u0120\u0109▁])", piece) is not None
 
 
-@dataclass(slots=True)
-class _Atom:
+class _Step(NamedTuple):
     """Tokens in a row: known, or a text to encode.
 
-    supervised: one flag for all of them, or (length of text, flag) of the parts of the text.
+    ids: None where they depend on the conversation's texts. sources: what the text is put together
+    from, see `_Piece`. mixed: of each source whether it is learned, where they differ.
+    silent: no tokens; the one before must predict an end that does not stand here.
     """
 
     ids: list[int] | None
     supervised: bool
-    text: str = ""
     begins: bool = False
-    parts: list[tuple[int, bool]] | None = None
+    sources: tuple[str | int, ...] = ()
+    mixed: tuple[bool, ...] = ()
     silent: bool = False
+
+
+def _source(source: str | int, segments: Sequence[Segment]) -> str:
+    return source if isinstance(source, str) else segments[source].text
+
+
+def _filled(step: _Step, segments: Sequence[Segment]) -> str:
+    """The text of a step of a conversation."""
+    if len(step.sources) == 1:
+        return _source(step.sources[0], segments)
+    return "".join([_source(source, segments) for source in step.sources])
+
+
+def _joined(steps: Sequence[_Step]) -> list[_Step]:
+    """The same steps, known tokens that follow each other as one."""
+    plan: list[_Step] = []
+    for step in steps:
+        last = plan[-1] if plan else None
+        alike = last is not None and last.supervised == step.supervised
+        if last and alike and last.ids is not None and step.ids is not None:
+            plan[-1] = last._replace(ids=last.ids + step.ids)
+        else:
+            plan.append(step)
+    return plan
+
+
+class _Chunk:
+    """Conversations that are being encoded: runs of tokens, one behind the other."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[int]] = []
+        self.learned: list[bool] = []  # of each run
+        self.starts: list[int] = [0]  # the number of runs in front of each conversation
+        # Of silent ends that are learned: the runs in front of it, and in front of its conversation
+        self.silent: list[tuple[int, int]] = []
+
+    def add(self, ids: list[int], learned: bool) -> None:
+        self.runs.append(ids)
+        self.learned.append(learned)
+
+    def examples(self) -> list[Example]:
+        """An example for each conversation; all of them are views into two arrays."""
+        stops = np.array([0, *accumulate(map(len, self.runs))], np.int64)
+        ids = _int32(self.runs, int(stops[-1]))
+        # What a token is learned for is said at the position before it, which predicts it.
+        labels = np.zeros(len(ids), np.uint8)
+        labels[:-1] = np.repeat(np.array(self.learned, np.uint8), np.diff(stops))[1:]
+        borders = stops[self.starts]
+        labels[borders[1:][np.diff(borders) > 0] - 1] = NO_TARGET
+        for here, start in self.silent:
+            at = int(stops[here]) - 1
+            if at >= stops[start] and labels[at] == NO_TARGET:
+                labels[at] = END_TOKEN
+        places = borders.tolist()
+        return [Example(ids[i:j], labels[i:j]) for i, j in pairwise(places)]
+
+
+def _int32(rows: list[list[int]], count: int) -> np.ndarray:
+    """All numbers of the rows as one array; `struct` is twice as fast at it as numpy."""
+    ids = np.empty(count, np.int32)
+    struct.pack_into(f"{count}i", ids.data, 0, *chain.from_iterable(rows))
+    return ids
 
 
 class Encoder:
@@ -229,17 +306,16 @@ class Encoder:
         spec.update(truncation=None, padding=None, post_processor=None)
         rest = _without_dummy_prefix(spec)
 
-        def build(s: dict[str, Any], words_only: bool = True) -> Tokenizer:
+        def build(s: dict[str, Any]) -> Tokenizer:
             tokenizer = Tokenizer.from_str(json.dumps(s))
-            tokenizer.encode_special_tokens = words_only
+            tokenizer.encode_special_tokens = True
             return tokenizer
 
-        self._whole = build(spec, words_only=False)
         # Both know no special token. The first puts the dummy space in front, if there is one.
         self._begin = build(spec)
         self._within = self._begin if rest is spec else build(rest)
         self._each = _prefixes_each(spec)
-        self.vocab_size: int = self._whole.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = self._begin.get_vocab_size(with_added_tokens=True)
         special = {t["content"]: t for t in spec["added_tokens"] if t["special"]}
         self.control_ids = frozenset(t["id"] for t in special.values())
         names = sorted(special, key=lambda t: (-len(t), t))
@@ -251,6 +327,16 @@ class Encoder:
         self._cuts = _LineCuts(self._begin, self._within)
         self._literals: dict[tuple[str, bool], list[int]] = {}
         self._mark_parts: dict[str, list[str | int]] = {}
+        self._plans: dict[tuple[object, ...], list[_Step]] = {}
+
+    @cached_property
+    def _whole(self) -> Any:
+        """The tokenizer that parses special tokens; worker processes never need it."""
+        from tokenizers import Tokenizer
+
+        spec = json.loads(self.vocabulary.tokenizer_json)
+        spec.update(truncation=None, padding=None, post_processor=None)
+        return Tokenizer.from_str(json.dumps(spec))
 
     # -- encoding -------------------------------------------------------------------------------
 
@@ -280,61 +366,96 @@ class Encoder:
     def _encode(
         self, rendered: Iterable[Sequence[Segment]], end_id: int, first: bool
     ) -> list[Example]:
-        conversations = [self._atoms(segments, end_id, first) for segments in rendered]
-        waiting: tuple[list[_Atom], list[_Atom]] = ([], [])
-        for atoms in conversations:
-            for atom in atoms:
-                if atom.ids is None and atom.parts is None:
-                    waiting[atom.begins and self._begin is not self._within].append(atom)
+        chunk = _Chunk()
+        # (run, text) of what is to be encoded, for each of the two tokenizers
+        waiting: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
+        for segments in rendered:
+            for step in self._plan(segments, end_id, first):
+                if step.ids is not None:
+                    chunk.add(step.ids, step.supervised)
+                elif step.silent:
+                    if step.supervised:
+                        chunk.silent.append((len(chunk.runs), chunk.starts[-1]))
+                elif step.mixed:
+                    self._mixed(step, segments, chunk)
+                else:
+                    which = step.begins and self._begin is not self._within
+                    waiting[which].append((len(chunk.runs), _filled(step, segments)))
+                    chunk.add([], step.supervised)
+            chunk.starts.append(len(chunk.runs))
         for tokenizer, some in zip((self._within, self._begin), waiting):
-            texts = [atom.text for atom in some]
+            texts = [text for _, text in some]
             found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for atom, encoding in zip(some, found):
-                atom.ids = encoding.ids
-        return [self._assemble(atoms) for atoms in conversations]
+            for (run, _), encoding in zip(some, found):
+                chunk.runs[run] = encoding.ids
+        return chunk.examples()
 
-    def _atoms(self, segments: Sequence[Segment], end_id: int, begins: bool) -> list[_Atom]:
+    def _plan(self, segments: Sequence[Segment], end_id: int, begins: bool) -> list[_Step]:
+        """How a conversation is encoded; made once for all that differ in nothing but their texts.
+
+        White space at an end of a text decides where it may be cut from its neighbours: such a
+        text belongs to the plan, which is not kept then.
+        """
+        shape: list[object] = [end_id, begins]
+        kept = True
+        for segment in segments:
+            kind, text, supervised, cut = segment
+            if kind != "text" or not text:
+                shape.append(segment)
+            else:
+                shape.append((supervised, cut))
+                kept = kept and not (text[0].isspace() or text[-1].isspace())
+        if not kept:
+            return _joined(self._steps(segments, end_id, begins))
+        key = tuple(shape)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _joined(self._steps(segments, end_id, begins))
+        return plan
+
+    def _steps(self, segments: Sequence[Segment], end_id: int, begins: bool) -> list[_Step]:
         """A conversation cut up into control tokens and runs.
 
         begins: whether the first run gets the dummy space.
         """
-        atoms: list[_Atom] = []
-        run: list[tuple[str, bool, bool]] = []  # (text, supervised, literal)
+        steps: list[_Step] = []
+        run: list[_Piece] = []
 
         def control(token_id: int, supervised: bool) -> None:
             nonlocal begins
-            self._close(run, begins, atoms, token_id)
-            atoms.append(_Atom([token_id], supervised))
+            self._close(run, begins, steps, token_id)
+            steps.append(_Step([token_id], supervised))
             begins = self._each
 
-        for segment in segments:
-            kind, text = segment.kind, segment.text
+        for n, (kind, text, supervised, cut) in enumerate(segments):
             if kind == "text" or kind == "mark":
-                if segment.cut and run:
-                    self._close(run, begins, atoms)
+                if cut and run:
+                    self._close(run, begins, steps)
                     begins = False
                 if kind == "text":
                     if text:
-                        run.append((text, segment.supervised, False))
+                        run.append(_Piece(text, supervised, False, n))
                     continue
                 for part in self._parts(text):
                     if isinstance(part, int):
-                        control(part, segment.supervised)
+                        control(part, supervised)
                     else:
-                        run.append((part, segment.supervised, True))
+                        run.append(_Piece(part, supervised, True, part))
             elif kind == "end":
-                control(end_id, segment.supervised)
+                control(end_id, supervised)
             elif kind == "bos":
                 if self.vocabulary.bos_id is not None:
-                    control(self.vocabulary.bos_id, segment.supervised)
+                    control(self.vocabulary.bos_id, supervised)
                 begins = True
-            elif segment.kind == "silent_end":
+            elif kind == "silent_end":
                 if run:
-                    self._close(run, begins, atoms)
+                    self._close(run, begins, steps)
                     begins = False
-                atoms.append(_Atom([], segment.supervised, silent=True))
-        self._close(run, begins, atoms)
-        return atoms
+                steps.append(_Step(None, supervised, silent=True))
+        self._close(run, begins, steps)
+        return steps
 
     def _parts(self, mark: str) -> list[str | int]:
         """A mark as the ids of its control tokens and what stands between them."""
@@ -350,56 +471,48 @@ class Encoder:
         return known
 
     def _close(
-        self,
-        run: list[tuple[str, bool, bool]],
-        begins: bool,
-        atoms: list[_Atom],
-        control: int | None = None,
+        self, run: list[_Piece], begins: bool, steps: list[_Step], control: int | None = None
     ) -> None:
-        """Make atoms of a run, and empty it. control: the control token that follows it."""
+        """Make steps of a run, and empty it. control: the control token that follows it."""
         if self._swallow_after or self._swallow_before:
-            before = atoms[-1].ids if atoms and not atoms[-1].silent else None
+            before = steps[-1].ids if steps else None
             if before and len(before) == 1 and before[0] in self._swallow_after:
                 _strip(run, 0, str.lstrip)
             if control in self._swallow_before:
                 _strip(run, -1, str.rstrip)
-        held: list[tuple[str, bool, bool]] = []
+        held: list[_Piece] = []
         last = ""
 
         def emit() -> None:
             nonlocal begins
             if held:
-                atoms.append(self._atom(held, begins))
+                steps.append(self._step(held, begins))
                 begins = False
                 held.clear()
 
         # A run may be cut behind the end of a line wherever that changes no token: what is a
         # template's own is then encoded once for all conversations.
         for piece in run:
-            text, supervised, literal = piece
-            if last and self._cuts.between(last, text):
+            if last and self._cuts.between(last, piece.text):
                 emit()
-            if not literal:
+            if not piece.literal:
                 held.append(piece)
             else:
-                lines = self._cuts.split(text)
-                for n, line in enumerate(lines):
+                for n, line in enumerate(self._cuts.split(piece.text)):
                     if n:
                         emit()
-                    held.append((line, supervised, True))
-            last = text
+                    held.append(piece._replace(text=line, source=line))
+            last = piece.text
         emit()
         run.clear()
 
-    def _atom(self, held: Sequence[tuple[str, bool, bool]], begins: bool) -> _Atom:
-        if len(held) == 1:
-            text, supervised, literal = held[0]
-            ids = self._literal(text, begins) if literal else None
-            return _Atom(ids, supervised, text, begins)
-        text = "".join(piece[0] for piece in held)
-        flags = {piece[1] for piece in held}
-        parts = [(len(piece[0]), piece[1]) for piece in held] if len(flags) > 1 else None
-        return _Atom(None, held[0][1], text, begins, parts)
+    def _step(self, held: Sequence[_Piece], begins: bool) -> _Step:
+        flags = tuple(piece.supervised for piece in held)
+        ids = None
+        if len(held) == 1 and held[0].literal:
+            ids = self._literal(held[0].text, begins)
+        mixed = flags if len(set(flags)) > 1 else ()
+        return _Step(ids, flags[0], begins, tuple(piece.source for piece in held), mixed)
 
     def _literal(self, text: str, begins: bool) -> list[int]:
         """Ids of words that many conversations share."""
@@ -408,41 +521,15 @@ class Encoder:
             self._literals[key] = self.text(text, begins)
         return self._literals[key]
 
-    def _assemble(self, atoms: Sequence[_Atom]) -> Example:
-        ids: list[int] = []
-        labels = bytearray()  # a byte a token: numpy takes them as they are
-        for atom in atoms:
-            if atom.silent:
-                if atom.supervised and labels:
-                    labels[-1] = END_TOKEN
-                continue
-            if atom.parts is not None:
-                self._mixed(atom, ids, labels)
-                continue
-            new = atom.ids
-            if not new:
-                continue
-            if atom.supervised:
-                if labels:
-                    labels[-1] = NEXT_TOKEN
-                labels += _LEARNED * (len(new) - 1)
-            else:
-                labels += bytes(len(new) - 1)
-            ids += new
-            labels.append(NO_TARGET)
-        return Example(np.asarray(ids, np.int32), np.frombuffer(labels, np.uint8))
-
-    def _mixed(self, atom: _Atom, ids: list[int], labels: bytearray) -> None:
+    def _mixed(self, step: _Step, segments: Sequence[Segment], chunk: _Chunk) -> None:
         """A text of which a part is learned: a token counts as the part that it begins in."""
-        assert atom.parts is not None
-        tokenizer = self._begin if atom.begins else self._within
-        encoding = tokenizer.encode(atom.text, add_special_tokens=False)
-        flags = [flag for length, flag in atom.parts for _ in range(length)]
-        for token_id, (start, _) in zip(encoding.ids, encoding.offsets):
-            if labels and flags[min(start, len(flags) - 1)]:
-                labels[-1] = NEXT_TOKEN
-            ids.append(token_id)
-            labels.append(NO_TARGET)
+        tokenizer = self._begin if step.begins else self._within
+        parts = [_source(source, segments) for source in step.sources]
+        encoding = tokenizer.encode("".join(parts), add_special_tokens=False)
+        flags = [flag for part, flag in zip(parts, step.mixed) for _ in part]
+        learned = (flags[min(start, len(flags) - 1)] for start, _ in encoding.offsets)
+        for flag, group in groupby(zip(learned, encoding.ids), lambda pair: pair[0]):
+            chunk.add([token_id for _, token_id in group], flag)
 
     # -- decoding -------------------------------------------------------------------------------
 
@@ -456,9 +543,9 @@ class Encoder:
 
     def token(self, token_id: int) -> str:
         """The vocabulary's own spelling of an id, for display."""
-        return self._whole.id_to_token(int(token_id)) or f"<{token_id}>"
+        return self._begin.id_to_token(int(token_id)) or f"<{token_id}>"
 
     def token_id(self, token: str) -> int | None:
         """The id of a control token by name, or None where it is not one in this vocabulary."""
-        found = self._whole.token_to_id(token)
+        found = self._begin.token_to_id(token)
         return found if found in self.control_ids else None
