@@ -187,3 +187,26 @@ def test_few_or_no_records() -> None:
     for n in (0, 1):
         first, near = find_duplicates(np.zeros(n, np.uint64), np.zeros((n, 24), np.uint32))
         assert first.tolist() == near.tolist() == [-1] * n
+
+
+def test_a_signature_is_the_first_hash_from_each_point_on() -> None:
+    """By the definition: short, usual and long texts, alone and beside each other."""
+    texts = [
+        "鸭",
+        "鸭子会飞",
+        "鸭子会飞吗？会的，但是不高。",
+        "abc" * 700 + "鸭子",
+        "",
+        "长" * 2000 + "b",
+    ]
+    exact = np.arange(len(texts), dtype=np.uint64) * np.uint64(7919)
+    found = checks._signatures(texts, exact)
+    for text, own, row in zip(texts, exact, found, strict=True):
+        units = [c.lower() for c in text if c.isalnum()]
+        if len(units) > checks.LONGEST:
+            units = units[: checks.LONGEST // 2] + units[-checks.LONGEST // 2 :]
+        shingles = [units[i : i + 4] for i in range(len(units) - 3)]
+        numbers = [sum(ord(c) << (16 * k) for k, c in enumerate(s)) for s in shingles]
+        hashes = checks._turned(np.array(numbers or [own], np.uint64)).tolist()
+        for point, value in zip(checks._POINTS.tolist(), row.tolist(), strict=True):
+            assert value == min(hashes, key=lambda h: (h - point) % 2**32)

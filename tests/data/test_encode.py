@@ -191,6 +191,38 @@ def test_many_at_once_are_as_one_by_one(kind: str, texts: list[list[str]]) -> No
         assert e.labels.tolist() == encoder.encode(one, 1).labels.tolist()
 
 
+segments_of_all_kinds = st.lists(
+    st.one_of(
+        st.builds(
+            Segment,
+            st.sampled_from(["mark", "text"]),
+            st.sampled_from(["", "a", "ab好", " a", "b\n", "<s>", "a\n\nb:\n", "</s>ab"]),
+            st.booleans(),
+            st.booleans(),
+        ),
+        st.builds(
+            Segment, st.sampled_from(["end", "silent_end", "bos"]), st.just(""), st.booleans()
+        ),
+    ),
+    max_size=6,
+)
+
+
+@every
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(segments_of_all_kinds, min_size=1, max_size=4))
+def test_what_was_encoded_before_changes_nothing(kind: str, rows: list[list[Segment]]) -> None:
+    """A plan is kept for all conversations of its shape: it must hold nothing of the first."""
+    others = [
+        [s._replace(text="好b") if s.kind == "text" and s.text else s for s in r] for r in rows
+    ]
+    used = Encoder(vocabulary(KINDS[kind]()))
+    used.encode_many(others, 1)
+    for row, e in zip(rows, used.encode_many(rows, 1), strict=True):
+        fresh = Encoder(vocabulary(KINDS[kind]())).encode(row, 1)
+        assert (e.ids.tolist(), e.labels.tolist()) == (fresh.ids.tolist(), fresh.labels.tolist())
+
+
 @every
 def test_what_stands_before_a_cut_is_encoded_alone(kind: str) -> None:
     encoder = ENCODERS[kind]

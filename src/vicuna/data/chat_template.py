@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from vicuna.data.encode import Segment
 from vicuna.data.template_base import (
@@ -40,14 +40,20 @@ from vicuna.data.thinking import split_thought
 from vicuna.data.types import Conversation, Turn
 
 
+class _Gap(NamedTuple):
+    """A segment whose text is one of the conversation's."""
+
+    kind: Literal["text"]
+    number: int
+    supervised: bool
+    cut: bool
+
+
 @dataclass
 class _Plan:
-    """One example of an outline: pieces to be filled with the conversation's texts.
+    """One example of an outline: its segments, and gaps for the conversation's texts."""
 
-    pieces: (kind, text or number of a text, supervised, cut).
-    """
-
-    pieces: list[tuple[str, str | int, bool, bool]] = field(default_factory=list)
+    pieces: list[Segment | _Gap] = field(default_factory=list)
     odd: str = ""  # what the template does with an answer that is not taught
 
 
@@ -203,7 +209,7 @@ class ChatTemplate(Template):
             else:
                 self._add(plan, spoken, learned, cut=True)
             if not spoken:
-                plan.pieces.append(("text", "", learned, True))
+                plan.pieces.append(Segment("text", "", learned, True))
             at += len(spoken)
             at += self._add_end(plan, text[at:], learned)
         self._add(plan, text[at:], False, cut=bool(at))
@@ -212,10 +218,10 @@ class ChatTemplate(Template):
     def _add(self, plan: _Plan, text: str, supervised: bool, cut: bool) -> None:
         for n, part in enumerate(HOLE.split(text)):
             if n % 2:
-                plan.pieces.append(("text", int(part), supervised, cut))
+                plan.pieces.append(_Gap("text", int(part), supervised, cut))
                 cut = False
             elif part:
-                plan.pieces.append(("mark", part, supervised, cut))
+                plan.pieces.append(Segment("mark", part, supervised, cut))
                 cut = False
 
     def _add_end(self, plan: _Plan, tail: str, supervised: bool) -> int:
@@ -225,16 +231,18 @@ class ChatTemplate(Template):
         tokens = list(self._special.finditer(found[0])) if found else []
         place = next((t for t in tokens if t[0] == end), None)
         if place is None:
-            plan.pieces.append(("silent_end", "", supervised, False))
+            plan.pieces.append(Segment("silent_end", "", supervised))
             return 0
         self._add(plan, tail[: place.start()], supervised, cut=False)
-        plan.pieces.append(("end", "", supervised, False))
+        plan.pieces.append(Segment("end", "", supervised))
         return place.end()
 
     def _fill_plan(self, plan: _Plan, texts: Sequence[str]) -> list[Segment]:
         return [
-            Segment(kind, self.harmless(texts[what]) if isinstance(what, int) else what, sup, cut)  # type: ignore[arg-type]
-            for kind, what, sup, cut in plan.pieces
+            Segment("text", self.harmless(texts[piece.number]), piece.supervised, piece.cut)
+            if isinstance(piece, _Gap)
+            else piece
+            for piece in plan.pieces
         ]
 
     # -- outlines -----------------------------------------------------------------------------
