@@ -210,7 +210,7 @@ converse(saying(renderer, "你好！", "b"), renderer, Settings())
 
 
 def test_piped_input_shows_answers_only_and_ends() -> None:
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).parents[1] / "generate")
     done = subprocess.run(
         [sys.executable, "-c", PIPED, folder],
         input="你好\n/undo\nq",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from generate_kit import SPECIALS, byte_level, sentencepiece, vocabulary
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -167,6 +167,9 @@ anything = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(text=anything)
 def test_texts_survive_a_round_trip(kind: str, text: str) -> None:
+    """But for a space that a text begins with under `Metaspace`: that tokenizer takes it for its own
+    dummy space and gives "a" and " a" the same ids."""
+    assume(not (kind == "metaspace" and text.startswith(" ")))
     encoder = ENCODERS[kind]
     assert encoder.decode(encoder.text(text, first=True)) == text
 

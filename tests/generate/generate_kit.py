@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
@@ -190,3 +191,25 @@ def saying(renderer: Renderer, *answers: str, **options: Any) -> ScriptedEngine:
     encoder = renderer.encoder
     scripts = [[*encoder.text(a), renderer.end_id] for a in answers]
     return ScriptedEngine(encoder.vocab_size, scripts, **options)
+
+
+@pytest.fixture(scope="session")
+def renderer() -> Renderer:
+    return make_renderer(byte_level(), "chatml")
+
+
+@pytest.fixture(scope="session")
+def encoder(renderer: Renderer) -> Encoder:
+    return renderer.encoder
+
+
+@pytest.fixture(scope="session")
+def model(encoder: Encoder) -> Any:
+    return tiny_llama(encoder.vocab_size)
+
+
+@pytest.fixture
+def engine(model: Any) -> Any:
+    from vicuna.generate.engines.torch import TorchEngine
+
+    return TorchEngine(model, 256)
