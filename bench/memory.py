@@ -134,8 +134,8 @@ def real(setting: Setting) -> dict[str, int]:
     before = resident("VmRSS")
     tracker = Tracker("cpu")
     with tracker:
-        learner = build(setting, job_of(setting).dtype(at_hand("cpu")))
-        parameters = list(learner.parameters.values())
+        trainable = build(setting, job_of(setting).dtype(at_hand("cpu")))
+        parameters = list(trainable.parameters.values())
         optimizer = torch.optim.AdamW(parameters)
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -143,13 +143,13 @@ def real(setting: Setting) -> dict[str, int]:
     pack = pack_of(setting)
     give_back()
     reset_peak()
-    run(learner, pack, optimizer, Trace())
+    run(trainable, pack, optimizer, Trace())
     grown = resident("VmHWM") - before
     gc.collect()
     watch = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with watch as watched, without_collection(), tracker:
         begin(tracker, parameters, optimizer)
-        run(learner, pack, optimizer, tracker.trace)
+        run(trainable, pack, optimizer, tracker.trace)
     events = [n for _, n, _ in tracker.trace.events]
     recorded = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(recorded, key=lambda e: e.start_ns())]
@@ -186,10 +186,10 @@ def load_libraries(setting: Setting) -> None:
     from vicuna.memory.traced_step import worst_pack
 
     small = replace(setting, model="smollm2-135m", layers=1, rows=16, longest=16)
-    learner = build(small, torch.float32)
+    trainable = build(small, torch.float32)
     pack = worst_pack(job_of(small))
-    learner.backward([rows_of(pack.segments, pack.target_rows[:1])], 1)
-    del learner
+    trainable.backward([rows_of(pack.segments, pack.target_rows[:1])], 1)
+    del trainable
     give_back()
 
 
@@ -211,7 +211,7 @@ def build(setting: Setting, dtype: Any) -> Any:
 
     from vicuna.model.adapter import LoraSettings, attach
     from vicuna.model.base import locate
-    from vicuna.model.trainable import Learner
+    from vicuna.model.trainable import TrainableModel
 
     if setting.model == "smollm2-135m" and not setting.layers:
         model = AutoModelForCausalLM.from_pretrained(str(locate(setting.model)), dtype=dtype)
@@ -227,10 +227,10 @@ def build(setting: Setting, dtype: Any) -> Any:
     model.requires_grad_(False)
     model.config.use_cache = False
     peft = attach(model, LoraSettings(setting.rank, target=setting.target), seed=0)
-    learner = Learner(peft, torch.device("cpu"), checkpointing=setting.checkpointing)
-    learner.packed_attention()
+    trainable = TrainableModel(peft, torch.device("cpu"), checkpointing=setting.checkpointing)
+    trainable.packed_attention()
     peft.train()
-    return learner
+    return trainable
 
 
 def quantize(model: Any, precision: str, dtype: Any) -> None:

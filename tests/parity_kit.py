@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, Example
 from vicuna.data.pack import build_packs, targets_of
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 END, VOCAB = 1, 200
 CPU = torch.device("cpu")
@@ -87,8 +87,8 @@ def adapted(model: Any, **lora: Any) -> Any:
     return peft
 
 
-def make(family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Learner:
-    return Learner(adapted(base(family, dtype), **lora), CPU)
+def make(family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> TrainableModel:
+    return TrainableModel(adapted(base(family, dtype), **lora), CPU)
 
 
 def make_examples(seed: int = 0) -> list[Example]:
@@ -126,12 +126,14 @@ def by_the_book(peft: Any, examples: Sequence[Example]) -> tuple[float, Gradient
     return float(total.detach() / count), taken(peft)
 
 
-def packed(learner: Learner, examples: Sequence[Example], *cut: Any) -> tuple[float, Gradients]:
+def packed(
+    trainable: TrainableModel, examples: Sequence[Example], *cut: Any
+) -> tuple[float, Gradients]:
     """The way training takes."""
-    learner.packed_attention()
+    trainable.packed_attention()
     packs = build_packs(examples, END, *cut)
-    loss = learner.backward(packs, sum(p.supervised for p in packs))
-    return loss, taken(learner.model)
+    loss = trainable.backward(packs, sum(p.supervised for p in packs))
+    return loss, taken(trainable.model)
 
 
 def taken(peft: Any) -> Gradients:

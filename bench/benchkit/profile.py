@@ -71,13 +71,13 @@ def one_update(job: contenders.Job, work: Path) -> dict[str, Any]:
 
 
 def _update(session: Any) -> None:
-    """One update by the learner's own means."""
+    """One update by the trainable's own means."""
     from vicuna.data.pack import build_packs
 
     examples = [session.split.dataset[int(i)] for i in session.split.order.step(0)]
     packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
     session.optimizer.zero_grad(set_to_none=True)
-    session.learner.backward(packs, sum(p.supervised for p in packs))
+    session.trainable.backward(packs, sum(p.supervised for p in packs))
     session.optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Steps to time: ours through the Learner, plain transformers + PEFT, peers that are there."""
+"""Steps to time: ours, plain transformers + PEFT, peers that are there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 END = 2
 PREFIX = 38  # tokens of the Alpaca preamble with a Llama tokenizer, about
@@ -69,13 +69,13 @@ def with_adapter(model: Any, device: torch.device) -> Any:
     return peft.to(device).train()
 
 
-def learner_of(peft: Any, device: torch.device, checkpointing: str) -> Learner:
+def trainable_of(peft: Any, device: torch.device, checkpointing: str) -> TrainableModel:
     """What `vicuna train` computes with."""
-    learner = Learner(peft, device, checkpointing=checkpointing)  # type: ignore[arg-type]
-    if learner.fast is None:
-        raise SystemExit(f"ours does not know this model: {learner.declined}")
-    learner.packed_attention()
-    return learner
+    trainable = TrainableModel(peft, device, checkpointing=checkpointing)  # type: ignore[arg-type]
+    if trainable.llama is None:
+        raise SystemExit(f"ours does not know this model: {trainable.fallback_reason}")
+    trainable.packed_attention()
+    return trainable
 
 
 def timed(step: Callable[[], tuple[float, int]], device: torch.device, repeats: int) -> Timing:
@@ -114,7 +114,7 @@ def _wait(device: torch.device) -> None:
 
 
 def ours(
-    learner: Learner, examples: Sequence[Example], rows: int, optimizer: Any
+    trainable: TrainableModel, examples: Sequence[Example], rows: int, optimizer: Any
 ) -> Callable[[], tuple[float, int]]:
     """One update of ours: packing included.
 
@@ -125,7 +125,7 @@ def ours(
     def step() -> tuple[float, int]:
         packs = build_packs(examples, END, rows)
         optimizer.zero_grad(set_to_none=True)
-        loss = learner.backward(packs, sum(p.supervised for p in packs))
+        loss = trainable.backward(packs, sum(p.supervised for p in packs))
         optimizer.step()
         return loss, sum(p.tokens for p in packs)
 
@@ -183,34 +183,36 @@ def padded(examples: Sequence[Example], device: torch.device) -> dict[str, Tenso
     }
 
 
-def parity(learner: Learner, examples: Sequence[Example], device: torch.device) -> dict[str, float]:
+def parity(
+    trainable: TrainableModel, examples: Sequence[Example], device: torch.device
+) -> dict[str, float]:
     """Relative differences between ours and plain PEFT, one example at a time, on the same weights.
 
     Returns: `loss`, and `gradient`: the norm of the difference by the norm, over the whole adapter.
     """
     packs = build_packs(examples, END, sum(len(e.ids) for e in examples))
     supervised = sum(p.supervised for p in packs)
-    _no_gradients(learner)
-    mine = learner.backward(packs, supervised)
-    gradients = {n: _taken(p) for n, p in learner.parameters.items()}
-    _no_gradients(learner)
-    learner.plain_attention()
+    _no_gradients(trainable)
+    mine = trainable.backward(packs, supervised)
+    gradients = {n: _taken(p) for n, p in trainable.parameters.items()}
+    _no_gradients(trainable)
+    trainable.plain_attention()
     total = 0.0
     for example in examples:
         batch = padded([example], device)
-        logits = learner.model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+        logits = trainable.model(input_ids=batch["input_ids"], use_cache=False).logits[0]
         loss = F.cross_entropy(
             logits[:-1].float(), batch["labels"][0, 1:], ignore_index=IGNORE, reduction="sum"
         )
         (loss / supervised).backward()
         total += float(loss.detach())
-    learner.packed_attention()
+    trainable.packed_attention()
     off = norm = 0.0
-    for name, parameter in learner.parameters.items():
+    for name, parameter in trainable.parameters.items():
         wanted = _taken(parameter)
         off += float((wanted - gradients[name]).square().sum())
         norm += float(wanted.square().sum())
-    _no_gradients(learner)
+    _no_gradients(trainable)
     wanted_loss = total / supervised
     return {"loss": abs(mine / wanted_loss - 1), "gradient": (off / max(norm, 1e-30)) ** 0.5}
 
@@ -220,8 +222,8 @@ def _taken(parameter: Tensor) -> Tensor:
     return parameter.grad.float().clone()
 
 
-def _no_gradients(learner: Learner) -> None:
-    for parameter in learner.parameters.values():
+def _no_gradients(trainable: TrainableModel) -> None:
+    for parameter in trainable.parameters.values():
         parameter.grad = None
 
 

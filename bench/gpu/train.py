@@ -228,8 +228,8 @@ def _run(task: Task, model: Any, peft: Any, config: Any, device: Any) -> tuple[A
         peft = steps.with_adapter(base, device)
     examples = steps.make_examples(task.data, task.count, task.longest, config.vocab_size)
     if task.kind == "parity":
-        learner = steps.learner_of(peft, device, "none")
-        return peft, steps.parity(learner, examples, device)
+        trainable = steps.trainable_of(peft, device, "none")
+        return peft, steps.parity(trainable, examples, device)
     if task.kind == "trl":
         timing = steps.trl(peft, examples, task.rows, task.repeats, device)
         return peft, _figures(timing, 0)
@@ -238,8 +238,8 @@ def _run(task: Task, model: Any, peft: Any, config: Any, device: Any) -> tuple[A
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if task.kind == "ours":
-        learner = steps.learner_of(peft, device, task.checkpointing)
-        step = steps.ours(learner, examples, task.rows, optimizer)
+        trainable = steps.trainable_of(peft, device, task.checkpointing)
+        step = steps.ours(trainable, examples, task.rows, optimizer)
         work = _work(steps, task, shape, config).total
     else:
         step, work = steps.plain(peft, examples, 4, optimizer, device), 0

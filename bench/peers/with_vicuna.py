@@ -71,7 +71,7 @@ def _warm_up(session: Any) -> None:
     wanted = session.split.order.step(0)[:4]
     examples = [session.split.dataset[int(i)] for i in wanted]
     packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
-    session.learner.backward(packs[:1], packs[0].supervised)
+    session.trainable.backward(packs[:1], packs[0].supervised)
     session.optimizer.zero_grad(set_to_none=True)
 
 

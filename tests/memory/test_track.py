@@ -17,7 +17,7 @@ from vicuna.memory.traced_step import Job, Step, begin, pack_of, run, worst_pack
 from vicuna.memory.tracker import KINDS, Tracker, without_collection
 from vicuna.model import dropout
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 CPU = devices.cpu(8 * devices.GIB)
 JOB = Job("fp32", "none", rows=96, longest=40)
@@ -80,19 +80,19 @@ def real_peak(config: Any, job: Job, pack: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=job.dtype(CPU))
         model.requires_grad_(False)
         peft = attach(model, LoraSettings(job.rank, dropout=job.dropout, target=job.target), seed=0)
-        learner = Learner(peft, torch.device("cpu"), checkpointing=job.checkpointing)  # type: ignore[arg-type]
+        trainable = TrainableModel(peft, torch.device("cpu"), checkpointing=job.checkpointing)  # type: ignore[arg-type]
         if job.dropout:
-            dropout.install(peft, job.dropout, learner.dropout)
-        learner.packed_attention()
+            dropout.install(peft, job.dropout, trainable.dropout)
+        trainable.packed_attention()
         peft.train()
-        parameters = list(learner.parameters.values())
+        parameters = list(trainable.parameters.values())
         optimizer = torch.optim.AdamW(parameters, foreach=False)
         for p in parameters:
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        run(learner, pack, optimizer, tracker.trace)  # buffers that only a first step makes
+        run(trainable, pack, optimizer, tracker.trace)  # buffers that only a first step makes
         begin(tracker, parameters, optimizer)
-        run(learner, pack, optimizer, tracker.trace)
+        run(trainable, pack, optimizer, tracker.trace)
     return full_peak(tracker.trace, "cpu")
 
 

@@ -30,7 +30,7 @@ from vicuna.generate.decode import Finished, Settings, decode
 from vicuna.generate.engines.torch import open_engine
 from vicuna.model import forward_choice
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 pytestmark = pytest.mark.slow
 CPU, END = torch.device("cpu"), 2
@@ -116,7 +116,7 @@ def test_learns_and_answers_as_transformers_does(name: str) -> None:
     peft.eval()
     if name in NOT_CAUSAL:
         with pytest.raises(UserError, match="no model of the next token"):
-            forward_choice.settle(Learner(peft, CPU))
+            forward_choice.settle(TrainableModel(peft, CPU))
         return
     learn(peft)
     if name not in OTHER_POSITIONS:
@@ -131,17 +131,17 @@ def test_few_are_left_out() -> None:
 
 def learn(peft: Any) -> None:
     loss, wanted = one_by_one(peft)
-    learner = Learner(peft, CPU)
-    said = forward_choice.settle(learner)
-    packed = learner.way == "packed"
+    trainable = TrainableModel(peft, CPU)
+    said = forward_choice.settle(trainable)
+    packed = trainable.way == "packed"
     assert packed != any(forward_choice.ONE_BY_ONE in line for line in said)
-    assert (learner.fast is not None) == (said == [])
-    learner.packed_attention()
+    assert (trainable.llama is not None) == (said == [])
+    trainable.packed_attention()
     packs = build_packs(examples(), END, 1000, 0 if packed else 1, share=packed)
-    found_loss = learner.backward(packs, sum(p.supervised for p in packs))
+    found_loss = trainable.backward(packs, sum(p.supervised for p in packs))
     assert found_loss == pytest.approx(loss, rel=1e-4)
     assert distance(gradients(peft), wanted) < 1e-3
-    learner.plain_attention()
+    trainable.plain_attention()
 
 
 def answer(peft: Any, cache_differs: bool) -> None:

@@ -14,7 +14,7 @@ from vicuna.model import fused
 from vicuna.model.adapter import LoraSettings, attach, identify
 from vicuna.model.base import locate
 from vicuna.model.load import Chosen, context_length, load_base
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 CPU = torch.device("cpu")
 
@@ -27,14 +27,14 @@ def test_a_family_loads_and_learns(family: str, precision: str, tmp_path: Path) 
     assert not any(p.requires_grad for p in model.parameters())
     assert context_length(model) == 512
     assert identify(tmp_path)["vocab_size"] == VOCAB
-    learner = Learner(attach(model, LoraSettings(rank=2), seed=0), CPU)
-    assert fused.install(learner.model)[1] == 0
-    learner.packed_attention()
+    trainable = TrainableModel(attach(model, LoraSettings(rank=2), seed=0), CPU)
+    assert fused.install(trainable.model)[1] == 0
+    trainable.packed_attention()
     packs = build_packs(random_examples(), END, 200)
-    optimiser = torch.optim.AdamW(learner.parameters.values(), lr=1e-2)
+    optimiser = torch.optim.AdamW(trainable.parameters.values(), lr=1e-2)
     losses = []
     for _ in range(3):
-        losses.append(learner.backward(packs, sum(p.supervised for p in packs)))
+        losses.append(trainable.backward(packs, sum(p.supervised for p in packs)))
         optimiser.step()
         optimiser.zero_grad()
     assert losses[-1] < losses[0]

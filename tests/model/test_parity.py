@@ -36,7 +36,7 @@ from parity_kit import (
 from vicuna.data.encode import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.model import dropout, fused
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 CHECKPOINTING: Any = ("none", "selective", "full", "offload")
 # Whole and shared, in several packs, each example alone.
@@ -45,21 +45,21 @@ EXAMPLES = make_examples()
 
 
 @lru_cache(maxsize=1)
-def reference(family: str) -> tuple[Learner, float, Gradients]:
-    """A learner, and the loss and gradients of its model by the book, from before it was made."""
+def reference(family: str) -> tuple[TrainableModel, float, Gradients]:
+    """A trainable, and the loss and gradients of its model by the book, from before it was made."""
     peft = adapted(base(family))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    return Learner(peft, CPU), loss, wanted
+    return TrainableModel(peft, CPU), loss, wanted
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=["shared", "several packs", "one by one"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("family", KNOWN)
 def test_fp32(family: str, checkpointing: Any, cut: Any) -> None:
-    learner, loss, wanted = reference(family)
-    assert learner.fast is not None, learner.declined
-    learner.fast.checkpointing = checkpointing
-    found_loss, found = packed(learner, EXAMPLES, *cut)
+    trainable, loss, wanted = reference(family)
+    assert trainable.llama is not None, trainable.fallback_reason
+    trainable.llama.checkpointing = checkpointing
+    found_loss, found = packed(trainable, EXAMPLES, *cut)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 1e-5
 
@@ -83,9 +83,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_adapters_of_every_shape(shape: str, checkpointing: Any) -> None:
     peft = adapted(base("qwen2, biases"), **SHAPES[shape])
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU, checkpointing=checkpointing)
-    assert learner.fast is not None
-    found_loss, found = packed(learner, EXAMPLES, 150)
+    trainable = TrainableModel(peft, CPU, checkpointing=checkpointing)
+    assert trainable.llama is not None
+    found_loss, found = packed(trainable, EXAMPLES, 150)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 1e-5
 
@@ -130,7 +130,7 @@ def rounding(family: str, dtype: torch.dtype, seeds: int) -> tuple[Errors, Error
         wanted_loss, wanted = by_the_book(young(copy.deepcopy(low).float()), examples)
         results = (
             (plain, by_the_book(young(copy.deepcopy(low)), examples)),
-            (ours, packed(Learner(young(low), CPU), examples, 10_000)),
+            (ours, packed(TrainableModel(young(low), CPU), examples, 10_000)),
         )
         for (losses, gradients), (loss, found) in results:
             losses.append(abs(loss - wanted_loss) / wanted_loss)
@@ -158,25 +158,25 @@ def mean(errors: list[float]) -> float:
 @pytest.mark.parametrize("family", ["llama, grouped, tied", "qwen2, biases"])
 def test_dropout_is_that_of_pefts_layers(family: str, checkpointing: Any) -> None:
     """The reference is transformers' forward with PEFT's own layers around the same dropouts."""
-    learner = with_dropout(make(family), 0.3)
-    fast, learner.fast = learner.fast, None
-    loss, wanted = packed(learner, EXAMPLES, 10_000)
-    learner.fast = fast
-    assert learner.fast is not None
-    learner.fast.checkpointing = checkpointing
+    trainable = with_dropout(make(family), 0.3)
+    fast, trainable.llama = trainable.llama, None
+    loss, wanted = packed(trainable, EXAMPLES, 10_000)
+    trainable.llama = fast
+    assert trainable.llama is not None
+    trainable.llama.checkpointing = checkpointing
     for cut in CUTS:
-        found_loss, found = packed(learner, EXAMPLES, *cut)
+        found_loss, found = packed(trainable, EXAMPLES, *cut)
         assert found_loss == pytest.approx(loss, rel=1e-5)
         assert furthest(found, wanted) < 1e-5
-    learner.model.eval()
-    assert packed(learner, EXAMPLES, 10_000)[0] != pytest.approx(loss, rel=1e-4)
+    trainable.model.eval()
+    assert packed(trainable, EXAMPLES, 10_000)[0] != pytest.approx(loss, rel=1e-4)
 
 
-def with_dropout(learner: Learner, p: float) -> Learner:
-    learner.dropout.seed, learner.dropout.step = 3, 5
-    dropout.install(learner.model, p, learner.dropout)
-    learner.model.train()
-    return learner
+def with_dropout(trainable: TrainableModel, p: float) -> TrainableModel:
+    trainable.dropout.seed, trainable.dropout.step = 3, 5
+    dropout.install(trainable.model, p, trainable.dropout)
+    trainable.model.train()
+    return trainable
 
 
 # -- quantised bases -------------------------------------------------------------------------------
@@ -194,10 +194,10 @@ def test_nf4_is_exact(family: str, checkpointing: Any, folder: Path) -> None:
     """Against PEFT's own layers over bitsandbytes' own; what rounds is the same in both."""
     peft = adapted(quantised(family, "nf4", folder / family))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU, checkpointing=checkpointing)
-    assert learner.fast is not None, learner.declined
+    trainable = TrainableModel(peft, CPU, checkpointing=checkpointing)
+    assert trainable.llama is not None, trainable.fallback_reason
     for cut in CUTS:
-        found_loss, found = packed(learner, EXAMPLES, *cut)
+        found_loss, found = packed(trainable, EXAMPLES, *cut)
         assert found_loss == pytest.approx(loss, rel=1e-5)
         assert furthest(found, wanted) < 1e-5
 
@@ -209,10 +209,10 @@ def test_int8_is_bitsandbytes_int8(checkpointing: Any, folder: Path) -> None:
     family = "llama, grouped, tied"
     peft = adapted(quantised(family, "int8", folder / f"{family} 8"))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU, checkpointing=checkpointing)
-    assert learner.fast is not None, learner.declined
+    trainable = TrainableModel(peft, CPU, checkpointing=checkpointing)
+    assert trainable.llama is not None, trainable.fallback_reason
     for cut in CUTS:
-        found_loss, found = packed(learner, EXAMPLES, *cut)
+        found_loss, found = packed(trainable, EXAMPLES, *cut)
         assert found_loss == pytest.approx(loss, rel=1e-4)
         assert distance(found, wanted) < 1e-2
 
@@ -220,11 +220,11 @@ def test_int8_is_bitsandbytes_int8(checkpointing: Any, folder: Path) -> None:
 def test_dropout_over_a_quantised_base(folder: Path) -> None:
     family = "llama, grouped, tied"
     peft = adapted(quantised(family, "nf4", folder / family))
-    learner = with_dropout(Learner(peft, CPU), 0.3)
-    fast, learner.fast = learner.fast, None
-    loss, wanted = packed(learner, EXAMPLES, 10_000)
-    learner.fast = fast
-    found_loss, found = packed(learner, EXAMPLES, 150)
+    trainable = with_dropout(TrainableModel(peft, CPU), 0.3)
+    fast, trainable.llama = trainable.llama, None
+    loss, wanted = packed(trainable, EXAMPLES, 10_000)
+    trainable.llama = fast
+    found_loss, found = packed(trainable, EXAMPLES, 150)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 1e-5
 
@@ -240,14 +240,14 @@ def test_other_families_take_transformers_forward(
 ) -> None:
     peft = adapted(base(family))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU, checkpointing=checkpointing)
-    assert learner.fast is None
-    assert FAMILIES[family][0][:6].lower() in learner.declined
+    trainable = TrainableModel(peft, CPU, checkpointing=checkpointing)
+    assert trainable.llama is None
+    assert FAMILIES[family][0][:6].lower() in trainable.fallback_reason
     if layers == "fused":
         assert fused.install(peft) == (len(wanted) // 2, 0)
     if checkpointing != "none":
         peft.train()  # transformers computes again in training only
-    found_loss, found = packed(learner, EXAMPLES, 150)
+    found_loss, found = packed(trainable, EXAMPLES, 150)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     # Six layers of large normalised activations: fp32 itself is off by more in Gemma 3.
     assert furthest(found, wanted) < (3e-5 if family == "gemma3" else 1e-5)
@@ -267,10 +267,10 @@ def test_variants_of_a_known_family_are_declined_or_right(
 ) -> None:
     peft = adapted(base("llama, grouped, tied", **change))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU)
-    assert (learner.fast is None) == (reason is not None)
-    assert reason is None or reason in learner.declined
-    found_loss, found = packed(learner, EXAMPLES, 150)
+    trainable = TrainableModel(peft, CPU)
+    assert (trainable.llama is None) == (reason is not None)
+    assert reason is None or reason in trainable.fallback_reason
+    found_loss, found = packed(trainable, EXAMPLES, 150)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     # With so many biases plain fp32 is 7e-6 away from fp64 itself.
     assert furthest(found, wanted) < 2e-5
@@ -283,9 +283,9 @@ def test_more_than_an_adapter_is_left_to_transformers() -> None:
         if "norm" in name:
             parameter.requires_grad_(True)
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU)
-    assert "more than an adapter" in learner.declined
-    found_loss, found = packed(learner, EXAMPLES, 150)
+    trainable = TrainableModel(peft, CPU)
+    assert "more than an adapter" in trainable.fallback_reason
+    found_loss, found = packed(trainable, EXAMPLES, 150)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 1e-5
 
@@ -300,14 +300,14 @@ def test_no_example_of_a_pack_sees_another(family: str, path: str, share: bool) 
     """Whatever stands in one example, not a bit changes in the hidden rows of the others."""
     if path == "ours" and family in UNKNOWN:
         pytest.skip("computed by transformers")
-    learner = make(family)
+    trainable = make(family)
     if path == "transformers":
-        learner.fast = None
-    learner.packed_attention()
+        trainable.llama = None
+    trainable.packed_attention()
     examples = EXAMPLES[:6]
     before = only_pack(examples, share)
     with torch.no_grad():
-        old = learner.hidden(before)
+        old = trainable.hidden(before)
         for i in range(len(examples)):
             after = only_pack([*examples[:i], changed(examples[i]), *examples[i + 1 :]], share)
             assert after.segments == before.segments
@@ -315,7 +315,7 @@ def test_no_example_of_a_pack_sees_another(family: str, path: str, share: bool) 
             (segment,) = [s for s in after.segments if s.start <= rows[0] < s.stop]
             assert rows[-1] < segment.stop
             inside = (before.target_rows >= rows[0]) & (before.target_rows < segment.stop)
-            new = learner.hidden(after)
+            new = trainable.hidden(after)
             assert torch.equal(new[~inside], old[~inside])
             assert not torch.isclose(new[inside], old[inside]).all(1).any()
 
@@ -335,16 +335,16 @@ def changed(example: Example) -> Example:
 @pytest.mark.parametrize("family", ["llama, grouped, tied", "mistral, sliding window", "gemma3"])
 def test_values_beyond_all_bounds_stay_in_their_example(family: str) -> None:
     """A NaN times a weight of zero is a NaN: rows that are masked away would let it through."""
-    learner = make(family)
-    learner.packed_attention()
+    trainable = make(family)
+    trainable.packed_attention()
     pack = only_pack(EXAMPLES[:6], share=True)
     own = pack.segments[-1]
     inside = (pack.target_rows >= own.start) & (pack.target_rows < own.stop)
     poisoned = int(np.setdiff1d(pack.ids[own.start : own.stop], pack.ids[: own.start])[0])
     assert own.stop == len(pack.ids)
-    embedding = learner.model.get_base_model().get_input_embeddings()
+    embedding = trainable.model.get_base_model().get_input_embeddings()
     embedding.weight.data[poisoned] = float("nan")
     with torch.no_grad():
-        hidden = learner.hidden(pack)
+        hidden = trainable.hidden(pack)
     assert hidden[~inside].isfinite().all()
     assert hidden[inside].isnan().any()

@@ -16,7 +16,7 @@ from vicuna.data.encode import Example
 from vicuna.data.pack import build_packs
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import TorchEngine, open_engine
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 CPU = torch.device("cpu")
 PROMPT = list(range(3, 23))
@@ -188,12 +188,12 @@ def loss_by_peft(peft: Any, packs: Any) -> torch.Tensor:
 def test_the_loss_and_its_gradients_follow(tmp_path: Path, family: str, way: str) -> None:
     saved_elsewhere(tmp_path, family)
     mine, theirs = two_adapters(family), two_adapters(family)
-    learner, packs = Learner(mine, CPU), one_example()
-    learner.packed_attention()
+    trainable, packs = TrainableModel(mine, CPU), one_example()
+    trainable.packed_attention()
     for switch in (lambda *_: None, *WAYS[way]):
         switch(mine, tmp_path)
         switch(theirs, tmp_path)
-        found, wanted = learner.loss_sum(packs[0]), loss_by_peft(theirs, packs)
+        found, wanted = trainable.loss_sum(packs[0]), loss_by_peft(theirs, packs)
         assert float(found) == pytest.approx(float(wanted), rel=1e-5)
         if not wanted.requires_grad:
             continue
@@ -208,12 +208,12 @@ def test_the_loss_and_its_gradients_follow(tmp_path: Path, family: str, way: str
 
 
 def test_a_base_that_is_to_be_trained_is_refused() -> None:
-    learner, packs = Learner(two_adapters("llama"), CPU), one_example()
-    learner.model.requires_grad_(True)
+    trainable, packs = TrainableModel(two_adapters("llama"), CPU), one_example()
+    trainable.model.requires_grad_(True)
     with pytest.raises(UserError, match="is to be trained"):
-        learner.loss_sum(packs[0])
+        trainable.loss_sum(packs[0])
     with torch.no_grad():
-        learner.loss_sum(packs[0])
+        trainable.loss_sum(packs[0])
 
 
 VARIANTS = {"dora": {"use_dora": True}, "biases": {"lora_bias": True}}
@@ -222,7 +222,7 @@ VARIANTS = {"dora": {"use_dora": True}, "biases": {"lora_bias": True}}
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_what_is_more_than_a_lora_is_refused_or_computed_by_peft(kind: str) -> None:
     mine, theirs = two_adapters("llama"), two_adapters("llama")
-    engine, learner, packs = open_engine(mine, 64), Learner(mine, CPU), one_example()
+    engine, trainable, packs = open_engine(mine, 64), TrainableModel(mine, CPU), one_example()
     for peft in (mine, theirs):
         torch.manual_seed(3)
         peft.add_adapter("more", config(**VARIANTS[kind]))
@@ -235,7 +235,7 @@ def test_what_is_more_than_a_lora_is_refused_or_computed_by_peft(kind: str) -> N
     with pytest.raises(UserError, match=r"more .*not supported"):
         engine.prefill(PROMPT)
     with pytest.raises(UserError, match=r"more .*not supported"):
-        learner.loss_sum(packs[0])
+        trainable.loss_sum(packs[0])
     theirs.set_adapter("more")
     # An engine that is opened over it leaves the computing to PEFT.
     assert near(open_engine(mine, 64).prefill(PROMPT), by_peft(theirs, PROMPT))
@@ -289,15 +289,15 @@ def test_an_adapter_of_the_output_matrix(family: str) -> None:
     with mine.disable_adapter(), theirs.disable_adapter():
         assert near(engine.prefill(PROMPT), by_peft(theirs, PROMPT))
     with pytest.raises(UserError, match="lm_head"):
-        Learner(mine, CPU)
+        TrainableModel(mine, CPU)
 
 
 def test_a_merge_in_training_is_seen_by_a_packed_evaluation() -> None:
     mine, theirs = two_adapters("llama"), two_adapters("llama")
-    learner, packs = Learner(mine, CPU), one_example()
-    learner.packed_attention()
+    trainable, packs = TrainableModel(mine, CPU), one_example()
+    trainable.packed_attention()
     with mine.disable_adapter(), theirs.disable_adapter():
-        found, _ = learner.mean_loss(packs)
+        found, _ = trainable.mean_loss(packs)
         with torch.no_grad():
             wanted = float(loss_by_peft(theirs, packs)) / packs[0].supervised
     assert found == pytest.approx(wanted, rel=1e-5)

@@ -17,7 +17,7 @@ from vicuna.errors import UserError
 from vicuna.memory import devices, plan
 from vicuna.model import decoder_view, forward_choice, lora_targets, self_check
 from vicuna.model.adapter import LoraSettings, attach
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 from vicuna.train import checkpoint as checkpoints
 
 EXAMPLES = make_examples()
@@ -68,14 +68,14 @@ def test_who_only_looks_alike_is_left_to_transformers(
     """Whether the name keeps it out or, the name let in, what it says."""
     assert name not in decoder_view.FAMILY
     peft = adapted(model_of(ALIKE[name][0], **ALIKE[name][1]))
-    assert Learner(peft, CPU).fast is None
+    assert TrainableModel(peft, CPU).llama is None
     monkeypatch.setattr(decoder_view, "FAMILY", (*decoder_view.FAMILY, name))
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU)
-    said = forward_choice.settle(learner)
-    assert learner.fast is None
+    trainable = TrainableModel(peft, CPU)
+    said = forward_choice.settle(trainable)
+    assert trainable.llama is None
     assert "transformers' own forward is used" in said[0]
-    found_loss, found = packed(learner, EXAMPLES, 10_000)
+    found_loss, found = packed(trainable, EXAMPLES, 10_000)
     assert found_loss == pytest.approx(loss, rel=1e-5)
     assert furthest(found, wanted) < 1e-4
 
@@ -97,12 +97,12 @@ def test_angles_that_depend_on_length_do_so_beyond_what_the_base_was_made_for(lo
     model = model_of("InternLM3Config", rope_parameters=rope, max_position_embeddings=4096)
     peft = adapted(model)
     loss, wanted = by_the_book(peft, EXAMPLES)
-    learner = Learner(peft, CPU, longest=longest)
-    forward_choice.settle(learner)
-    assert (learner.fast is not None) == (longest == 100)
-    assert (learner.way == "packed") == (longest == 100)
+    trainable = TrainableModel(peft, CPU, longest=longest)
+    forward_choice.settle(trainable)
+    assert (trainable.llama is not None) == (longest == 100)
+    assert (trainable.way == "packed") == (longest == 100)
     if longest == 100:
-        found_loss, found = packed(learner, EXAMPLES, 10_000)
+        found_loss, found = packed(trainable, EXAMPLES, 10_000)
         assert found_loss == pytest.approx(loss, rel=1e-5)
         assert furthest(found, wanted) < 1e-5
 
@@ -114,9 +114,9 @@ def test_a_state_is_seen_by_the_build_and_by_what_it_does(
     model = build(name)
     assert self_check.state_of(model)
     monkeypatch.setattr(self_check, "state_of", lambda _: "")
-    learner = Learner(model, CPU)
-    (_, line) = forward_choice.settle(learner)
-    assert learner.way == "alone"
+    trainable = TrainableModel(model, CPU)
+    (_, line) = forward_choice.settle(trainable)
+    assert trainable.way == "alone"
     assert forward_choice.ONE_BY_ONE in line
     assert "differ from each alone" in line
 
@@ -124,29 +124,29 @@ def test_a_state_is_seen_by_the_build_and_by_what_it_does(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "glm4", "olmoe", "qwen3_5_text", "gpt_oss"])
 def test_short_types_change_no_decision(name: str, dtype: torch.dtype) -> None:
-    learners = [Learner(build(name).to(kind), CPU) for kind in (torch.float32, dtype)]
-    for learner in learners:
-        forward_choice.settle(learner)
-    assert len({(learner.way, learner.fast is None) for learner in learners}) == 1
+    trainables = [TrainableModel(build(name).to(kind), CPU) for kind in (torch.float32, dtype)]
+    for trainable in trainables:
+        forward_choice.settle(trainable)
+    assert len({(trainable.way, trainable.llama is None) for trainable in trainables}) == 1
 
 
 def test_trying_changes_no_random_state_and_no_mode() -> None:
     peft = attach(build("qwen3_5_text"), LoraSettings(rank=4, dropout=0.5), seed=1)
     peft.train()
     before, modes = torch.get_rng_state(), [m.training for m in peft.modules()]
-    learner = Learner(peft, CPU)
-    first = forward_choice.settle(learner)
+    trainable = TrainableModel(peft, CPU)
+    first = forward_choice.settle(trainable)
     assert torch.equal(torch.get_rng_state(), before)
     assert [m.training for m in peft.modules()] == modes
-    assert forward_choice.settle(learner) == first
+    assert forward_choice.settle(trainable) == first
 
 
 def test_what_a_base_draws_at_random_in_training_is_off() -> None:
     peft = attach(build("gpt2"), LoraSettings(rank=4), seed=1)
     peft.train()
-    learner = Learner(peft, CPU)
-    forward_choice.settle(learner)
-    losses = {packed(learner, _short(), 1000)[0] for _ in range(3)}
+    trainable = TrainableModel(peft, CPU)
+    forward_choice.settle(trainable)
+    losses = {packed(trainable, _short(), 1000)[0] for _ in range(3)}
     assert len(losses) == 1
 
 

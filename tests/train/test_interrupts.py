@@ -16,7 +16,7 @@ import pytest
 from run_kit import events, train
 
 from vicuna import files, interrupts
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import loop
 
@@ -82,11 +82,11 @@ def saved(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("place", "name", "call", "times", "last", "said"),
     [
-        (Learner, "backward", 5, 1, 5, "stopping after update 5: everything"),
-        (Learner, "backward", 5, 2, 4, "update 5 was given up half done and is lost"),
+        (TrainableModel, "backward", 5, 1, 5, "stopping after update 5: everything"),
+        (TrainableModel, "backward", 5, 2, 4, "update 5 was given up half done and is lost"),
         (loop.Training, "_update", 5, 2, 5, "nothing is lost"),
-        (Learner, "mean_loss", 3, 1, 4, "stopping after update 4:"),
-        (Learner, "mean_loss", 3, 2, 4, "the evaluation was given up"),
+        (TrainableModel, "mean_loss", 3, 1, 4, "stopping after update 4:"),
+        (TrainableModel, "mean_loss", 3, 2, 4, "the evaluation was given up"),
         (checkpoints, "file_hash", 2, 1, 2, "stopping after update 2:"),
         (checkpoints, "file_hash", 2, 2, 2, "a checkpoint is being written"),
     ],
@@ -115,7 +115,7 @@ def test_the_third_says_what_is_lost(
     words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    press_at(monkeypatch, Learner, "backward", 6, 2)
+    press_at(monkeypatch, TrainableModel, "backward", 6, 2)
     # The checkpoint that is then written has step 5.
     real = files.sync
 

@@ -40,7 +40,7 @@ from vicuna.cli import main
 main()
 """
 MOMENTS = (
-    "vicuna.model.trainable:Learner.backward:4:",  # the fourth update
+    "vicuna.model.trainable:TrainableModel.backward:4:",  # the fourth update
     "vicuna.files:sync:1:step-000004",  # files of the checkpoint are on their way to the disk
     "vicuna.train.checkpoint:prune:1:",  # it is whole, and the next update was not begun
 )

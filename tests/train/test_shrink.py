@@ -16,7 +16,7 @@ from vicuna.config import TrainSettings, build
 from vicuna.data.pack import Pack
 from vicuna.errors import UserError
 from vicuna.model.out_of_memory import is_memory
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train.checkpoint import State
 from vicuna.train.oom import EVALUATION, advice
@@ -48,19 +48,19 @@ class Limit:
         self.tried = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Limit:
-        real: Callable[[Learner, Pack], torch.Tensor] = Learner.loss_sum
+        real: Callable[[TrainableModel, Pack], torch.Tensor] = TrainableModel.loss_sum
 
-        def limited(learner: Learner, pack: Pack) -> torch.Tensor:
+        def limited(trainable: TrainableModel, pack: Pack) -> torch.Tensor:
             self.tried += 1
-            loss = real(learner, pack)
-            concerned = learner.dropout.step >= self.first
+            loss = real(trainable, pack)
+            concerned = trainable.dropout.step >= self.first
             concerned &= self.evaluation != torch.is_grad_enabled()
             if concerned and len(pack.ids) > self.rows:
                 self.failed.append(len(pack.ids))
                 raise self.error
             return loss
 
-        monkeypatch.setattr(Learner, "loss_sum", limited)
+        monkeypatch.setattr(TrainableModel, "loss_sum", limited)
         return self
 
 
@@ -202,14 +202,14 @@ def test_advice_names_only_what_is_not_on_already(
     given: dict[str, Any], checkpointing: str, device: str, named: list[str], silent: list[str]
 ) -> None:
     settings = build(TrainSettings, {"precision": "bf16", **given})
-    learner = SimpleNamespace(checkpointing=checkpointing, device=torch.device(device), fast=1)
+    trainable = SimpleNamespace(checkpointing=checkpointing, device=torch.device(device), fast=1)
     state = State(settings={"precision": settings.precision})
     run = SimpleNamespace(path="runs/mine")
-    session: Any = SimpleNamespace(settings=settings, learner=learner, state=state, run=run)
+    session: Any = SimpleNamespace(settings=settings, trainable=trainable, state=state, run=run)
     text = advice(session, 500)
     assert not [word for word in named if word not in text]
     assert not [word for word in silent if word in text]
-    learner.fast = None  # transformers' own forward knows one way of computing again
+    trainable.llama = None  # transformers' own forward knows one way of computing again
     assert "selective" not in advice(session, 500)
     assert "checkpointing" not in advice(session, 500, EVALUATION)
 
@@ -219,13 +219,13 @@ def test_a_lone_example_that_fits_once_memory_is_given_back_goes_on(
 ) -> None:
     one = run(words, tmp_path / "one", "--micro_batch_size", "1")
     limit = Limit(10, CUDA).install(monkeypatch)
-    real = Learner.backward
+    real = TrainableModel.backward
 
-    def once(self: Learner, *args: Any) -> float:
+    def once(self: TrainableModel, *args: Any) -> float:
         limit.rows = 10_000 if limit.failed else 10
         return real(self, *args)
 
-    monkeypatch.setattr(Learner, "backward", once)
+    monkeypatch.setattr(TrainableModel, "backward", once)
     found = run(words, tmp_path / "run", "--micro_batch_size", "1")
     assert len(limit.failed) == 1
     assert same(weights(found), weights(one))

@@ -263,7 +263,7 @@ def _late(_: str, words: list[str], **__: Any) -> None:
 def of_trainings(say: Heard) -> None:
     shape: Any = SimpleNamespace(max_position_embeddings=64)
     say(plan.make, train(cutoff_len=128), shape, None)
-    learner = SimpleNamespace(device=torch.device("cpu"), fast=1, checkpointing="none")
+    trainable = SimpleNamespace(device=torch.device("cpu"), fast=1, checkpointing="none")
     state = SimpleNamespace(
         step=3, settings={"precision": "fp32"}, cut={oom.TRAINING: 64, oom.EVALUATION: 64},
         nonfinite=0, nonfinite_in_a_row=9, loss_scale=1.0,
@@ -271,7 +271,7 @@ def of_trainings(say: Heard) -> None:
     screen = SimpleNamespace(warn=say.texts.append)
     run = SimpleNamespace(path="r", log=lambda *_, **__: None)
     session: Any = SimpleNamespace(
-        settings=train(), learner=learner, state=state, screen=screen, run=run
+        settings=train(), trainable=trainable, state=state, screen=screen, run=run
     )
     for use in (oom.TRAINING, oom.EVALUATION):
         found = oom.Shrinking(session, use)._no_room(64)

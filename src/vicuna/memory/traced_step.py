@@ -1,6 +1,6 @@
 """One real training step on tensors without data, and what it does to memory.
 
-The step is `vicuna.model.trainable.Learner`'s own: whatever it comes to do, the plan follows.
+The step is that of `TrainableModel`: whatever it comes to do, the plan follows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vicuna.memory.tracker import Trace, Tracker, without_collection
 from vicuna.model import dropout, self_check
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.config_files import library_error
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 META = torch.device("meta")
@@ -99,7 +99,7 @@ def shape_of(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def build(config: Any, job: Job, device: Device) -> Learner:
+def build(config: Any, job: Job, device: Device) -> TrainableModel:
     """The model with its adapter on `meta`, ready for a step.
 
     Raises: UserError where no layer has one of the names that the adapter is for.
@@ -119,14 +119,14 @@ def build(config: Any, job: Job, device: Device) -> Learner:
         lora = LoraSettings(job.rank, dropout=job.dropout, target=job.target)
         peft = attach(model, lora, seed=0)
     kept: Any = job.checkpointing
-    learner = Learner(peft, META, checkpointing=kept, longest=job.longest)
-    if learner.fast is None and self_check.state_of(learner.causal):
-        learner.way = "alone"
+    trainable = TrainableModel(peft, META, checkpointing=kept, longest=job.longest)
+    if trainable.llama is None and self_check.state_of(trainable.causal):
+        trainable.way = "alone"
     if job.dropout:
-        dropout.install(peft, job.dropout, learner.dropout)
-    learner.packed_attention()
+        dropout.install(peft, job.dropout, trainable.dropout)
+    trainable.packed_attention()
     peft.train()
-    return learner
+    return trainable
 
 
 class Step:
@@ -140,8 +140,8 @@ class Step:
         self.device = device
         self.tracker = Tracker("meta", config.vocab_size)
         with without_collection(), as_on(device), self.tracker:
-            self.learner = build(config, job, device)
-            self.parameters = list(self.learner.parameters.values())
+            self.trainable = build(config, job, device)
+            self.parameters = list(self.trainable.parameters.values())
             self.optimizer = _optimizer(job, self.parameters, device)
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
@@ -149,15 +149,15 @@ class Step:
 
     def checkpoint(self, checkpointing: str) -> None:
         """Change what is kept for backward."""
-        if self.learner.fast is not None:
-            self.learner.fast.checkpointing = checkpointing  # type: ignore[assignment]
+        if self.trainable.llama is not None:
+            self.trainable.llama.checkpointing = checkpointing  # type: ignore[assignment]
 
     def trace(self, pack: Pack) -> Trace:
         """What happens to memory in a step of this pack."""
         with without_collection(), as_on(self.device), self.tracker:
             begin(self.tracker, self.parameters, self.optimizer)
-            run(self.learner, pack, self.optimizer, self.tracker.trace)
-            self.learner.logits = None  # the next pack may be smaller
+            run(self.trainable, pack, self.optimizer, self.tracker.trace)
+            self.trainable.logits = None  # the next pack may be smaller
         return self.tracker.trace
 
 
@@ -177,22 +177,24 @@ def begin(
     tracker.begin(adapters=parameters, gradients=gradients, optimizer=state)
 
 
-def run(learner: Learner, pack: Pack, optimizer: torch.optim.Optimizer, trace: Trace) -> None:
+def run(
+    trainable: TrainableModel, pack: Pack, optimizer: torch.optim.Optimizer, trace: Trace
+) -> None:
     """One pack and the optimiser's update.
 
     Marks: `begin`; `hidden` where the decoder's forward ends, `loss` where the loss's does,
     `update` where backward ends; `end`.
     """
     trace.mark("begin")
-    hidden, loss_sum = learner.hidden, learner.loss_sum
-    learner.hidden = _marking(hidden, trace, "hidden")  # type: ignore
-    learner.loss_sum = _marking(loss_sum, trace, "loss")  # type: ignore
+    hidden, loss_sum = trainable.hidden, trainable.loss_sum
+    trainable.hidden = _marking(hidden, trace, "hidden")  # type: ignore
+    trainable.loss_sum = _marking(loss_sum, trace, "loss")  # type: ignore
     try:
-        learner.backward([pack], max(pack.supervised, 1))
+        trainable.backward([pack], max(pack.supervised, 1))
     finally:
-        learner.hidden, learner.loss_sum = hidden, loss_sum  # type: ignore[method-assign]
+        trainable.hidden, trainable.loss_sum = hidden, loss_sum  # type: ignore[method-assign]
     trace.mark("update")
-    torch.nn.utils.clip_grad_norm_(list(learner.parameters.values()), 1.0)
+    torch.nn.utils.clip_grad_norm_(list(trainable.parameters.values()), 1.0)
     optimizer.step()
     trace.mark("end")
 

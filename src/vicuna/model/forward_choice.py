@@ -22,32 +22,32 @@ from vicuna.model import decoder_view, self_check
 from vicuna.model.dropout import PrefixDropout
 from vicuna.model.llama import Decoder
 from vicuna.model.out_of_memory import is_memory
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 
 ONE_BY_ONE = "one example at a time, and no beginning is shared"
 
 
-def settle(learner: Learner) -> list[str]:
-    """Find the way; `learner` takes it.
+def settle(trainable: TrainableModel) -> list[str]:
+    """Find the way; `trainable` takes it.
 
     Returns: what the user should know, a line each.
 
     Raises: UserError where transformers itself cannot compute the model.
     """
-    learner.way = "packed"
-    still(learner)
-    learner.plain_attention()
-    with self_check.in_evaluation(learner.model):
-        found = _settle(learner)
-    learner.packed_attention()
+    trainable.way = "packed"
+    still(trainable)
+    trainable.plain_attention()
+    with self_check.in_evaluation(trainable.model):
+        found = _settle(trainable)
+    trainable.packed_attention()
     return found
 
 
-def still(learner: Learner) -> None:
+def still(trainable: TrainableModel) -> None:
     """Turn off what the base's own layers draw at random in training (GPT-2's dropouts, Seed-OSS's
     residual one): only the adapter's dropout is a function of the step, which a resumed run takes
     up again."""
-    for name, module in learner.causal.named_modules():
+    for name, module in trainable.causal.named_modules():
         if "lora_" in name or isinstance(module, PrefixDropout):
             continue
         if isinstance(module, nn.Dropout):
@@ -57,35 +57,35 @@ def still(learner: Learner) -> None:
                 setattr(module, key, 0.0)
 
 
-def _settle(learner: Learner) -> list[str]:
-    probe = _Probe(learner)
-    if learner.fast is not None:
+def _settle(trainable: TrainableModel) -> list[str]:
+    probe = _Probe(trainable)
+    if trainable.llama is not None:
         far = probe.own_forward()
         if far <= probe.allowed:
             return []
-        learner.decline(
+        trainable.use_fallback(
             f"ours differs from it by {far:.2g} of the scores' size, {probe.allowed:.2g} would be "
             "rounding"
         )
-    said = [f"transformers' own forward is used, which is slower: {learner.declined}"]
-    why = self_check.state_of(learner.causal) or _by_length(learner) or probe.packed()
+    said = [f"transformers' own forward is used, which is slower: {trainable.fallback_reason}"]
+    why = self_check.state_of(trainable.causal) or _by_length(trainable) or probe.packed()
     if not why:
         return said
-    learner.way = "alone"
+    trainable.way = "alone"
     if wrong := probe.alone():
-        learner.way = "whole"
+        trainable.way = "whole"
         why += f"; {wrong}"
     return [*said, f"{ONE_BY_ONE}: {why}"]
 
 
-def _by_length(learner: Learner) -> str:
+def _by_length(trainable: TrainableModel) -> str:
     """Why examples that are longer than what is tried cannot share a pass; "" if they can."""
-    config, longest = learner.causal.config.get_text_config(), learner.longest
+    config, longest = trainable.causal.config.get_text_config(), trainable.longest
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and longest > chunk:
         return f"its attention goes by chunks of {chunk:,} tokens"
     reaches = [
-        r for m in learner.causal.modules() if (r := decoder_view.rotary_reach(m)) is not None
+        r for m in trainable.causal.modules() if (r := decoder_view.rotary_reach(m)) is not None
     ]
     return decoder_view.ROTARY if any(longest > reach for reach in reaches) else ""
 
@@ -93,8 +93,8 @@ def _by_length(learner: Learner) -> str:
 class _Probe:
     """Two short examples with a beginning in common, and what transformers says about them."""
 
-    def __init__(self, learner: Learner) -> None:
-        self.learner, causal = learner, learner.causal
+    def __init__(self, trainable: TrainableModel) -> None:
+        self.trainable, causal = trainable, trainable.causal
         shared = self_check.ids_of(causal, 0, MIN_SHARED)
         self.texts = [shared + self_check.ids_of(causal, seed, 8) for seed in (1, 2)]
         try:
@@ -113,15 +113,15 @@ class _Probe:
     def own_forward(self) -> float:
         """How far our own forward is from transformers': over packs, with narrow windows, and at
         the end of the context."""
-        learner = self.learner
-        causal, before = learner.causal, learner.fast
+        trainable = self.trainable
+        causal, before = trainable.causal, trainable.llama
         try:
             far = max(self._furthest(self._packs(share=True)), self._far_away())
             with self_check.narrow(causal):
-                found = decoder_view.find(causal, longest=learner.longest)
+                found = decoder_view.find(causal, longest=trainable.longest)
                 if isinstance(found, str):
                     return math.inf
-                learner.fast = Decoder(found, kernels=learner.kernels)
+                trainable.llama = Decoder(found, kernels=trainable.kernels)
                 wanted = [self_check.scores_of(causal, text) for text in self.texts]
                 return max(far, self._furthest(self._packs(share=True), wanted))
         except Exception as e:  # a model that only looks like one of the family
@@ -129,27 +129,27 @@ class _Probe:
                 raise
             return math.inf
         finally:
-            learner.fast = before
+            trainable.llama = before
 
     def _far_away(self) -> float:
         """The same where the last positions are that the model was made for."""
-        config = self.learner.causal.config
+        config = self.trainable.causal.config
         last = int(getattr(config, "max_position_embeddings", 0) or 0)
         start = last - len(self.texts[0])
         if start <= 0:
             return 0.0
-        wanted = self_check.scores_of(self.learner.causal, self.texts[0], start)
+        wanted = self_check.scores_of(self.trainable.causal, self.texts[0], start)
         (pack,) = self._packs(share=False, texts=self.texts[:1])
         pack.positions = pack.positions + start
         return self._furthest([pack], [wanted, self.wanted[1]])
 
     def packed(self) -> str:
         """Why packs are not exact, in words; "" if they are."""
-        learner = self.learner
-        with self_check.narrow(learner.causal):
+        trainable = self.trainable
+        with self_check.narrow(trainable.causal):
             try:
-                wanted = [self_check.scores_of(learner.causal, text) for text in self.texts]
-                learner.packed_attention()
+                wanted = [self_check.scores_of(trainable.causal, text) for text in self.texts]
+                trainable.packed_attention()
                 far = max(
                     self._furthest(self._packs(share=share), wanted) for share in (False, True)
                 )
@@ -158,7 +158,7 @@ class _Probe:
                     raise
                 return f"it does not take several in a pass ({type(e).__name__})"
             finally:
-                learner.plain_attention()
+                trainable.plain_attention()
         if far <= self.allowed:
             return ""
         return f"two in a pass differ from each alone by {far:.2g} of the scores' size"
@@ -188,7 +188,7 @@ class _Probe:
         far = 0.0
         for pack in packs:
             right = torch.stack([rows[int(h)] for h in pack.prefix_hashes[pack.target_rows]])
-            found = self.learner.scores(pack)
+            found = self.trainable.scores(pack)
             far = max(far, self_check.distance(found, right.to(found.device)))
         return far
 

@@ -104,7 +104,7 @@ class Decoder:
             for group in layer.groups:
                 group.follow()
 
-    def own(self, model: Any) -> None:
+    def copy_out_of_mmap(self, model: Any) -> None:
         """Copy what still lies in the mapped file of a CPU's weights. Most of it was copied when
         layers were joined; the mapping, whose pages count as this process's memory, goes then.
 

@@ -46,7 +46,7 @@ def _plain_head(causal: Any) -> Any:
 
 
 @dataclass
-class Learner:
+class TrainableModel:
     """A causal language model with an adapter, and how to get a loss from it.
 
     model: a PEFT model (or a bare causal LM for evaluation).
@@ -69,13 +69,13 @@ class Learner:
         found = decoder_view.find(causal, longest=self.longest)
         # Our own forward where the model is of the family we know, else transformers' with PEFT's
         # layers; why is for the user to see.
-        self.fast: Decoder | None = None
-        self.declined = ""
+        self.llama: Decoder | None = None
+        self.fallback_reason = ""
         if isinstance(found, str):
-            self.decline(found)
+            self.use_fallback(found)
         else:
-            self.fast = Decoder(found, self.checkpointing, self.kernels)
-            self.fast.own(causal)
+            self.llama = Decoder(found, self.checkpointing, self.kernels)
+            self.llama.copy_out_of_mmap(causal)
         self.decoder = causal.get_decoder()
         if not hasattr(self.decoder, "config"):  # ModernBERT's "decoder" is its output matrix
             self.decoder = causal.base_model
@@ -97,9 +97,9 @@ class Learner:
         named = ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
         return dict(sorted(named, key=lambda x: x[0]))
 
-    def decline(self, why: str) -> None:
+    def use_fallback(self, why: str) -> None:
         """Take transformers' own forward from now on."""
-        self.fast, self.declined = None, why
+        self.llama, self.fallback_reason = None, why
         if self.checkpointing == "none":
             return
         try:
@@ -129,10 +129,10 @@ class Learner:
         rows = torch.from_numpy(pack.target_rows).to(self.device)
         layout = attention.Layout(pack.segments)
         hashes = torch.from_numpy(pack.prefix_hashes).to(self.device)
-        if self.fast is not None:
+        if self.llama is not None:
             self._check_frozen()
             dropping = self.model.training and self.dropout.active
-            return self.fast(ids, positions, layout, rows, hashes if dropping else None)
+            return self.llama(ids, positions, layout, rows, hashes if dropping else None)
         self.dropout.rows = hashes[None]
         if self.way != "packed":
             alone: Tensor = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]

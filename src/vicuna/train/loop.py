@@ -54,7 +54,7 @@ class Training:
     def __init__(self, session: Session) -> None:
         self.s = session
         self.state = session.state
-        self.parameters = session.learner.parameters
+        self.parameters = session.trainable.parameters
         self.reporters = Reporters(session.settings, session.run)
         self.signals = 0  # how often Ctrl-C, or SIGTERM, came
         self._updating = self._saving = self._finishing = False
@@ -119,11 +119,11 @@ class Training:
         self._updating = True
         examples = self._examples(state.step)
         read, cut_before = time.perf_counter() - began, self._training.seconds
-        s.learner.dropout.step = state.step
+        s.trainable.dropout.step = state.step
         s.optimizer.zero_grad(set_to_none=True)
         packs, loss = self._training.run(
             examples,
-            lambda packs, supervised: s.learner.backward(packs, supervised, state.loss_scale),
+            lambda packs, supervised: s.trainable.backward(packs, supervised, state.loss_scale),
         )
         supervised = sum(p.supervised for p in packs)
         rate = s.schedule.rate(state.step)
@@ -150,7 +150,7 @@ class Training:
             "seconds": round(seconds, 4),
             "data_seconds": round(read + self._training.seconds - cut_before, 4),
             "tokens_per_second": round(tokens / seconds, 1),
-            "memory_gib": round(peak_memory_gib(s.learner.device), 3),
+            "memory_gib": round(peak_memory_gib(s.trainable.device), 3),
             "epoch": round(state.examples / s.split.order.epoch_size, 4),
         }
         if state.step % s.settings.logging_steps == 0 or state.step == state.total:
@@ -178,7 +178,7 @@ class Training:
             raise UserError(
                 f"out of memory while the weights of update {s.state.step + 1} were changed; the "
                 "last checkpoint is unharmed",
-                where=str(s.learner.device),
+                where=str(s.trainable.device),
                 fix=advice(s, s.settings.cutoff_len),
             ) from e
         return norm, finite
@@ -242,7 +242,7 @@ class Training:
         began = time.perf_counter()
         state.evaluation_due = True
         _, (loss, count) = self._evaluation.run(
-            s.split.validation, lambda packs, _: s.learner.mean_loss(packs)
+            s.split.validation, lambda packs, _: s.trainable.mean_loss(packs)
         )
         state.evaluation_due = False
         if self.first_eval is None:
@@ -298,7 +298,7 @@ class Training:
         self._saving = True
         try:
             target = checkpoints.save(
-                s.run.checkpoints, state, s.learner.model, s.optimizer, list(self.parameters),
+                s.run.checkpoints, state, s.trainable.model, s.optimizer, list(self.parameters),
                 s.meta,
             )  # fmt: skip
         finally:
@@ -392,7 +392,7 @@ class Training:
                 for path in (source / "adapter").iterdir():
                     (aside / path.name).write_bytes(path.read_bytes())
             else:
-                adapters.save(s.learner.model, aside, s.meta)
+                adapters.save(s.trainable.model, aside, s.meta)
         self._end(reason, adapter_step=took)
         return Outcome(True, reason, state.step, self.first_eval, state.best_loss, state.last_loss)
 

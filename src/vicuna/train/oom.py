@@ -80,7 +80,7 @@ class Shrinking:
                     raise
             # Behind the handler: the error's frames would hold the tensors that must go.
             self.s.optimizer.zero_grad(set_to_none=True)
-            give_back(self.s.learner.device)
+            give_back(self.s.trainable.device)
             self._shrink(at[-1] if at else max(packs, key=lambda p: len(p.ids)))
 
     def _shrink(self, failed: Pack) -> None:
@@ -116,7 +116,7 @@ class Shrinking:
         return UserError(
             f"out of memory in {self._place()}: one example of {rows:,} tokens alone does not "
             f"fit{kept}",
-            where=f"{self.s.learner.device}",
+            where=f"{self.s.trainable.device}",
             fix=advice(self.s, rows, self.use),
         )
 
@@ -133,12 +133,12 @@ def advice(session: Session, rows: int, use: str = TRAINING) -> str:
 
     Only what is not on already is named.
     """
-    settings, learner = session.settings, session.learner
+    settings, trainable = session.settings, session.trainable
     again = f"vicuna train --resume {shell_word(session.run.path)}"
-    kinds = _CHECKPOINTING[_CHECKPOINTING.index(learner.checkpointing) + 1 :]
-    if learner.fast is None:
-        kinds = ("full",) if learner.checkpointing == "none" else ()
-    elif learner.device.type == "cpu":
+    kinds = _CHECKPOINTING[_CHECKPOINTING.index(trainable.checkpointing) + 1 :]
+    if trainable.llama is None:
+        kinds = ("full",) if trainable.checkpointing == "none" else ()
+    elif trainable.device.type == "cpu":
         kinds = tuple(k for k in kinds if k != "offload")  # the host's memory is what ran out
     same, other = [], []
     if kinds and use == TRAINING:

@@ -66,11 +66,11 @@ def answer(
         enough: asked before each token; once true, answers are cut off, and prompts that were not
             begun are left out.
     """
-    learner, renderer = session.learner, session.renderer
+    trainable, renderer = session.trainable, session.renderer
     longest = session.settings.sample_tokens
-    learner.plain_attention()
+    trainable.plain_attention()
     try:
-        engine = open_engine(learner.model, session.context)
+        engine = open_engine(trainable.model, session.context)
         ids = [renderer.prompt([Turn("user", prompt)]) for prompt in prompts]
         fitting = [n for n, i in enumerate(ids) if len(i) < engine.context_length]
         for n in sorted(set(range(len(prompts))) - set(fitting)):
@@ -80,7 +80,7 @@ def answer(
                 True,
             )
         # Whether the cache of transformers' own forward can be forked is the model's affair.
-        rows = engine.max_rows if learner.fast is not None else 1
+        rows = engine.max_rows if trainable.llama is not None else 1
         for group in groups([ids[n] for n in fitting], rows, longest) if fitting else ():
             if enough():
                 return
@@ -99,4 +99,4 @@ def answer(
                 told = [Answered(prompts[n], f"(no answer: {e.what})", True) for n in places]
             yield from told
     finally:
-        learner.packed_attention()
+        trainable.packed_attention()

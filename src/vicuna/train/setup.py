@@ -28,7 +28,7 @@ from vicuna.model.adapter_files import CONFIG
 from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
 from vicuna.model.missing_embeddings import check_rows
-from vicuna.model.trainable import Learner
+from vicuna.model.trainable import TrainableModel
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
@@ -54,7 +54,7 @@ class Session:
     screen: Screen
     renderer: Renderer
     split: datasets.Split
-    learner: Learner
+    trainable: TrainableModel
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     state: State
@@ -109,15 +109,15 @@ def _build(
     template = renderer.template
     hardware = _hardware(settings, given, origin, folder, split, screen)
     settings, chosen = hardware.settings, hardware.precision
-    learner, context = _learner(hardware, origin, folder, split, screen)
-    names = list(learner.parameters)
+    trainable, context = _trainable(hardware, origin, folder, split, screen)
+    names = list(trainable.parameters)
     state, schedule = origins.begin(
         settings, given, origin, split, chosen.precision, hardware.rows, vocabulary
     )
-    if learner.way != "packed":
+    if trainable.way != "packed":
         # Also where an older checkpoint, or a setting, has it otherwise: it would be wrong.
         state.cut |= {"examples": 1, "share": 0}
-    optimizer = optimizers.build(settings, learner.parameters, learner.device)
+    optimizer = optimizers.build(settings, trainable.parameters, trainable.device)
     if origin.checkpoint is not None:
         checkpoints.restore_optimizer(origin.checkpoint, optimizer, names)
     meta = {
@@ -147,7 +147,7 @@ def _build(
     # Behind the config: a folder with a log can always be resumed, whenever it is killed.
     run.open_log(state.step if origin.state and origin.kind == "resume" else None)
     session = Session(
-        settings, run, screen, renderer, split, learner, optimizer, schedule, state, meta,
+        settings, run, screen, renderer, split, trainable, optimizer, schedule, state, meta,
         resumed=origin.kind == "resume" and origin.state is not None, context=context,
     )  # fmt: skip
     session.sample_prompts = _sample_prompts(settings)
@@ -288,9 +288,9 @@ def _longest(settings: TrainSettings, split: datasets.Split) -> int:
     return max([longest, *(len(e.ids) for e in split.validation)])
 
 
-def _learner(
+def _trainable(
     hardware: Hardware, origin: Origin, folder: Path, split: datasets.Split, screen: Screen
-) -> tuple[Learner, int]:
+) -> tuple[TrainableModel, int]:
     settings, device, chosen = hardware.settings, hardware.device, hardware.precision
     if origin.adapter is not None:
         for note in adapters.check_belongs(origin.adapter, folder, settings.allow_other_base):
@@ -326,21 +326,21 @@ def _learner(
     chosen_kernels = elementwise.choose(settings.kernels, device, chosen.dtype, inner)
     if chosen_kernels is not elementwise.PLAIN:
         screen.say(f"kernels: {chosen_kernels.reason}")
-    learner = Learner(
+    trainable = TrainableModel(
         peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels,
         longest=longest,
     )  # fmt: skip
-    learner.dropout.seed = settings.seed
+    trainable.dropout.seed = settings.seed
     with screen.working("trying the base on a few tokens"):
-        for line in forward_choice.settle(learner):
+        for line in forward_choice.settle(trainable):
             screen.say(line)
-    if learner.fast is None:
+    if trainable.llama is None:
         fused.install(peft)
     if settings.lora_dropout:
-        dropout.install(peft, settings.lora_dropout, learner.dropout)
-    learner.packed_attention()
+        dropout.install(peft, settings.lora_dropout, trainable.dropout)
+    trainable.packed_attention()
     peft.train()
-    return learner, context
+    return trainable, context
 
 
 def _name_alike(peft: Any, saved: adapters.AdapterFiles) -> None:
@@ -373,9 +373,10 @@ def _sample_prompts(settings: TrainSettings) -> list[str]:
 
 def _announce(session: Session, chosen: load.Chosen) -> None:
     state, settings = session.state, session.settings
-    trained = sum(p.numel() for p in session.learner.parameters.values())
+    trained = sum(p.numel() for p in session.trainable.parameters.values())
     say = session.screen.say
-    say(f"base {settings.model} in {chosen.precision} on {session.learner.device}: {chosen.reason}")
+    device = session.trainable.device
+    say(f"base {settings.model} in {chosen.precision} on {device}: {chosen.reason}")
     say(
         f"template {session.renderer.template.name}, answers end with "
         f"{session.renderer.encoder.token(session.renderer.end_id)}; {trained:,} trained parameters"
