@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from vicuna.data.encode import Vocabulary
+    from vicuna.data.tokenizer import Vocabulary
 
 SAMPLES = Path(__file__).parent.parent / "src/vicuna/samples"
 
@@ -150,7 +150,7 @@ def tokenizer_alone(path: Path) -> dict[str, object]:
     """(a): the texts of all records through the tokenizer, on all cores."""
     from tokenizers import Tokenizer
 
-    from vicuna.data.read import read
+    from vicuna.data.records.read_file import read
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer = Tokenizer.from_str(vocabulary().tokenizer_json)
@@ -175,8 +175,8 @@ def prepared(path: Path) -> dict[str, object]:
     """(b), or (c) when it is asked again: the data set made ready for training."""
     from vicuna import config
     from vicuna.data import dataset
-    from vicuna.data.encode import Encoder
-    from vicuna.data.template import Renderer, find
+    from vicuna.data.templates.literal import Renderer, find
+    from vicuna.data.tokenizer import Encoder
 
     words = vocabulary()
     renderer = Renderer(find("auto", words), Encoder(words))

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from benchkit import machine, report
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, find
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import Encoder
 from vicuna.generate.decode import Settings, decode
 from vicuna.generate.events import Finished
 from vicuna.model.vocabulary import load_vocabulary

@@ -257,7 +257,7 @@ def types(args: argparse.Namespace) -> dict[str, Any]:
 def held_out(folder: Path, data: str) -> Any:
     """Texts to compare types on, as token ids."""
     from vicuna.config import VerifySettings
-    from vicuna.data.encode import Encoder
+    from vicuna.data.tokenizer import Encoder
     from vicuna.model.vocabulary import load_vocabulary
     from vicuna.verify.texts import texts_for
 

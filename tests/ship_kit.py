@@ -11,7 +11,7 @@ import torch
 
 from gguf_kit import tiny_base
 from kit import with_adapter
-from vicuna.data.template import LiteralTemplate, builtin
+from vicuna.data.templates.literal import LiteralTemplate, builtin
 from vicuna.model.adapter import identify, save
 from vicuna.weights.read import open_weights
 

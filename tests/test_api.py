@@ -16,8 +16,8 @@ from generate_kit import byte_level, tiny_llama, vocabulary
 
 import vicuna
 from kit import save_tokenizer, with_adapter
-from vicuna.data.template import find
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import find
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import fused
 

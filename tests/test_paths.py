@@ -9,7 +9,7 @@ import pytest
 
 from vicuna import config
 from vicuna.config import DataSettings, MergeSettings, TrainSettings, parse
-from vicuna.data.sources import expand
+from vicuna.data.records.find_files import expand
 from vicuna.errors import SettingsError, UserError
 
 NAMES = (

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.data.encode import NO_TARGET as NOTHING
-from vicuna.data.encode import Encoder, Example, Segment
-from vicuna.data.formats import parse
-from vicuna.data.read import read
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import read
 from vicuna.data.sampler import Group, Order
-from vicuna.data.template import Renderer, find
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import NO_TARGET as NOTHING
+from vicuna.data.tokenizer import Encoder, Example, Segment
 from vicuna.model.vocabulary import load_vocabulary
 
 TEMPLATE = "alpaca"

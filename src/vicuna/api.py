@@ -19,7 +19,7 @@ from typing import Any
 
 from vicuna import config
 from vicuna.config import AnswerSettings
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
 from vicuna.generate.decode import decode

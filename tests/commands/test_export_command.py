@@ -12,7 +12,7 @@ import torch
 from gguf_kit import scores_after, tiny_base
 from kit import with_adapter
 from vicuna.commands.export import run
-from vicuna.data.template import builtin, from_dict
+from vicuna.data.templates.literal import builtin, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.gguf.read import read_fields
 from vicuna.model.adapter import save
@@ -63,7 +63,7 @@ def test_an_adapter_is_merged_on_the_way(shelf: Path, tmp_path: Path) -> None:
 def test_the_adapters_template_is_the_files(shelf: Path, tmp_path: Path) -> None:
     from generate_kit import SPECIALS
 
-    from vicuna.data.chat_template import ChatTemplate
+    from vicuna.data.templates.chat_template import ChatTemplate
     from vicuna.export.template_text import recognised
 
     run(words(shelf, tmp_path / "x.gguf", "--type", "q8_0", "--modelfile", "--no-verify"))

@@ -15,8 +15,8 @@ import pytest
 from generate_kit import saying
 
 from vicuna.commands.chat import converse
-from vicuna.data.template import Renderer
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import Renderer
 from vicuna.generate.chat import Chat
 from vicuna.generate.settings import Settings
 

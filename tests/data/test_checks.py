@@ -11,7 +11,7 @@ import pytest
 
 from vicuna.data import checks
 from vicuna.data.checks import find_duplicates, question_hash, sketches, warnings
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
 
 
 def talk(question: str, answer: str, material: str = "") -> Conversation:
@@ -125,7 +125,7 @@ def test_hashes_have_their_shapes_and_do_not_depend_on_the_process() -> None:
     assert (exact.dtype, exact.shape) == (np.uint64, (1,))
     assert (near.dtype, near.shape) == (np.uint32, (1, checks.SIGNATURE))
     code = (
-        "from vicuna.data.checks import *; from vicuna.data.types import *;"
+        "from vicuna.data.checks import *; from vicuna.data.conversation import *;"
         "c = Conversation([Turn('user', '鸭子会飞吗？'), Turn('assistant', '会。')]);"
         "print(sketches([c])[0][0], sketches([c])[1][0].tolist(), question_hash(c))"
     )

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import clean, reasons
-from vicuna.data.formats import parse
-from vicuna.data.types import Parsed, Problem, Raw
+from vicuna.data.conversation import Parsed, Problem, Raw
+from vicuna.data.records import clean, reasons
+from vicuna.data.records.formats import parse
 
 Q, A = "天空为什么是蓝的？", "因为空气把蓝光散射得更多。"
 Q2, A2 = "那晚霞呢？", "路程更长，蓝光散尽了。"

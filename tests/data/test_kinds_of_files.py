@@ -20,12 +20,12 @@ import pyarrow as pa
 import pytest
 
 from vicuna import config
-from vicuna.data import columns, file_types, json_values, reasons
-from vicuna.data.formats import parse
-from vicuna.data.read import expand, read
+from vicuna.data.conversation import Problem
+from vicuna.data.records import columns, file_types, json_stream, reasons
+from vicuna.data.records.find_files import expand_noting
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import expand, read
 from vicuna.data.report import FileReport
-from vicuna.data.sources import expand_noting
-from vicuna.data.types import Problem
 from vicuna.errors import SettingsError, UserError
 
 RECORDS = [
@@ -313,18 +313,18 @@ def test_the_list_inside_is_found(
     assert not [p for p in problems if p.action == "dropped"]
     inside = value not in (TALK, TWO[0]) and len(wanted) > 1
     assert bool(problems) == inside  # said where something was taken apart
-    monkeypatch.setattr("vicuna.data.text.BUFFER", 7)
-    monkeypatch.setattr("vicuna.data.read.HEAD", 16)
+    monkeypatch.setattr("vicuna.data.records.text_stream.BUFFER", 7)
+    monkeypatch.setattr("vicuna.data.records.read_file.HEAD", 16)
     assert answers(path) == (found, problems)
     if "test" in value and "train" in value:
         assert any(p.reason == f"{reasons.OTHER_LIST}: test" for p in problems)
 
 
 def test_a_list_inside_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_values, "LIMIT", 2000)
-    monkeypatch.setattr("vicuna.data.json_shapes.LIMIT", 2000)
-    monkeypatch.setattr("vicuna.data.text.BUFFER", 100)
-    monkeypatch.setattr("vicuna.data.read.HEAD", 100)
+    monkeypatch.setattr(json_stream, "LIMIT", 2000)
+    monkeypatch.setattr("vicuna.data.records.json_layouts.LIMIT", 2000)
+    monkeypatch.setattr("vicuna.data.records.text_stream.BUFFER", 100)
+    monkeypatch.setattr("vicuna.data.records.read_file.HEAD", 100)
     many = [{"instruction": str(i), "output": "答"} for i in range(2000)]
     for value in ({"n": 1, "data": many, "more": many}, many):
         found, problems = answers(made(tmp_path / "d.json", json.dumps(value)))
@@ -387,7 +387,7 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path: Path) -> None:
 
 def test_reading_loads_nothing_heavy() -> None:
     code = (
-        "import vicuna.data.formats, vicuna.data.read, sys; "
+        "import vicuna.data.records.formats, vicuna.data.records.read_file, sys; "
         "print({'torch', 'pyarrow', 'transformers', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

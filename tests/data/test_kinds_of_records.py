@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicuna.commands.data_convert import as_format, convert
-from vicuna.data import checks, field_names, reasons
-from vicuna.data.formats import parse
-from vicuna.data.types import Conversation, Parsed, Raw, Turn
+from vicuna.data import checks
+from vicuna.data.conversation import Conversation, Parsed, Raw, Turn
+from vicuna.data.records import field_names, reasons
+from vicuna.data.records.formats import parse
 from vicuna.errors import UserError
 
 Q, A, BAD, Q2, A2 = "冬天冷吗？", "北方很冷。", "一点不冷。", "夏天呢？", "很热。"

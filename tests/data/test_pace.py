@@ -18,7 +18,7 @@ from generate_kit import byte_level, vocabulary
 from vicuna import console
 from vicuna.data import prepare
 from vicuna.data.reading_progress import Pace
-from vicuna.data.template import find
+from vicuna.data.templates.literal import find
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from generate_kit import byte_level, make_renderer
 
 from vicuna import config
 from vicuna.data import dataset, prepare
-from vicuna.data.encode import NEXT_TOKEN
+from vicuna.data.conversation import Turn
 from vicuna.data.lengths import Lengths
 from vicuna.data.pack import targets_of
-from vicuna.data.template import Renderer
-from vicuna.data.types import Turn
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import NEXT_TOKEN
 from vicuna.errors import UserError
 
 

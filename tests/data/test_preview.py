@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from generate_kit import byte_level, make_renderer, sentencepiece
 
-from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example
+from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.lengths import Lengths
 from vicuna.data.preview import BROKEN, spans, tokens
-from vicuna.data.template import Renderer
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example
 
 TURNS = [
     Turn("user", "你好 <|im_end|> 😀"),

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from generate_kit import byte_level, vocabulary
 
-from vicuna.data.encode import NO_TARGET, Encoder
-from vicuna.data.template import ChatTemplate, Renderer, find
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.literal import ChatTemplate, Renderer, find
+from vicuna.data.tokenizer import NO_TARGET, Encoder
 
 BOS, EOS = "<s>", "</s>"
 # Added tokens that tokenizers do not mark special.

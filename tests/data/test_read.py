@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vicuna.data import json_values, text
-from vicuna.data import read as reader
-from vicuna.data.read import digest, expand, read
-from vicuna.data.types import Problem, Raw
+from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records import json_stream, text_stream
+from vicuna.data.records import read_file as reader
+from vicuna.data.records.read_file import digest, expand, read
 from vicuna.errors import UserError
 
 RECORDS = [
@@ -81,7 +81,7 @@ def test_gb18030_shows_only_after_much_ascii(tmp_path):
 
 def test_sample_that_ends_within_a_character(tmp_path):
     for shift in range(4):
-        body = "x" * shift + "茶" * text.SAMPLE
+        body = "x" * shift + "茶" * text_stream.SAMPLE
         for encoding in ("utf-8", "gb18030"):
             content = json.dumps({"text": body}, ensure_ascii=False).encode(encoding) + b"\n"
             raws, problems = load(tmp_path / "d.jsonl", content)
@@ -227,9 +227,9 @@ BREAKS = {
 
 @pytest.mark.parametrize("kind", BREAKS)
 @pytest.mark.parametrize("indent", [None, 0, 2])
-@pytest.mark.parametrize("buffer", [text.BUFFER, 7])
+@pytest.mark.parametrize("buffer", [text_stream.BUFFER, 7])
 def test_broken_element(tmp_path, monkeypatch, kind, indent, buffer):
-    monkeypatch.setattr(text, "BUFFER", buffer)
+    monkeypatch.setattr(text_stream, "BUFFER", buffer)
     monkeypatch.setattr(reader, "HEAD", buffer)
     old, new, words = BREAKS[kind]
     content = json.dumps(RECORDS + RECORDS, ensure_ascii=False, indent=indent)
@@ -257,8 +257,8 @@ def test_nested_too_deeply(tmp_path):
 
 
 def test_value_without_end_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_values, "LIMIT", 1000)
-    monkeypatch.setattr(text, "BUFFER", 100)
+    monkeypatch.setattr(json_stream, "LIMIT", 1000)
+    monkeypatch.setattr(text_stream, "BUFFER", 100)
     monkeypatch.setattr(reader, "HEAD", 100)
     raws, problems = load(tmp_path / "d", f'[{LINES[0]}, "' + "长" * 100_000)
     assert values(raws) == RECORDS[:1]
@@ -380,7 +380,7 @@ def plain(value: object) -> object:
 @given(
     records=OBJECTS.map(plain),
     layout=st.sampled_from(["jsonl", "compact", 0, 2, "objects"]),
-    buffer=st.sampled_from([1, 2, 5, 64, text.BUFFER]),
+    buffer=st.sampled_from([1, 2, 5, 64, text_stream.BUFFER]),
     ascii=st.booleans(),
     packed=st.booleans(),
 )
@@ -401,7 +401,7 @@ def test_records_come_back(tmp_path, records, layout, buffer, ascii, packed):
         content = "\n".join(parts) if layout == "objects" else dumps(records, layout)
     data = content.encode()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "BUFFER", buffer)
+        patch.setattr(text_stream, "BUFFER", buffer)
         patch.setattr(reader, "HEAD", 16 * buffer)
         raws, problems = load(tmp_path / "d", gzip.compress(data) if packed else data)
     assert values(raws) == records
@@ -425,17 +425,17 @@ STARTS = [b"", b"\x1f\x8b\x08\0\0\0\0\0\0\0", b"PAR1", b"\xff\xfe", b"\xef\xbb\x
     body=st.binary(max_size=60) | FRAGMENTS,
     packed=st.booleans(),
     name=st.sampled_from(["d.jsonl", "d.csv", "d.tsv", "d.txt", "d.parquet"]),
-    buffer=st.sampled_from([1, 3, text.BUFFER]),
+    buffer=st.sampled_from([1, 3, text_stream.BUFFER]),
 )
 def test_no_bytes_raise(tmp_path, start, body, packed, name, buffer):
     data = start + body
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "BUFFER", buffer)
+        patch.setattr(text_stream, "BUFFER", buffer)
         patch.setattr(reader, "HEAD", 4 * buffer)
         raws, problems = load(tmp_path / name, gzip.compress(data) if packed else data)
     assert all(r.line >= 1 for r in raws)
     assert all(p.line >= 1 and p.reason for p in problems)
-    assert not any(text.MARK in str(r.value) for r in raws)
+    assert not any(text_stream.MARK in str(r.value) for r in raws)
 
 
 # Sources
@@ -539,5 +539,5 @@ def test_digest(tmp_path):
 def test_no_heavy_imports():
     import subprocess
 
-    code = "import vicuna.data.read, sys; print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
+    code = "import vicuna.data.records.read_file, sys; print({'torch', 'numpy', 'pyarrow'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from test_template import CHATML, LLAMA2, VICUNA
 
-from vicuna.data.encode import Encoder
-from vicuna.data.template import ChatTemplate, Renderer, builtin, find
-from vicuna.data.template_check import differences
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.compare_with_original import differences
+from vicuna.data.templates.literal import ChatTemplate, Renderer, builtin, find
+from vicuna.data.tokenizer import Encoder
 from vicuna.model.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vicuna.data import checks, reasons
+from vicuna.data import checks
+from vicuna.data.conversation import Action, Conversation, Parsed, Problem, Turn
+from vicuna.data.records import reasons
 from vicuna.data.report import DataReport, FileReport
-from vicuna.data.types import Action, Conversation, Parsed, Problem, Turn
 
 
 def parsed(line: int, *actions: Action, name: str = "alpaca", reason: str = "r") -> Parsed:

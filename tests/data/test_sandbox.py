@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from vicuna.data import template_sandbox
-from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.template_sandbox import LimitError, RenderError, compile_template, render
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates import sandbox
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.sandbox import LimitError, RenderError, compile_template, render
 from vicuna.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "你好"}, {"role": "assistant", "content": "在"}]
@@ -59,7 +59,7 @@ HOSTILE = {
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "COMPUTING", 0.3)
+    monkeypatch.setattr(sandbox, "COMPUTING", 0.3)
 
 
 def _render(source: str) -> str:
@@ -83,7 +83,7 @@ def test_parsing_is_bounded_too() -> None:
         with pytest.raises(UserError):
             compile_template(source)
     with pytest.raises(UserError, match="characters"):
-        compile_template("a" * (template_sandbox.SOURCE + 1))
+        compile_template("a" * (sandbox.SOURCE + 1))
 
 
 def test_what_usual_templates_use_renders_as_in_transformers() -> None:
@@ -152,7 +152,7 @@ def test_a_worker_ends_with_its_process_and_ignores_where_it_is(tmp_path: Path) 
     (tmp_path / "jinja2.py").write_text("raise SystemExit(3)")
     code = (
         "import sys; sys.path = [p for p in sys.path if p]\n"
-        "from vicuna.data import sandbox as s\n"
+        "from vicuna.data.templates import sandbox as s\n"
         "print(s.render(s.compile_template('{{ x }}'), x=5), s._idle[0]._process.pid)"
     )
     done = subprocess.run(

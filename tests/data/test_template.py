@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from vicuna.data.encode import END_TOKEN, NEXT_TOKEN, Encoder, Example, Segment, Vocabulary
-from vicuna.data.template import (
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.literal import (
     ChatTemplate,
     LiteralTemplate,
     Renderer,
@@ -25,7 +25,7 @@ from vicuna.data.template import (
     find,
     from_dict,
 )
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, Encoder, Example, Segment, Vocabulary
 from vicuna.errors import UserError
 
 ROLES = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]

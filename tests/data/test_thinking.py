@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from generate_kit import byte_level, vocabulary
 
-from vicuna.data.encode import NO_TARGET, Encoder, Vocabulary
-from vicuna.data.template import Renderer, Template, find, from_dict
-from vicuna.data.template_check import differences, lines_for, share_of_thoughts
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.compare_with_original import differences, lines_for, share_of_thoughts
+from vicuna.data.templates.literal import Renderer, Template, find, from_dict
+from vicuna.data.tokenizer import NO_TARGET, Encoder, Vocabulary
 
 HEAD = "{%- for m in messages -%}{%- set c = m.content -%}"
 OPEN = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"

@@ -185,8 +185,8 @@ def test_data_convert_loses_nothing(place: Path, to: str) -> None:
     name = f"as_{to}.jsonl"
     done = vicuna(place, "data", "convert", "data.jsonl", "--to", to, "--output", name)
     assert done.returncode == 0, done.stderr
-    from vicuna.data.formats import parse
-    from vicuna.data.read import read
+    from vicuna.data.records.formats import parse
+    from vicuna.data.records.read_file import read
 
     before, after = (
         [parse(raw).conversation for raw in read(place / f, [])] for f in ("data.jsonl", name)

@@ -12,7 +12,7 @@ import torch
 
 from gguf_kit import save_base, scores_after, tiny_base, tiny_gguf
 from kit import save_tokenizer, tiny_model
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import Names, Shape
 from vicuna.export.gguf_types import PLAIN
@@ -209,8 +209,8 @@ def test_an_interrupted_write_leaves_what_was_there(
 def test_the_embedded_base_answers_as_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from vicuna.data.template import Renderer, find
-    from vicuna.data.types import Turn
+    from vicuna.data.conversation import Turn
+    from vicuna.data.templates.literal import Renderer, find
     from vicuna.model.base import EMBEDDED, locate, locate_vocabulary
 
     folder = locate(EMBEDDED)

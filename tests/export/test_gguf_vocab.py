@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from gguf_kit import save_base, vary
 from kit import metaspace, save_tokenizer, tiny_model
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.export.gguf_writer import write_base
 from vicuna.gguf import pretokenizers

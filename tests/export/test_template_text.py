@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from generate_kit import SPECIALS, byte_level, vocabulary
 
-from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, builtin, find
-from vicuna.data.template_program import Program
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.literal import Renderer, builtin, find
+from vicuna.data.templates.program import Program
+from vicuna.data.tokenizer import Encoder
 from vicuna.export.modelfile import modelfile
 from vicuna.export.template_text import default_system, go, jinja, recognised
 

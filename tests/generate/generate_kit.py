@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vicuna.data.encode import Encoder, Vocabulary
-from vicuna.data.template import Renderer, find
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.generate.engines.base import Cancelled, never
 
 CORPUS = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from generate_kit import saying
 
-from vicuna.data.template import Renderer
-from vicuna.data.types import Raw, Turn
+from vicuna.data.conversation import Raw, Turn
+from vicuna.data.templates.literal import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.batch import Tally, answer_file
 from vicuna.generate.prompt_file import question, questions

@@ -11,10 +11,10 @@ from generate_kit import byte_level, make_renderer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.formats import parse
-from vicuna.data.read import read
-from vicuna.data.template import Renderer
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import read
+from vicuna.data.templates.literal import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, fit
 

@@ -404,7 +404,7 @@ def test_an_adapter_of_another_shape_is_refused(
 
 def test_a_folder_and_an_adapter_answer_through_llamacpp(tmp_path: Path) -> None:
     from vicuna.config import GenerateSettings
-    from vicuna.data.types import Turn
+    from vicuna.data.conversation import Turn
     from vicuna.generate.load import open_model
     from vicuna.model.adapter import save
 

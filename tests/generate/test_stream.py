@@ -10,7 +10,7 @@ from generate_kit import byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.generate.stream import StopStrings, StreamState, TextStream
 
 ENCODERS = {

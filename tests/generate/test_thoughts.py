@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vicuna.data.template_base import ThoughtMarks
+from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.thoughts import Parts, ThoughtStream, Typed, split
 
 PLAIN = ThoughtMarks("<think>\n", "\n</think>\n\n")

@@ -7,9 +7,9 @@ import torch
 from generate_kit import byte_level, sentencepiece, tiny_llama, vocabulary
 
 from kit import tiny_model
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, find
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import Encoder
 from vicuna.generate.decode import complete
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.settings import Settings

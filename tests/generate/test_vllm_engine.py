@@ -177,7 +177,7 @@ def test_adapters_are_named_and_switched(base: Path, tmp_path: Path) -> None:
 
 def test_the_command_opens_it_with_the_strategies_over_it(base: Path) -> None:
     from vicuna.config import GenerateSettings
-    from vicuna.data.types import Turn
+    from vicuna.data.conversation import Turn
     from vicuna.generate.decode import complete
     from vicuna.generate.load import open_model
     from vicuna.generate.settings import Settings

@@ -23,8 +23,8 @@ from architectures_kit import (
     names,
 )
 from kit import shake
-from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs, targets_of
+from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.errors import UserError
 from vicuna.generate.decode import Finished, Settings, decode
 from vicuna.generate.engines.torch import open_engine

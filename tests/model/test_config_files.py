@@ -16,8 +16,8 @@ from vicuna.commands import doctor
 from vicuna.commands.generate import generate
 from vicuna.commands.plan import run as plan
 from vicuna.commands.train import run as train
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, find
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.model import load
 from vicuna.model.config_files import check_folder, load_config

@@ -12,8 +12,8 @@ from generate_kit import byte_level, sentencepiece, vocabulary
 from tokenizers import Tokenizer
 
 from kit import metaspace, save_tokenizer
-from vicuna.data.encode import Encoder, Vocabulary
-from vicuna.data.template import find
+from vicuna.data.templates.literal import find
+from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
 

@@ -13,7 +13,7 @@ import pytest
 from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.commands.quantize import run
-from vicuna.data.template import builtin
+from vicuna.data.templates.literal import builtin
 from vicuna.errors import SettingsError, UserError
 from vicuna.model.adapter import save
 from vicuna.quantize import environment, process
@@ -85,7 +85,7 @@ def test_a_result_that_cannot_be_asked_is_kept(
 def test_calibration_is_what_the_model_was_trained_on(
     shelf: Path, tmp_path: Path, library: None
 ) -> None:
-    from vicuna.data.encode import Encoder
+    from vicuna.data.tokenizer import Encoder
     from vicuna.model.vocabulary import load_vocabulary
 
     data = tmp_path / "mine.jsonl"

@@ -20,8 +20,8 @@ def main(base: Path, gguf: Path, adapter: Path) -> None:
     from vicuna.commands.train import run
     from vicuna.config import DatasetEntry, TrainSettings
     from vicuna.data import dataset as datasets
-    from vicuna.data.encode import Encoder
-    from vicuna.data.template import Renderer, find
+    from vicuna.data.templates.literal import Renderer, find
+    from vicuna.data.tokenizer import Encoder
     from vicuna.export import gguf_cache
     from vicuna.files import file_hash
     from vicuna.llamacpp import build

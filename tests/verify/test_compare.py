@@ -16,7 +16,7 @@ import torch
 from gguf_kit import tiny_base, tiny_gguf
 from kit import FAMILIES, with_adapter
 from vicuna.config import VerifySettings
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.model.adapter import read_adapter, save
 from vicuna.model.vocabulary import load_vocabulary

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from run_kit import save_tiny_model
 
 from vicuna.config import WebSettings
-from vicuna.data import checks, clean, file_types, read, sources
-from vicuna.data import reasons as said
+from vicuna.data import checks
 from vicuna.data.lengths import Lengths
+from vicuna.data.records import clean, file_types, find_files, read_file
+from vicuna.data.records import reasons as said
 from vicuna.errors import UserError
 from vicuna.web import data_html, files, number_input, tab_data
 from vicuna.web.data_view import Look, Looks, Wish
@@ -179,7 +180,7 @@ def test_every_reason_has_its_words_in_chinese() -> None:
         and isinstance(value, str)
         and re.fullmatch(r"[A-Za-z'][\w ,'()\\+;-]{5,}", value)
     ] + [
-        read.CUT,
+        read_file.CUT,
         "too long: 9 tokens, cutoff_len is 4",
         "nothing to learn",
         "exact duplicate: of line 3",
@@ -330,7 +331,7 @@ def test_what_no_path_can_be_is_said(tmp_path: Path, source: str) -> None:
 
 def test_no_name_of_a_data_set_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "_download", lambda _: pytest.fail("it was fetched"))
+    monkeypatch.setattr(find_files, "_download", lambda _: pytest.fail("it was fetched"))
     app = App(WebSettings(data=["."]))
     with pytest.raises(UserError, match="no such file"):
         files.allowed(app, "evil/ds")

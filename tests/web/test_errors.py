@@ -23,8 +23,8 @@ SOURCE = Path(vicuna.__file__).parent
 # What a page meets: it answers, reads data, plans, and shows what a training says.
 MET = (
     "app/*.py", "generate/load.py", "generate/engine_loading.py", "generate/hypotheses.py",
-    "generate/together.py", "generate/chat.py", "generate/decode.py", "data/sources.py",
-    "data/template*.py", "data/dataset.py", "data/columns.py", "data/text.py", "model/base.py",
+    "generate/together.py", "generate/chat.py", "generate/decode.py", "data/records/find_files.py",
+    "data/templates/*.py", "data/dataset.py", "data/records/columns.py", "data/records/text_stream.py", "model/base.py",
     "model/adapter*.py", "model/config_files.py", "model/missing_embeddings.py", "train/*.py",
     "memory/*.py", "faults.py", "tables.py",
 )  # fmt: skip

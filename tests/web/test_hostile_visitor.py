@@ -14,7 +14,7 @@ from gradio_client import Client
 from page_kit import make_place, open_page
 from test_server import asked
 
-from vicuna.data import template_sandbox
+from vicuna.data.templates import sandbox
 from vicuna.errors import UserError
 from vicuna.serve import queue, worker
 from vicuna.serve.queue import FairQueue, Job
@@ -71,7 +71,7 @@ def send(url: str, name: str, data: list[Any], session: str) -> tuple[bool, str]
 def test_an_adapter_s_template_that_never_ends_stops_nobody_else(
     place: Path, page: tuple[App, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_sandbox, "COMPUTING", 0.5)
+    monkeypatch.setattr(sandbox, "COMPUTING", 0.5)
     app, url = page
     evil = str((place / "runs" / "poems").resolve())
     client = Client(url, verbose=False)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vicuna.data.template_base import ThoughtMarks
+from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.worker import Branch, Picture
 from vicuna.web import chat_html, code_html, markdown

@@ -18,10 +18,12 @@ import architectures_kit
 from kit import save_tokenizer
 from vicuna import config, untrusted
 from vicuna.config import TrainSettings, WebSettings
-from vicuna.data import columns, dataset, sources, template_sandbox, text
-from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.template import find
-from vicuna.data.types import Turn
+from vicuna.data import dataset
+from vicuna.data.conversation import Turn
+from vicuna.data.records import columns, find_files, text_stream
+from vicuna.data.templates import sandbox
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.literal import find
 from vicuna.errors import UserError
 from vicuna.generate.chat import check_length
 from vicuna.generate.decode import decode
@@ -204,22 +206,22 @@ def of_files(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch
     say(app.inside, "/etc/passwd")
     say(files.allowed, app, " ")
     say(Wish((folder / "gone",), "m").marks)
-    say(sources.expand, str(folder / "*.nothing"))
+    say(find_files.expand, str(folder / "*.nothing"))
     (folder / "bare").mkdir()
-    say(sources.expand, str(folder / "bear"))
-    say(sources.expand, str(folder / "bare" / "x.jsonl"))
-    say(sources.expand, str(folder / "bare"))
-    say(text.Text, folder, "klingon", [])
+    say(find_files.expand, str(folder / "bear"))
+    say(find_files.expand, str(folder / "bare" / "x.jsonl"))
+    say(find_files.expand, str(folder / "bare"))
+    say(text_stream.Text, folder, "klingon", [])
     (folder / "set").mkdir()
     (folder / "set" / "data.arrow").touch()
     (folder / "set" / "state.json").touch()
-    say(sources.expand, str(folder / "set" / "state.json"))
+    say(find_files.expand, str(folder / "set" / "state.json"))
     (folder / "table.csv").write_text("问,答\n一,二\n", encoding="utf-8")
     say(columns.check, folder / "table.csv", (("output", "回答"),), ["问", "答"])
     say(columns.check, folder / "table.csv", (("instruction", "甲"),), ["甲", "乙"])
     say(columns.settled, {"outptu": "答"})
-    say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).what)
-    say.texts.append(text._unreadable(folder, PermissionError(13, "Permission denied")).fix)
+    say.texts.append(text_stream._unreadable(folder, PermissionError(13, "Permission denied")).what)
+    say.texts.append(text_stream._unreadable(folder, PermissionError(13, "Permission denied")).fix)
     empty: Any = type("Empty", (), {"sources": [], "__len__": lambda _: 0})()
     say(dataset.split, empty, [], 0, 1, 1, 1)
     few: Any = type("Few", (), {"column": lambda *_: [], "__len__": lambda _: 2})()
@@ -337,8 +339,8 @@ def of_visitors(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPa
     say(chat_files._first_line, folder / "talk")
     talk = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
     say(Session("0" * 32).load, talk)
-    monkeypatch.setattr(template_sandbox, "COMPUTING", 0.2)
-    monkeypatch.setattr(template_sandbox, "OUTPUT", 50)
+    monkeypatch.setattr(sandbox, "COMPUTING", 0.2)
+    monkeypatch.setattr(sandbox, "OUTPUT", 50)
     for source in ("{{ 1 / 0 }}", "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
                    "{% endfor %}", "{{ 'a' * 99 }}", "{{ 'a' * 10 ** 10 }}",
                    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(0) }}", "x"):  # fmt: skip

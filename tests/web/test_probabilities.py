@@ -10,7 +10,7 @@ from html import unescape
 import pytest
 
 from kit import save_tokenizer
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.generate.events import Answer, TokenLogprob
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.web import probabilities

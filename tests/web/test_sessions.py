@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vicuna.data.formats import parse
-from vicuna.data.types import Raw
+from vicuna.data.conversation import Raw
+from vicuna.data.records.formats import parse
 from vicuna.errors import UserError
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.queue import Job

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from vicuna.data.template_base import ThoughtMarks
+from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.events import Answer, Finished
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.queue import Job

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from vicuna.commands.beam_view import View, view_of
-from vicuna.data.template import Renderer
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import Chat, fit
 from vicuna.generate.decode import decode

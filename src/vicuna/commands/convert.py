@@ -17,7 +17,7 @@ from vicuna import config
 from vicuna.config import ConvertModelSettings
 from vicuna.convert import meta
 from vicuna.convert.tokenizers import bring_tokenizer
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError
 from vicuna.files import scratch_folder, whole_folder
 from vicuna.gguf.read import read_tensors

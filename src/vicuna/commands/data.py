@@ -10,11 +10,11 @@ from vicuna import config
 from vicuna.config import DataSettings
 from vicuna.config.parse import T
 from vicuna.data import dataset
-from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example
 from vicuna.data.lengths import CUTOFFS, Lost
 from vicuna.data.preview import spans
-from vicuna.data.template import Renderer, find
-from vicuna.data.template_check import lines_for
+from vicuna.data.templates.compare_with_original import lines_for
+from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Encoder, Example
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.terminal import say_json
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from vicuna import config
 from vicuna.config import ConvertSettings, DatasetEntry
-from vicuna.data import checks, columns, formats
+from vicuna.data import checks
+from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.dataset import check_sources
-from vicuna.data.read import read
+from vicuna.data.records import columns, formats
+from vicuna.data.records.find_files import expand_noting
+from vicuna.data.records.read_file import read
 from vicuna.data.report import DataReport, FileReport
-from vicuna.data.sources import expand_noting
-from vicuna.data.types import Conversation, Turn
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import whole_file
 from vicuna.terminal import say

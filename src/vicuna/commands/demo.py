@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vicuna import config
-from vicuna.data.formats import parse
-from vicuna.data.read import read
-from vicuna.data.types import Conversation
+from vicuna.data.conversation import Conversation
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import read
 from vicuna.errors import UserError
 from vicuna.model.base import EMBEDDED
 from vicuna.paths import shell_word
 from vicuna.train.progress import Screen
 
 if TYPE_CHECKING:
-    from vicuna.data.template import Renderer
+    from vicuna.data.templates.literal import Renderer
     from vicuna.generate.engines.base import Engine
     from vicuna.train.loop import Outcome
 

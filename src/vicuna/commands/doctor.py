@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vicuna import config
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, Template, find
-from vicuna.data.template_check import differences
+from vicuna.data.templates.compare_with_original import differences
+from vicuna.data.templates.literal import Renderer, Template, find
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import EXIT_MISTAKE, UserError
 from vicuna.model.base import locate_vocabulary
 from vicuna.model.config_files import read_config

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vicuna import config
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import SettingsError, UserError
 from vicuna.terminal import say, say_json
 

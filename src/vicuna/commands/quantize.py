@@ -149,7 +149,7 @@ def _write(
 
 def _answer(source: Source, scorer: Any) -> str:
     """What the result says to `_QUESTION`: nobody else here can open it and ask."""
-    from vicuna.data.types import Turn
+    from vicuna.data.conversation import Turn
 
     renderer = source.renderer
     prompt = renderer.prompt([Turn("user", _QUESTION)])

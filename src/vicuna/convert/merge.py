@@ -17,7 +17,7 @@ from torch import Tensor
 from vicuna import config
 from vicuna.config import MergeSettings
 from vicuna.convert.combine import Method, combine
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import whole_folder
 from vicuna.json_yaml import read_json
@@ -251,7 +251,7 @@ def _write_config(source: _Source, folder: Path, plan: Sequence[Planned], untie:
 
 def _write_speech(source: _Source, folder: Path) -> None:
     """How the merged model wants to be talked to: the adapter's template and its end token."""
-    from vicuna.data.template import Renderer, from_dict
+    from vicuna.data.templates.literal import Renderer, from_dict
     from vicuna.export.chat_format import write_speech
 
     saved = [t for f, _ in source.parts if (t := f.meta.get("template"))]

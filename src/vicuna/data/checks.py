@@ -13,8 +13,8 @@ from functools import cache
 
 import numpy as np
 
-from vicuna.data.thinking import MARK, split_thought
-from vicuna.data.types import Conversation, Problem, Turn
+from vicuna.data.conversation import Conversation, Problem, Turn
+from vicuna.data.think_tags import MARK, split_thought
 
 # The reasons a user reads. Stable; a detail may follow after ": ".
 NO_CHINESE = "no Chinese text"

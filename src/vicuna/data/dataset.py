@@ -14,17 +14,18 @@ from typing import Any, Literal
 import numpy as np
 
 from vicuna.config import DatasetEntry, DataSettings
-from vicuna.data import checks, columns, encodings
-from vicuna.data.encode import Example
+from vicuna.data import checks
+from vicuna.data.example_store import Store
 from vicuna.data.lengths import CUTOFFS, Lengths
 from vicuna.data.prepare import Recipe, prepare_file
-from vicuna.data.read import read
 from vicuna.data.reading_progress import Pace
+from vicuna.data.records import columns, encodings
+from vicuna.data.records.find_files import expand_noting
+from vicuna.data.records.read_file import read
 from vicuna.data.report import DataReport, FileReport
 from vicuna.data.sampler import Group, Order, split_validation
-from vicuna.data.sources import expand_noting
-from vicuna.data.store import Store
-from vicuna.data.template import Renderer
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import Example
 from vicuna.errors import UserError
 
 Overlong = Literal["drop", "split", "cut"]

@@ -26,8 +26,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from vicuna.data.encode import END_TOKEN, NO_TARGET, Example
 from vicuna.data.sampler import mix
+from vicuna.data.tokenizer import END_TOKEN, NO_TARGET, Example
 
 # Prefixes shorter than this are cheaper to compute again than to share: each segment is a call of
 # the attention kernel.

@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.data import checks, formats
-from vicuna.data.columns import Columns
-from vicuna.data.encode import NEXT_TOKEN, NO_TARGET, Encoder, Example, Segment, Vocabulary
-from vicuna.data.read import read
+from vicuna.data import checks
+from vicuna.data.conversation import Conversation, Problem, Raw, Turn
+from vicuna.data.example_store import Store, StoreWriter, index_rows
+from vicuna.data.records import formats
+from vicuna.data.records.columns import Columns
+from vicuna.data.records.read_file import read
 from vicuna.data.report import FileReport
-from vicuna.data.store import Store, StoreWriter, index_rows
-from vicuna.data.template import Renderer, from_dict
-from vicuna.data.template_base import TrainTurns
-from vicuna.data.types import Conversation, Problem, Raw, Turn
+from vicuna.data.templates.base import TrainTurns
+from vicuna.data.templates.literal import Renderer, from_dict
+from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Encoder, Example, Segment, Vocabulary
 from vicuna.files import cache_dir, file_hash, whole_folder
 from vicuna.interrupts import children_spared
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vicuna.data.encode import END_TOKEN, NO_TARGET, Encoder, Example
-from vicuna.data.template import Renderer
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import END_TOKEN, NO_TARGET, Encoder, Example
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from vicuna.data.checks import NO_CHINESE
-from vicuna.data.reasons import ONE_TURN, UNKNOWN_FORMAT
-from vicuna.data.types import Action, Parsed, Problem
+from vicuna.data.conversation import Action, Parsed, Problem
+from vicuna.data.records.reasons import ONE_TURN, UNKNOWN_FORMAT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.encode import Vocabulary
+from vicuna.data.tokenizer import Vocabulary
 from vicuna.errors import UserError
 from vicuna.gguf import pretokenizers
 from vicuna.gguf.tokenizer import (

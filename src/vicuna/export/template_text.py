@@ -9,9 +9,9 @@ import json
 import re
 from dataclasses import replace
 
-from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.template import LiteralTemplate, Renderer, builtin
-from vicuna.data.template_base import FIELD, Shape, Template
+from vicuna.data.templates.base import FIELD, Shape, Template
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.literal import LiteralTemplate, Renderer, builtin
 
 # What a turn is told apart by: is it the first question, has it an answer already.
 _Case = tuple[bool, bool]

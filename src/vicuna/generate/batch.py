@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vicuna.data.template import Renderer
-from vicuna.data.types import Problem, Turn
+from vicuna.data.conversation import Problem, Turn
+from vicuna.data.templates.literal import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import fit
 from vicuna.generate.decode import decode

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from vicuna.data.template import Renderer
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import Renderer
 from vicuna.errors import UserError
 from vicuna.lines import append_line
 from vicuna.system_errors import cannot_write

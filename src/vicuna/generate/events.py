@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from vicuna.generate.thoughts import split
 
 if TYPE_CHECKING:
-    from vicuna.data.template_base import ThoughtMarks
+    from vicuna.data.templates.base import ThoughtMarks
     from vicuna.generate.tree import Node
 
 FinishReason = Literal["stop", "stop_string", "length", "context", "cancelled", "memory"]

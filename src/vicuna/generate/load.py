@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vicuna.config import AnswerSettings
-from vicuna.data.encode import Encoder, Vocabulary
-from vicuna.data.template import Renderer, Template, find, from_dict
+from vicuna.data.templates.literal import Renderer, Template, find, from_dict
+from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.generate.engine_loading import Opened, open_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings
 from vicuna.generate.stream import token_bytes

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vicuna.data.formats import parse
-from vicuna.data.read import read
-from vicuna.data.reasons import OPEN_QUESTION
-from vicuna.data.types import Problem, Raw, Turn
+from vicuna.data.conversation import Problem, Raw, Turn
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import read
+from vicuna.data.records.reasons import OPEN_QUESTION
 
 # Put where an answer is missing, so that the record parses as training data; never seen by a model.
 _STAND_IN = "the answer"

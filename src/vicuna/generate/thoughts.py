@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from vicuna.data.template_base import ThoughtMarks
+from vicuna.data.templates.base import ThoughtMarks
 
 
 class Parts(NamedTuple):

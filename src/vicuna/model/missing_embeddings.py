@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 
 _SHOWN = 3

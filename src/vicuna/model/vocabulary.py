@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vicuna.data.encode import Encoder, Vocabulary
-from vicuna.data.template import Renderer, Template
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.literal import Renderer, Template
+from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, whole_file
 from vicuna.model.adapter_names import META

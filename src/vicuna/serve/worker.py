@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vicuna.data.template_base import ThoughtMarks
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.base import ThoughtMarks
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
 from vicuna.generate.thoughts import Parts, ThoughtStream, split

@@ -17,7 +17,7 @@ import numpy as np
 
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data.dataset import Dataset, Split
-from vicuna.data.encode import Vocabulary
+from vicuna.data.tokenizer import Vocabulary
 from vicuna.files import file_hash
 from vicuna.train.checkpoint import State
 

@@ -16,7 +16,7 @@ import torch
 from vicuna import config
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
-from vicuna.data.encode import Vocabulary
+from vicuna.data.tokenizer import Vocabulary
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import sweep
 from vicuna.json_yaml import read_yaml

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.config.base import entry
-from vicuna.data.sources import is_hub_id
+from vicuna.data.records.find_files import is_hub_id
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_yaml
 from vicuna.model.base import EMBEDDED

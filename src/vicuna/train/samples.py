@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.together import answer_together, groups

@@ -17,9 +17,9 @@ import torch
 from vicuna import interrupts
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
-from vicuna.data.encode import Encoder
-from vicuna.data.template import Renderer, Template, find, from_dict
-from vicuna.data.template_check import differences, share_of_thoughts
+from vicuna.data.templates.compare_with_original import differences, share_of_thoughts
+from vicuna.data.templates.literal import Renderer, Template, find, from_dict
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_json
 from vicuna.model import adapter as adapters

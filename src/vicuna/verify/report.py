@@ -21,7 +21,7 @@ from typing import Any
 
 from vicuna import __version__
 from vicuna.config import VerifySettings
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.terminal import say
 from vicuna.verify.compare import Comparison, compare

@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 
 from vicuna.config import VerifySettings
-from vicuna.data.encode import Encoder
-from vicuna.data.formats import parse
-from vicuna.data.read import read
+from vicuna.data.records.formats import parse
+from vicuna.data.records.read_file import read
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.verify.scorers import Texts
 

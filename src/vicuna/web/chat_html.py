@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.serve.worker import Branch, Picture
 from vicuna.web import markdown, probabilities

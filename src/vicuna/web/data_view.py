@@ -18,12 +18,12 @@ from vicuna import config
 from vicuna.commands.data import renderer_for
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import dataset
+from vicuna.data.conversation import Action, Problem
 from vicuna.data.dataset import Dataset
-from vicuna.data.encode import Example
 from vicuna.data.lengths import Lengths
 from vicuna.data.report import DataReport
-from vicuna.data.template import Renderer
-from vicuna.data.types import Action, Problem
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import Example
 from vicuna.errors import UserError
 
 KEPT = 4  # looks held in memory

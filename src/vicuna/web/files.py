@@ -12,8 +12,8 @@ from importlib import resources
 from itertools import islice
 from pathlib import Path
 
-from vicuna.data import sources
-from vicuna.data.template import builtin
+from vicuna.data.records import find_files
+from vicuna.data.templates.literal import builtin
 from vicuna.errors import UserError
 from vicuna.files import file_hash, whole_file
 from vicuna.model.base import EMBEDDED
@@ -52,7 +52,7 @@ def _files(folder: Path) -> Iterator[Path]:
             looked += 1
             if looked > SEARCHED:
                 return
-            if not name.startswith(".") and sources.known(Path(name)):
+            if not name.startswith(".") and find_files.known(Path(name)):
                 yield Path(place, name)
 
 
@@ -79,7 +79,7 @@ def allowed(app: App, source: str) -> list[Path]:
     if not _pattern(app, source) and not found.exists():
         # Never a hub id: nothing is fetched for a name that somebody typed.
         raise UserError("no such file or folder", where=source)
-    return [_inside(app, path, source) for path in sources.expand(source)]
+    return [_inside(app, path, source) for path in find_files.expand(source)]
 
 
 def _pattern(app: App, source: str) -> bool:

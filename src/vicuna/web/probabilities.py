@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from vicuna.data.encode import Encoder
+from vicuna.data.tokenizer import Encoder
 from vicuna.generate.events import Answer
 from vicuna.generate.stream import StreamState, TextStream, token_bytes
 from vicuna.generate.thoughts import Parts

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import Chat
 from vicuna.generate.thoughts import Parts
@@ -144,8 +144,8 @@ class Session:
 
         Raises: UserError where it is none.
         """
-        from vicuna.data.formats import parse
-        from vicuna.data.types import Raw
+        from vicuna.data.conversation import Raw
+        from vicuna.data.records.formats import parse
 
         parsed = parse(Raw(1, line))
         if parsed.conversation is None or parsed.conversation.kind != "chat":

@@ -96,7 +96,7 @@ class App:
 
     def templates(self) -> list[str]:
         """The templates that can be chosen by name."""
-        from vicuna.data.template import builtin
+        from vicuna.data.templates.literal import builtin
 
         return ["auto", *builtin()]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings

@@ -1,6 +1,6 @@
 """JSON values one after another out of a stream of text: an array's elements, or bare objects.
 
-An object that is no record itself and holds them is opened (`json_shapes.py`).
+An object that is no record itself and holds them is opened (`json_layouts.py`).
 
 Values are only delimited, by decoding them once in C; the parser that follows decodes them again,
 in other processes. A broken value costs itself and not the rest of the file.
@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from vicuna.data.text import BLANK, CUT, MARK, Text
-from vicuna.data.types import Problem, Raw
+from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records.text_stream import BLANK, CUT, MARK, Text
 
 LIMIT = 1 << 25  # characters of one value, so that a quote never closed cannot fill the memory
 

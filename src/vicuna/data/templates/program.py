@@ -1,4 +1,4 @@
-"""A chat template as a program, with what transformers gives it; run by `template_sandbox.py`."""
+"""A chat template as a program, with what transformers gives it; run by `sandbox.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from vicuna.data.template_sandbox import compile_template, render
-from vicuna.data.template_worker import environment
+from vicuna.data.templates.sandbox import compile_template, render
+from vicuna.data.templates.sandbox_worker import environment
 
 OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
 

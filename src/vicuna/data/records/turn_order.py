@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from vicuna.data.clean import (
+from vicuna.data.conversation import Role, Turn
+from vicuna.data.records.clean import (
     PLACEHOLDER_INPUT,
     Note,
     Unusable,
@@ -13,7 +14,7 @@ from vicuna.data.clean import (
     is_placeholder_answer,
     is_placeholder_input,
 )
-from vicuna.data.reasons import (
+from vicuna.data.records.reasons import (
     CUT,
     EMPTY_ANSWER,
     EMPTY_CONVERSATION,
@@ -32,8 +33,7 @@ from vicuna.data.reasons import (
     THOUGHT_TWICE,
     THOUGHTS_JOINED,
 )
-from vicuna.data.thinking import split_thought
-from vicuna.data.types import Role, Turn
+from vicuna.data.think_tags import split_thought
 
 # The reasons a user reads, beside those of `textrules`. Stable; a detail may follow after ": ".
 

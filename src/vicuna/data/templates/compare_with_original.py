@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from vicuna.data.encode import NO_TARGET, Example
-from vicuna.data.template import Renderer
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.literal import Renderer
+from vicuna.data.tokenizer import NO_TARGET, Example
 
 _ASKED = Turn("user", "How are you? 你好吗？")
 _TWO = [

@@ -1,4 +1,4 @@
-"""The process in which chat templates are rendered (see `template_sandbox.py`).
+"""The process in which chat templates are rendered (see `sandbox.py`).
 
 Requests and replies are JSON, each behind its length in eight bytes. Jinja is set up as in
 transformers: sandboxed and immutable, with loop controls, the `generation` tag, `tojson`,

@@ -25,9 +25,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vicuna.data import chat_exports, flags, preferences, readers
-from vicuna.data import columns as own_columns
-from vicuna.data.clean import (
+from vicuna.data.conversation import Action, Conversation, Parsed, Problem, Raw, Turn
+from vicuna.data.records import chat_exports, flags, format_readers, preferences
+from vicuna.data.records import columns as own_columns
+from vicuna.data.records.clean import (
     Note,
     Unusable,
     clean,
@@ -36,33 +37,39 @@ from vicuna.data.clean import (
     parse_list,
     shorten,
 )
-from vicuna.data.columns import Columns
-from vicuna.data.field_names import ALL_TURN_LISTS, ANSWERS, HARMLESS, PLAIN_QUESTIONS, first, fold
-from vicuna.data.flags import Reading
-from vicuna.data.python_literals import printed
-from vicuna.data.readers import (
+from vicuna.data.records.columns import Columns
+from vicuna.data.records.field_names import (
+    ALL_TURN_LISTS,
+    ANSWERS,
+    HARMLESS,
+    PLAIN_QUESTIONS,
+    first,
+    fold,
+)
+from vicuna.data.records.flags import Reading
+from vicuna.data.records.format_readers import (
     as_list,
     looks_like_turns,
     pair_keys,
 )
-from vicuna.data.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
-from vicuna.data.turns import (
+from vicuna.data.records.python_literals import printed
+from vicuna.data.records.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
+from vicuna.data.records.turn_order import (
     Said,
     converse,
 )
-from vicuna.data.types import Action, Conversation, Parsed, Problem, Raw, Turn
 
 __all__ = ["parse", "recognised"]
 
 _READERS: dict[str, Callable[[Reading], Iterable[Said]]] = {
-    "alpaca": readers.alpaca,
-    "chat": readers.chat,
-    "history": readers.history,
-    "sharegpt": readers.turn_list,
-    "messages": readers.turn_list,
-    "pair": readers.pair,
-    "preference": readers.preference,
-    "dialogue": readers.dialogue,
+    "alpaca": format_readers.alpaca,
+    "chat": format_readers.chat,
+    "history": format_readers.history,
+    "sharegpt": format_readers.turn_list,
+    "messages": format_readers.turn_list,
+    "pair": format_readers.pair,
+    "preference": format_readers.preference,
+    "dialogue": format_readers.dialogue,
     "moss": chat_exports.moss,
     "chatgpt": chat_exports.tree,
     "oasst": chat_exports.assistant_tree,
@@ -199,7 +206,7 @@ def _detect(r: dict[str, Any]) -> str:
         return "alpaca"  # the plainest, and most of them
     if not _SPECIAL.isdisjoint(r) and (name := _special(r)):
         return name
-    turns = readers.turns_key(r) if readers.has_turns(r) else None
+    turns = format_readers.turns_key(r) if format_readers.has_turns(r) else None
     if turns:
         return "messages" if turns == "messages" else "sharegpt"
     if "history" in r and as_list(r["history"]):
@@ -213,7 +220,7 @@ def _detect(r: dict[str, Any]) -> str:
         return "alpaca"
     if pair_keys(r) != (None, None):
         return "pair"
-    if readers.dialogue_key(r):
+    if format_readers.dialogue_key(r):
         return "dialogue"
     if first(r, PLAIN_QUESTIONS) and preferences.list_key(r):
         return "preference"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vicuna.data import flags, multiple_choice, preferences
-from vicuna.data.clean import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
-from vicuna.data.field_names import (
+from vicuna.data.conversation import Role
+from vicuna.data.records import flags, multiple_choice, preferences
+from vicuna.data.records.clean import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
+from vicuna.data.records.field_names import (
     ALL_TURN_LISTS,
     ANSWERS,
     LEARNED,
@@ -31,8 +32,8 @@ from vicuna.data.field_names import (
     first,
     fold,
 )
-from vicuna.data.flags import Reading
-from vicuna.data.reasons import (
+from vicuna.data.records.flags import Reading
+from vicuna.data.records.reasons import (
     DIALOGUE,
     EMPTY_CONVERSATION,
     MORE_ANSWERS,
@@ -45,9 +46,8 @@ from vicuna.data.reasons import (
     TOOL,
     UNKNOWN_ROLE,
 )
-from vicuna.data.transcripts import POSSIBLE, Spoken, open_dialogue, whole_dialogue
-from vicuna.data.turns import Said
-from vicuna.data.types import Role
+from vicuna.data.records.transcripts import POSSIBLE, Spoken, open_dialogue, whole_dialogue
+from vicuna.data.records.turn_order import Said
 
 # The reasons a user reads, beside those of `said` and `marks`.
 
@@ -336,7 +336,7 @@ def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[A
     if isinstance(value, str) and value[:1] == "[":
         text, value = value, parse_list(value)
         if value is None and len(text) < 1 << 20:
-            from vicuna.data.python_literals import printed
+            from vicuna.data.records.python_literals import printed
 
             value = printed(text)
             if value is not None and reading is not None:

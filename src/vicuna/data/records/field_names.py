@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from vicuna.data.clean import DUPLICATE_KEY, Note, names
-from vicuna.data.types import Role
+from vicuna.data.conversation import Role
+from vicuna.data.records.clean import DUPLICATE_KEY, Note, names
 
 TURN_LISTS = ("conversations", "conversation", "messages")
 # These names are used for other things too: only a list that looks like turns counts.

@@ -7,7 +7,7 @@ import re
 import warnings
 from typing import Any
 
-from vicuna.data.types import Number
+from vicuna.data.conversation import Number
 
 LIMIT = 1 << 20  # characters; a parser of Python needs much memory for each
 _ARRAY = re.compile(r"\barray\(\s*|,?\s*dtype=[\w.<>']+\s*\)")

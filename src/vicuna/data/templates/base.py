@@ -2,7 +2,7 @@
 
 A template knows two things: how the prompt of turn n looks (`_prompt`), and what closes an answer
 (`_closing`). Training is built from the very same prompt, so what the model sees when it answers is
-what it saw when it learned. Two kinds: literal strings (`template.py`) and the tokenizer's own chat
+what it saw when it learned. Two kinds: literal strings (`literal.py`) and the tokenizer's own chat
 template (`chat_template.py`).
 
 Where a template renders past turns just as it rendered them when they were current, one example
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vicuna.data.encode import Segment
-from vicuna.data.thinking import split_thought
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.think_tags import split_thought
+from vicuna.data.tokenizer import Segment
 
 TrainTurns = Literal["all", "last"]
 Thinking = Literal["auto", "on", "off"]

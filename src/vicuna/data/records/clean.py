@@ -21,8 +21,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from vicuna.data.python_literals import printed
-from vicuna.data.types import Action, Number
+from vicuna.data.conversation import Action, Number
+from vicuna.data.records.python_literals import printed
 
 # The reasons a user reads. Stable; a detail may follow after ": ".
 BROKEN_JSON = "broken JSON"

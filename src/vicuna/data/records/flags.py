@@ -18,11 +18,19 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from vicuna.data import field_names
-from vicuna.data.clean import NOT_TEXT, Note, Number, Unusable, kind, shorten
-from vicuna.data.field_names import empty
-from vicuna.data.reasons import BAD_ANSWER, LABEL_ODD, MASK_ODD, MEDIA, NOT_LEARNED, TOOL, WEIGHT
-from vicuna.data.turns import Said
+from vicuna.data.records import field_names
+from vicuna.data.records.clean import NOT_TEXT, Note, Number, Unusable, kind, shorten
+from vicuna.data.records.field_names import empty
+from vicuna.data.records.reasons import (
+    BAD_ANSWER,
+    LABEL_ODD,
+    MASK_ODD,
+    MEDIA,
+    NOT_LEARNED,
+    TOOL,
+    WEIGHT,
+)
+from vicuna.data.records.turn_order import Said
 
 _YES = frozenset(("true", "yes", "y", "1", "on", "good", "chosen", "correct", "right", "positive"))
 _YES |= {"accepted", "thumbs_up", "thumbsup", "up", "like", "liked", "upvote", "safe", "是", "好"}

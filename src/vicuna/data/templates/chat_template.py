@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from vicuna.data.encode import Segment
-from vicuna.data.template_base import (
+from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.base import (
     Shape,
     Slot,
     Template,
     ThoughtMarks,
     TrainTurns,
 )
-from vicuna.data.template_input import (
+from vicuna.data.templates.chat_rendering import Renderings
+from vicuna.data.templates.placeholders import (
     ANSWERS,
     GAP,
     HOLE,
@@ -34,10 +35,9 @@ from vicuna.data.template_input import (
     cut,
     hole,
 )
-from vicuna.data.template_output import Renderings
-from vicuna.data.template_program import Program
-from vicuna.data.thinking import split_thought
-from vicuna.data.types import Conversation, Turn
+from vicuna.data.templates.program import Program
+from vicuna.data.think_tags import split_thought
+from vicuna.data.tokenizer import Segment
 
 
 class _Gap(NamedTuple):

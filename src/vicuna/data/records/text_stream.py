@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.encodings import MARK, check, decoder, guess, settled
-from vicuna.data.types import Problem
+from vicuna.data.conversation import Problem
+from vicuna.data.records.encodings import MARK, check, decoder, guess, settled
 from vicuna.errors import UserError
 
 __all__ = ["BLANK", "BUFFER", "CUT", "MARK", "SAMPLE", "Text", "head", "lines", "magic", "unpacked"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vicuna.data.template_input import (
+from vicuna.data.templates.placeholders import (
     ANSWERS,
     GAP,
     MANY,
@@ -20,8 +20,8 @@ from vicuna.data.template_input import (
     hole,
     numbered,
 )
-from vicuna.data.template_program import OTHER, Program
-from vicuna.data.template_sandbox import LimitError, RenderError
+from vicuna.data.templates.program import OTHER, Program
+from vicuna.data.templates.sandbox import LimitError, RenderError
 from vicuna.errors import UserError
 
 # How a thought gets into an answer: as a field of the message, or in its content.

@@ -9,10 +9,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.field_names import KNOWN
-from vicuna.data.json_values import LIMIT
-from vicuna.data.text import MARK, Position, Text, lines, unwatched
-from vicuna.data.types import Problem, Raw
+from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records.field_names import KNOWN
+from vicuna.data.records.json_stream import LIMIT
+from vicuna.data.records.text_stream import MARK, Position, Text, lines, unwatched
 
 _DELIMITERS = (",", "\t", ";", "|")
 _LOOKED_AT = 50  # rows that the delimiter is found by

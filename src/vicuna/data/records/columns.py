@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vicuna.data import field_names, preferences
-from vicuna.data.clean import Unusable, parse_json
-from vicuna.data.types import Raw
+from vicuna.data.conversation import Raw
+from vicuna.data.records import field_names, preferences
+from vicuna.data.records.clean import Unusable, parse_json
 from vicuna.errors import UserError
 
 # (our name, the file's own), sorted; a tuple, because it is part of a cache's key.

@@ -16,14 +16,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from vicuna.data import formats
-from vicuna.data.clean import Number, shorten
-from vicuna.data.field_names import ALL_TURN_LISTS
-from vicuna.data.json_values import DECODER, LIMIT, Window
-from vicuna.data.readers import looks_like_turns
-from vicuna.data.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT
-from vicuna.data.text import BLANK
-from vicuna.data.types import Problem, Raw
+from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records import formats
+from vicuna.data.records.clean import Number, shorten
+from vicuna.data.records.field_names import ALL_TURN_LISTS
+from vicuna.data.records.format_readers import looks_like_turns
+from vicuna.data.records.json_stream import DECODER, LIMIT, Window
+from vicuna.data.records.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT
+from vicuna.data.records.text_stream import BLANK
 
 _TRAIN = ("train", "training", "train_data", "training_data", "train_set", "data")
 _TEST = ("test", "validation", "valid", "val", "dev", "eval", "test_data", "val_data", "test_set")

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.chat_template import ChatTemplate
-from vicuna.data.encode import Encoder, Segment, Vocabulary
-from vicuna.data.template_base import FIELD, Shape, Slot, Template, number_ends, shape_of
-from vicuna.data.types import Turn
+from vicuna.data.conversation import Turn
+from vicuna.data.templates.base import FIELD, Shape, Slot, Template, number_ends, shape_of
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_yaml
 
@@ -137,7 +137,7 @@ def builtin() -> dict[str, dict[str, Any]]:
     """The templates that come with the project, by name."""
     import yaml
 
-    text = resources.files("vicuna.data").joinpath("templates.yaml").read_text(encoding="utf-8")
+    text = resources.files("vicuna.data.templates").joinpath("templates.yaml").read_text("utf-8")
     specs: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return specs
 

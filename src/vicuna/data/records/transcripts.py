@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from vicuna.data.types import Role
+from vicuna.data.conversation import Role
 
 Spoken = list[tuple[Role, str]]
 

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from vicuna.data import flags
-from vicuna.data.clean import Unusable, shorten
-from vicuna.data.field_names import empty
-from vicuna.data.flags import Reading
-from vicuna.data.readers import role_of
-from vicuna.data.reasons import (
+from vicuna.data.records import flags
+from vicuna.data.records.clean import Unusable, shorten
+from vicuna.data.records.field_names import empty
+from vicuna.data.records.flags import Reading
+from vicuna.data.records.format_readers import role_of
+from vicuna.data.records.reasons import (
     EMPTY_CONVERSATION,
     LABEL_STUDIO,
     MEDIA,
@@ -25,7 +25,7 @@ from vicuna.data.reasons import (
     TOOL,
     TREE_MESSAGE,
 )
-from vicuna.data.turns import Said
+from vicuna.data.records.turn_order import Said
 
 _MOSS_BEGIN = re.compile(r"\A\s*<\|[^|<>]{1,30}\|>\s*[:：]?\s*")
 _MOSS_END = re.compile(r"(?:\s|<eo[a-z]>)+\Z")

@@ -15,11 +15,11 @@ import re
 from itertools import takewhile
 from typing import Any
 
-from vicuna.data import field_names
-from vicuna.data.clean import NOT_TEXT, Unusable, kind, names, parse_list
-from vicuna.data.flags import Reading, joined, number_of, says, thinking
-from vicuna.data.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER
-from vicuna.data.turns import Said
+from vicuna.data.records import field_names
+from vicuna.data.records.clean import NOT_TEXT, Unusable, kind, names, parse_list
+from vicuna.data.records.flags import Reading, joined, number_of, says, thinking
+from vicuna.data.records.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER
+from vicuna.data.records.turn_order import Said
 
 _ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))
 _TWO = tuple(

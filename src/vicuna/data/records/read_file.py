@@ -1,7 +1,7 @@
 """The records of one file, streamed: bytes -> text -> `Raw`, whatever the file is called.
 
 The content decides the format: JSONL, one JSON array, JSON objects one after another, an object
-that holds them (`json_shapes.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain
+that holds them (`json_layouts.py`), CSV with any delimiter (`tables.py`), Parquet, Arrow, plain
 text; those of text also compressed and in any usual encoding. Anything else is named for what it is
 (`file_types.py`). No file is ever loaded whole; what cannot be used becomes a `Problem`, and the
 rest is still read.
@@ -16,14 +16,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from vicuna.data import file_types
-from vicuna.data.json_shapes import open_shape
-from vicuna.data.json_values import DECODER, json_values, unfinished
-from vicuna.data.python_literals import printed
-from vicuna.data.sources import digest, expand
-from vicuna.data.tables import arrow, delimiter_of, parquet, rows
-from vicuna.data.text import BLANK, CUT, MARK, Position, Text, head, lines, unwatched
-from vicuna.data.types import Problem, Raw
+from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records import file_types
+from vicuna.data.records.find_files import digest, expand
+from vicuna.data.records.json_layouts import open_shape
+from vicuna.data.records.json_stream import DECODER, json_values, unfinished
+from vicuna.data.records.python_literals import printed
+from vicuna.data.records.tables import arrow, delimiter_of, parquet, rows
+from vicuna.data.records.text_stream import BLANK, CUT, MARK, Position, Text, head, lines, unwatched
 
 __all__ = ["digest", "expand", "read"]
 

@@ -2,7 +2,7 @@
 
 A base or an adapter brings its template along, and a template may loop for ever or build a text
 that no memory holds, in one operation or in many. No list of forbidden things is ever complete, so
-nothing is forbidden: the program runs in a small process of its own (`template_worker.py`), with
+nothing is forbidden: the program runs in a small process of its own (`sandbox_worker.py`), with
 so much computing, memory and output for one rendering. What exceeds them ends, and only that.
 
 A worker is kept for the next rendering (about 0.2 ms each); it ends with the process that uses it.
@@ -31,7 +31,8 @@ SOURCE = 4 << 20  # characters of a template
 WORKERS = 4  # renderings at once
 # What the worker is started with: the paths of this process and nothing from the environment.
 _BOOT = (
-    "import sys; sys.path[:] = sys.argv[1:]; from vicuna.data.template_worker import main; main()"
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from vicuna.data.templates.sandbox_worker import main; main()"
 )
 _ANOTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
 
