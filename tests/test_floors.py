@@ -17,7 +17,7 @@ ROOT = Path(vicuna.__file__).parent
 # From the ground up; what stands on one floor does not import its neighbours. Single modules of
 # `vicuna` itself that are not named here are on the ground floor.
 FLOORS = (
-    {"files", "hub", "errors", "terminal"},
+    {"files", "hub", "errors", "i18n", "messages", "terminal"},
     {"config", "gguf"},
     {"data", "weights"},
     {"llamacpp"},

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import typer
 
 from vicuna import interrupts
-from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, UserError
+from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, UserError, write_error_file
 from vicuna.terminal import say, say_traceback
 
 app = typer.Typer(
@@ -304,6 +304,7 @@ def _failed(error: BaseException, debug: bool) -> int:
 
     mistake = explain(error)
     if mistake is not None:
+        write_error_file(mistake)
         return _told(f"error: {mistake}", EXIT_MISTAKE)
     return _told(
         f"error: this should not have happened: {type(error).__name__}: {error}\n"

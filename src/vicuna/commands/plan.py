@@ -15,6 +15,7 @@ from vicuna.memory import devices, model_shapes, plan
 from vicuna.memory.devices import GIB, Device
 from vicuna.memory.footprint import PARTS
 from vicuna.memory.plan import Plan
+from vicuna.messages import with_messages
 from vicuna.paths import shell_word
 from vicuna.terminal import say, say_json
 
@@ -38,7 +39,7 @@ def run(words: Sequence[str]) -> int:
     warnings = [] if notes else _check_base(settings)
     found = plan.make(settings, shape, device, given)
     if settings.json_output:
-        say_json(as_json(found, settings) | {"notes": notes, "warnings": warnings})
+        say_json(with_messages(as_json(found, settings) | {"notes": notes, "warnings": warnings}))
     else:
         for note in notes:
             say(f"note: {note}")

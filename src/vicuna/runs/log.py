@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna import untrusted
+from vicuna.messages import restored
 
 # The numbers of a step that are kept, by their names in the log.
 COLUMNS = ("step", "loss", "learning_rate", "tokens_per_second", "memory_gib", "time")
@@ -170,6 +171,7 @@ def _event(line: bytes) -> dict[str, Any]:
     for name in _TEXTS:
         if name in event:
             found[name] = untrusted.text(event[name])
+    found = restored(found, untrusted.text)
     if found.get("event") in ("step", "eval") and "step" not in found:
         raise ValueError("which step is not said")
     if found.get("event") in ("start", "end"):

@@ -21,12 +21,12 @@ from typing import Literal, get_args
 import psutil
 
 from vicuna import untrusted
-from vicuna.errors import UserError
+from vicuna.errors import ERROR_FILE, UserError, read_error_file
 from vicuna.files import whole_file
 from vicuna.json_yaml import read_json
 from vicuna.system_errors import cannot_write
 
-NOTE, OUTPUT, LOCK = ".process.json", "output.txt", ".lock"
+NOTE, OUTPUT, LOCK, LEFT = ".process.json", "output.txt", ".lock", ".error.json"
 # Two readings of when a process began may differ by this: the clock is set now and then.
 SLACK = 5.0
 TAIL = 1 << 16
@@ -71,6 +71,8 @@ def launch(folder: Path, words: Sequence[str]) -> Process:
     Raises: UserError where the disk is full or the system starts no more processes.
     """
     command = [sys.executable, "-m", "vicuna", *words]
+    environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    environment[ERROR_FILE] = str(folder.resolve() / LEFT)
     try:
         with (folder / OUTPUT).open("ab") as output:
             begin = output.tell()
@@ -83,7 +85,7 @@ def launch(folder: Path, words: Sequence[str]) -> Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                env=os.environ | environment,
             )
     except OSError as e:
         raise cannot_write(e, folder) from e
@@ -139,7 +141,8 @@ def last_error(folder: Path, process: Process | None) -> str:
     lines = [line.rstrip() for line in text.splitlines()]
     for at in range(len(lines) - 1, -1, -1):
         if lines[at].startswith(ERROR):
-            return "\n".join(lines[at:]).removeprefix(ERROR).strip()
+            error = "\n".join(lines[at:]).removeprefix(ERROR).strip()
+            return read_error_file(folder / LEFT, error, untrusted.text)
     said = [line for line in lines if line]
     return INTERRUPTED if said and said[-1].startswith(INTERRUPTED) else ""
 

@@ -25,6 +25,7 @@ from vicuna.config import RUN_KEYS
 from vicuna.errors import UserError
 from vicuna.files import sweep, whole_file
 from vicuna.lines import Lines
+from vicuna.messages import with_messages
 from vicuna.system_errors import cannot_write, writing
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
@@ -108,7 +109,7 @@ class RunFolder:
 
     def log(self, event: str, **fields: Any) -> dict[str, Any]:
         """Write one event."""
-        line = {"event": event, **fields, "time": round(time.time(), 3)}
+        line = with_messages({"event": event, **fields, "time": round(time.time(), 3)})
         assert self._log is not None
         self._log.add(json.dumps(line, ensure_ascii=False))
         return line

@@ -7,6 +7,7 @@ that answers somebody at the same time.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ from typing import Any
 from vicuna.commands.data import renderer_for
 from vicuna.config import TrainSettings
 from vicuna.data import dataset
-from vicuna.errors import UserError
+from vicuna.errors import ERROR_FILE, UserError, read_error_file
 from vicuna.files import scratch_folder
+from vicuna.messages import restored
 from vicuna.runs.process import ERROR
 
 SECONDS = 300
@@ -56,6 +58,7 @@ def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
     with scratch_folder("plan") as folder:
         recipe = Path(folder) / "plan.yaml"
         recipe.write_text(yaml.safe_dump(dict(chosen), allow_unicode=True), encoding="utf-8")
+        environment = os.environ | {ERROR_FILE: str(Path(folder) / "error.json")}
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "vicuna", "plan", str(recipe), "--json"],
@@ -64,13 +67,16 @@ def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
                 encoding="utf-8",
                 errors="replace",
                 timeout=SECONDS,
+                env=environment,
             )
         except subprocess.TimeoutExpired as e:
             raise UserError(
                 f"planning took more than {SECONDS} seconds", where="memory plan"
             ) from e
-    if done.returncode:
-        _, _, words = done.stderr.rpartition(ERROR)
-        raise UserError(words.strip() or "no plan could be made", where="")
-    loaded: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return loaded
+        if done.returncode:
+            _, _, words = done.stderr.rpartition(ERROR)
+            raise UserError(
+                read_error_file(Path(folder) / "error.json", words.strip())
+                or "no plan could be made"
+            )
+    return restored(json.loads(done.stdout.strip().splitlines()[-1]))

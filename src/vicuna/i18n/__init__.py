@@ -1,0 +1,1 @@
+"""The texts of `vicuna` in other languages than English."""
