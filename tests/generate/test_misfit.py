@@ -187,7 +187,7 @@ REFUSED = {
 def test_what_is_refused_is_refused_everywhere(
     base: str, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vicuna.serve.registry import Shelf
+    from vicuna.serve.registry import AdapterRegistry
 
     folder = adapter(tmp_path / "a")
     path = Path(folder) / "adapter_config.json"
@@ -200,7 +200,7 @@ def test_what_is_refused_is_refused_everywhere(
             model.load_adapter("x", folder)
         assert says(model) == wanted
     with pytest.raises(UserError, match=name):
-        Shelf([tmp_path]).add(folder)
+        AdapterRegistry([tmp_path]).add(folder)
     out = str(tmp_path / "out")
     for words in (
         ["adapter", "inspect", folder],
@@ -218,29 +218,29 @@ def test_what_is_refused_is_refused_everywhere(
 def test_on_the_page(base: str, good: str, tmp_path: Path) -> None:
     from vicuna import config
     from vicuna.generate.load import open_model
-    from vicuna.serve.worker import Room
+    from vicuna.serve.worker import ModelWorker
 
     bad = adapter(tmp_path / "bad", hidden_size=48)
     settings = {"model": base, "precision": "fp32", "template": "alpaca"}
     answering = config.build(config.AnswerSettings, settings)
-    room = Room(lambda: open_model(answering))
+    worker = ModelWorker(lambda: open_model(answering))
 
     def scores() -> torch.Tensor:
-        engine = room.loaded.engine
+        engine = worker.loaded.engine
         engine.forget()
         return engine.prefill([5, 6, 7, 8])
 
     try:
-        room.choose("", {}).wait()
+        worker.choose("", {}).wait()
         of_base = scores()
-        room.choose("", {good: 1.0}).wait()
+        worker.choose("", {good: 1.0}).wait()
         of_good = scores()
         assert not torch.equal(of_base, of_good)
         for mix in ({bad: 1.0}, {good: 0.5, bad: 0.5}):
             with pytest.raises(UserError, match="another hidden size"):
-                room.choose("", mix).wait()
+                worker.choose("", mix).wait()
             assert torch.equal(scores(), of_good)
-        room.choose("", {}).wait()
+        worker.choose("", {}).wait()
         assert torch.equal(scores(), of_base)
     finally:
-        room.close()
+        worker.close()

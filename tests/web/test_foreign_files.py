@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vicuna.errors import UserError
 from vicuna.runs.manager import Runs
-from vicuna.serve.registry import Shelf
+from vicuna.serve.registry import AdapterRegistry
 from vicuna.web import adapters_html, train_html
 from vicuna.web.i18n import say
 
@@ -62,12 +62,12 @@ def adapter(folder: Path, config: Any = CONFIG, meta: Any = META) -> Path:
     return folder
 
 
-def shown(shelf: Shelf) -> str:
+def shown(registry: AdapterRegistry) -> str:
     """The tab's cards as a browser is sent them."""
-    found = shelf.cards()
-    html = adapters_html.cards(found, dict.fromkeys(shelf.paths(), 1.0), True, words)
-    html += "".join(f"{name}{path}" for name, path in shelf.choices())
-    html += shelf.in_words(dict.fromkeys(shelf.paths(), 0.5))
+    found = registry.adapters()
+    html = adapters_html.cards(found, dict.fromkeys(registry.paths(), 1.0), True, words)
+    html += "".join(f"{name}{path}" for name, path in registry.choices())
+    html += registry.describe(dict.fromkeys(registry.paths(), 0.5))
     html.encode()
     return html
 
@@ -89,7 +89,7 @@ def listed(runs: Runs) -> str:
 def test_a_config_s_field_may_be_anything(tmp_path: Path, field: str, value: Any) -> None:
     adapter(tmp_path / "good")
     adapter(tmp_path / "odd", config={**CONFIG, field: value})
-    assert "good" in shown(Shelf([tmp_path]))
+    assert "good" in shown(AdapterRegistry([tmp_path]))
 
 
 @quick
@@ -102,7 +102,7 @@ def test_what_was_noted_may_be_anything(tmp_path: Path, field: str, value: Any) 
     adapter(tmp_path / "good")
     meta = {**META, outer: [held] if inner and outer == "mixed" else held}
     adapter(tmp_path / "odd", meta=meta)
-    assert "good" in shown(Shelf([tmp_path]))
+    assert "good" in shown(AdapterRegistry([tmp_path]))
 
 
 @pytest.mark.parametrize("text", [NESTED, '{"r":' + NESTED + "}", "", "[]", "{", "9" * 9999, "\0"])
@@ -112,11 +112,11 @@ def test_a_file_that_holds_no_table_is_one_card_that_says_so(tmp_path: Path, tex
         adapter(tmp_path / name, **{name: text})
     (tmp_path / "bytes").mkdir()
     (adapter(tmp_path / "bytes") / "adapter_config.json").write_bytes(b"\xff\xfe{}")
-    shelf = Shelf([tmp_path])
-    html = shown(shelf)
+    registry = AdapterRegistry([tmp_path])
+    html = shown(registry)
     assert html.count("无法读取这个适配器") == 3
-    assert shelf.paths() == {str(tmp_path / "good")}
-    shelf.delete(str(tmp_path / "config"))
+    assert registry.paths() == {str(tmp_path / "good")}
+    registry.delete(str(tmp_path / "config"))
     assert not (tmp_path / "config").exists()
 
 
@@ -127,7 +127,7 @@ def test_names_that_no_browser_can_be_sent(tmp_path: Path) -> None:
         adapter(place)
     except OSError:
         pytest.skip("this file system takes no such name")
-    assert "good" in shown(Shelf([tmp_path]))
+    assert "good" in shown(AdapterRegistry([tmp_path]))
     write_run(tmp_path / "runs" / "good")
     write_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/runs/\xff\xfe")))
     assert "good" in listed(Runs(tmp_path / "runs"))
@@ -145,11 +145,11 @@ def test_links_out_of_the_folders_are_not_followed(tmp_path: Path) -> None:
     (folder / "circle" / "vicuna.json").symlink_to(folder / "circle" / "vicuna.json")
     inside = folder / "inside"
     inside.symlink_to(folder / "good")
-    shelf = Shelf([folder])
-    assert "secret" not in shown(shelf)
-    assert shelf.paths() == {str(folder / "good")}
+    registry = AdapterRegistry([folder])
+    assert "secret" not in shown(registry)
+    assert registry.paths() == {str(folder / "good")}
     with pytest.raises(UserError, match="not here"):
-        shelf.get(str(outside / "far"))
+        registry.get(str(outside / "far"))
 
 
 def test_links_out_of_a_run_are_not_shown(tmp_path: Path) -> None:
@@ -230,4 +230,4 @@ def test_folders_where_files_are_expected(tmp_path: Path) -> None:
     adapter(tmp_path / "shelf" / "good")
     (tmp_path / "shelf" / "odd" / "adapter_config.json").mkdir(parents=True)
     (tmp_path / "shelf" / "odd" / "adapter_model.safetensors").write_bytes(b"")
-    assert "good" in shown(Shelf([tmp_path / "shelf"]))
+    assert "good" in shown(AdapterRegistry([tmp_path / "shelf"]))

@@ -140,7 +140,7 @@ def test_a_question_beyond_all_measure_is_not_read(page: tuple[App, str]) -> Non
 def test_what_nobody_listens_to_is_given_up(
     page: tuple[App, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "PATIENCE", 0.5)
+    monkeypatch.setattr(worker, "DISCONNECT_GRACE", 0.5)
     app, url = page
     config = httpx.get(f"{url}config").json()
     event = next(d["id"] for d in config["dependencies"] if d["api_name"] == "chat")
@@ -148,7 +148,7 @@ def test_what_nobody_listens_to_is_given_up(
         sent = {"data": ["go on", *asked(app, f"{1000 + n:032x}", tokens=400)], "fn_index": event,
                 "session_hash": f"deaf{n}"}  # fmt: skip
         httpx.post(f"{url}gradio_api/queue/join", json=sent)
-    assert app.room.queue.length() <= queue.NEAR + 1
+    assert app.worker.queue.length() <= queue.PER_ADDRESS + 1
     client = Client(url, verbose=False)
     tab = f"{7:032x}"
     for _ in range(100):
@@ -156,7 +156,7 @@ def test_what_nobody_listens_to_is_given_up(
         if "too many" not in str(note):
             break
     assert len(app.sessions.get(tab).chat.turns) == 2
-    while app.room.queue.length():
+    while app.worker.queue.length():
         threading.Event().wait(0.05)
     client.close()
 
@@ -166,19 +166,19 @@ def test_the_queue_takes_so_many_of_a_person_an_address_and_of_all() -> None:
         return Job(person, lambda _: None, address=address)
 
     waiting = FairQueue()
-    for _ in range(queue.OWN):
-        waiting.join(job("a"))
+    for _ in range(queue.PER_CLIENT):
+        waiting.submit(job("a"))
     with pytest.raises(UserError, match="too many"):
-        waiting.join(job("a"))
-    waiting.join(job("b"))
-    for n in range(queue.NEAR):
-        waiting.join(job(f"n{n}", "10.0.0.1"))
+        waiting.submit(job("a"))
+    waiting.submit(job("b"))
+    for n in range(queue.PER_ADDRESS):
+        waiting.submit(job(f"n{n}", "10.0.0.1"))
     with pytest.raises(UserError, match="too many"):
-        waiting.join(job("c", "10.0.0.1"))
-    while waiting.length() < queue.ALL:
-        waiting.join(job(f"x{waiting.length()}"))
+        waiting.submit(job("c", "10.0.0.1"))
+    while waiting.length() < queue.IN_ALL:
+        waiting.submit(job(f"x{waiting.length()}"))
     with pytest.raises(UserError, match="too many"):
-        waiting.join(job("d"))
+        waiting.submit(job("d"))
 
 
 def test_read_only_fetches_nothing(page: tuple[App, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,4 +202,4 @@ def test_read_only_fetches_nothing(page: tuple[App, str], monkeypatch: pytest.Mo
     sent = [f"{8:032x}", str(Path("a.jsonl")), "evil-owner/base2", "auto", None, False]
     _, told = send(url, str(look[0]), sent, "look")
     assert not fetched
-    assert app.shelf.cards()
+    assert app.registry.adapters()

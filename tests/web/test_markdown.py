@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.thoughts import Parts
-from vicuna.serve.worker import Branch, Picture
+from vicuna.serve.worker import BeamState, Snapshot
 from vicuna.web import chat_html, code_html, markdown
 from vicuna.web.i18n import say
 from vicuna.web.sessions import Session
@@ -167,13 +167,13 @@ def test_conversations_and_beams_are_as_safe(text: str) -> None:
         session.asked, Parts(text, text), {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text}
     )
     words = partial(say, "zh")
-    picture = Picture(text, (Branch(text, -1.0, 3), Branch("b", -2.0, 3)))
+    snapshot = Snapshot(text, (BeamState(text, -1.0, 3), BeamState("b", -2.0, 3)))
     for html in (
         chat_html.history(session, words),
-        chat_html.growing(picture, "columns", words),
-        chat_html.growing(Picture(f"<think>{text}", marks=ThoughtMarks()), "columns", words),
+        chat_html.growing(snapshot, "columns", words),
+        chat_html.growing(Snapshot(f"<think>{text}", marks=ThoughtMarks()), "columns", words),
         chat_html.growing(
-            Picture(f"<think>{text}</think>{text}", marks=ThoughtMarks()), "columns", words
+            Snapshot(f"<think>{text}</think>{text}", marks=ThoughtMarks()), "columns", words
         ),
         chat_html.problem(text, text),
     ):

@@ -42,8 +42,8 @@ from vicuna.model import (
 from vicuna.runs import process
 from vicuna.runs.manager import Runs
 from vicuna.serve import registry
-from vicuna.serve.queue import OWN, FairQueue, Job
-from vicuna.serve.registry import Shelf
+from vicuna.serve.queue import PER_CLIENT, FairQueue, Job
+from vicuna.serve.registry import AdapterRegistry
 from vicuna.train import loop as training
 from vicuna.train import oom, resume, samples, setup
 from vicuna.train.checkpoint import State
@@ -138,11 +138,13 @@ def of_adapters(say: Heard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     say(concatenate.save_mix, {}, folder)
     say(concatenate.save_mix, {}, folder / "new")
     _adapter(folder / "outside" / "a", '"r": 1')
-    mine_only = Shelf([folder / "runs"])
+    mine_only = AdapterRegistry([folder / "runs"])
     say(mine_only.get, "gone")
-    monkeypatch.setattr(mine_only, "get", lambda _: registry.Card(str(folder / "outside"), "a"))
+    monkeypatch.setattr(
+        mine_only, "get", lambda _: registry.AdapterInfo(str(folder / "outside"), "a")
+    )
     say(mine_only.delete, "a")
-    at_work = registry.Card(str(folder / "runs" / "a" / "adapter"), "a", log=folder)
+    at_work = registry.AdapterInfo(str(folder / "runs" / "a" / "adapter"), "a", log=folder)
     monkeypatch.setattr(mine_only, "get", lambda _: at_work)
     monkeypatch.setattr(registry, "_at_work", lambda _: True)
     say(mine_only.delete, "a")
@@ -323,13 +325,13 @@ def of_visitors(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPa
     say(files.may_fetch, only_looks, "a/b")
     say(check_length, [Turn("user", "x" * 99)], 1)
     queue = FairQueue()
-    for _ in range(OWN):
-        queue.join(Job("a", print))
+    for _ in range(PER_CLIENT):
+        queue.submit(Job("a", print))
     say(queue.join, Job("a", print))
     (folder / "out").symlink_to("/etc")
     say(untrusted.check_links, folder / "out", [folder])
     _adapter(folder / "odd-card" / "a", '"r": "eight"')
-    odd = Shelf([folder / "odd-card"]).cards()
+    odd = AdapterRegistry([folder / "odd-card"]).adapters()
     say.texts.append(odd[0].problem)
     monkeypatch.setattr(chat_files, "LONGEST", 1)
     monkeypatch.setattr(sessions, "TURNS", 1)

@@ -49,7 +49,7 @@ def asked(app: App, tab: str, *adapters: str, tokens: int = 12) -> list[Any]:
     order += ["frequency_penalty", "presence_penalty", "no_repeat_ngram_size", "min_new_tokens"]
     order += ["banned_words", "logit_bias", "stop", "stop_tokens", "logprobs"]
     values = [controls[key] for key in order]
-    return [tab, list(adapters), 1.0, "", "", app.room.context, "columns", "greedy", *values]
+    return [tab, list(adapters), 1.0, "", "", app.worker.context, "columns", "greedy", *values]
 
 
 def test_twenty_people_at_once_get_their_own_answers(place: Path, page: tuple[App, str]) -> None:
@@ -78,7 +78,7 @@ def test_twenty_people_at_once_get_their_own_answers(place: Path, page: tuple[Ap
     for thread in threads:
         thread.join(90)
     assert found == {i: [f"question {i}?", wanted[i]] for i in range(PEOPLE)}
-    assert app.room.queue.length() == 0
+    assert app.worker.queue.length() == 0
 
 
 def test_a_stop_ends_one_s_own_answer_only(page: tuple[App, str]) -> None:
@@ -122,7 +122,7 @@ def test_what_goes_wrong_inside_is_told_and_the_page_lives(
     from vicuna.generate.engines.base import OutOfMemory
 
     app, url = page
-    engine: Any = app.room.loaded.engine
+    engine: Any = app.worker.loaded.engine
     step, client, tab = engine.step, Client(url, verbose=False), f"{301:032x}"
 
     def short(tokens: Any, parents: Any) -> Any:

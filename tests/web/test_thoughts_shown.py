@@ -12,7 +12,7 @@ from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.events import Answer, Finished
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.queue import Job
-from vicuna.serve.worker import Branch, Picture
+from vicuna.serve.worker import BeamState, Snapshot
 from vicuna.web import chat_html, instruct_html, markdown, tab_chat
 from vicuna.web.i18n import say
 from vicuna.web.probabilities import Said, thought_tokens
@@ -28,9 +28,9 @@ def finished(text: str) -> Finished:
     return Finished((Answer(text, (1, 2), 0.0, "stop"),), "stop", 1, 0.1, 0.2)
 
 
-def grows(text: str, marks: ThoughtMarks, split_at: int) -> Picture:
+def grows(text: str, marks: ThoughtMarks, split_at: int) -> Snapshot:
     """What became final, and an open branch behind it."""
-    return Picture(text[:split_at], (Branch(text[split_at:], 0.0, 3),), marks=marks)
+    return Snapshot(text[:split_at], (BeamState(text[split_at:], 0.0, 3),), marks=marks)
 
 
 @pytest.mark.parametrize(("marks", "text"), WAYS)
@@ -38,10 +38,10 @@ def grows(text: str, marks: ThoughtMarks, split_at: int) -> Picture:
 def test_a_thought_is_open_while_it_grows_and_folded_once_the_answer_begins(
     marks: ThoughtMarks, text: str, place: str
 ) -> None:
-    def draw(picture: Picture) -> str:
+    def draw(snapshot: Snapshot) -> str:
         if place == "chat":
-            return chat_html.growing(picture, "columns", ZH)
-        return instruct_html.grid([("law", picture, markdown.html)], ZH)
+            return chat_html.growing(snapshot, "columns", ZH)
+        return instruct_html.grid([("law", snapshot, markdown.html)], ZH)
 
     for end in range(1, len(text) + 1):
         html = draw(grows(text[:end], marks, end // 2))
@@ -50,7 +50,7 @@ def test_a_thought_is_open_while_it_grows_and_folded_once_the_answer_begins(
         assert ("<details" in html) == ("2" in html)
         assert ('<details class="v-thought" open>' in html) == ("2" in html and not answered)
     assert answered
-    html = draw(Picture(text, finished=finished(text), marks=marks)) if place == "instruct" else ""
+    html = draw(Snapshot(text, finished=finished(text), marks=marks)) if place == "instruct" else ""
     assert not html or ('<details class="v-thought"><summary>' in html and "think&gt;" not in html)
 
 
@@ -59,7 +59,7 @@ def test_a_thought_stays_beside_the_answer_in_history_files_and_prompts(
     marks: ThoughtMarks, text: str
 ) -> None:
     session, job = Session("0" * 32), Job("a", lambda _: None)
-    job.latest = Picture(text, finished=finished(text), marks=marks)
+    job.latest = Snapshot(text, finished=finished(text), marks=marks)
     session.begin("2 + 2?")
     session.end(session.asked, *tab_chat._kept(job, "law"))
     turn = session.chat.turns[-1]

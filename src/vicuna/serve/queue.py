@@ -1,7 +1,7 @@
 """The queue before the one model: who is computed next. Plain Python, no web and no model.
 
-People take turns: whoever asks many things at once waits behind those who asked one. Requests of
-one person keep their order. A request that was cancelled while it waited is never begun.
+Clients take turns: one that sends many requests at once waits behind those that sent one. The
+requests of one client keep their order. A request that is cancelled while it waits never starts.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any, Literal
 
 from vicuna.errors import UserError
 
-# Jobs that may wait: of a person (one page asks six at once), from an address (a class of pupils
-# may have one together), of all.
-OWN, NEAR, ALL = 12, 48, 200
+# Jobs that may wait: of one client (a page submits six at once), from one address (a whole
+# class may share it), in all.
+PER_CLIENT, PER_ADDRESS, IN_ALL = 12, 48, 200
 
 State = Literal["waiting", "running", "done"]
 
 
 class Job:
-    """A request of somebody.
+    """A request in the queue.
 
-    person: who asks. address: from where; "" where that is not known.
+    client_id: whose turn it uses. address: the client's; "" if unknown.
     work: what is done when it is its turn.
     then: what is done at its end, whatever the end is, and before anybody sees that it ended.
     cancelled: set by `cancel`; `work` looks at it.
@@ -32,12 +32,12 @@ class Job:
 
     def __init__(
         self,
-        person: str,
+        client_id: str,
         work: Callable[[Job], Any],
         then: Callable[[Job], None] = lambda _: None,
         address: str = "",
     ) -> None:
-        self.person, self.work, self.then, self.address = person, work, then, address
+        self.client_id, self.work, self.then, self.address = client_id, work, then, address
         self.queue: FairQueue | None = None
         self.followers = 0  # pages that look at it
         self.cancelled = threading.Event()
@@ -52,7 +52,7 @@ class Job:
         the queue at once."""
         self.cancelled.set()
         if self.queue is not None:
-            self.queue.leave(self)
+            self.queue.cancel(self)
 
     def run(self) -> None:
         """Do the work. What goes wrong is kept in `error`, so that the next job is done."""
@@ -85,34 +85,34 @@ class FairQueue:
         self._running: Job | None = None
         self._closed = False
 
-    def join(self, job: Job) -> Job:
+    def submit(self, job: Job) -> Job:
         """Take a job in.
 
-        Raises: UserError where too many wait: of this person, from this address, or of all.
+        Raises: UserError where too many wait: of this client, from this address, or in all.
         """
         with self._changed:
             everybody = [other for own in self._waiting.values() for other in own]
             near = sum(1 for other in everybody if job.address and other.address == job.address)
-            own = len(self._waiting.get(job.person, ()))
-            if own >= OWN or near >= NEAR or len(everybody) >= ALL:
+            own = len(self._waiting.get(job.client_id, ()))
+            if own >= PER_CLIENT or near >= PER_ADDRESS or len(everybody) >= IN_ALL:
                 raise UserError(
                     "too many questions wait already",
                     fix="Wait until some of them are answered, or stop them.",
                 )
             job.queue = self
-            self._waiting.setdefault(job.person, deque()).append(job)
+            self._waiting.setdefault(job.client_id, deque()).append(job)
             self._changed.notify()
         return job
 
-    def leave(self, job: Job) -> None:
+    def cancel(self, job: Job) -> None:
         """End a job that was cancelled while it waits; one that is being done ends by itself."""
         with self._changed:
-            own = self._waiting.get(job.person, deque())
+            own = self._waiting.get(job.client_id, deque())
             if job not in own:
                 return
             own.remove(job)
             if not own:
-                del self._waiting[job.person]
+                del self._waiting[job.client_id]
         job.run()
 
     def next(self) -> Job | None:
@@ -121,29 +121,29 @@ class FairQueue:
             self._running = None
             while not self._closed:
                 if self._waiting:
-                    person, jobs = self._waiting.popitem(last=False)
+                    client_id, jobs = self._waiting.popitem(last=False)
                     job = jobs.popleft()
                     if jobs:
-                        self._waiting[person] = jobs  # behind everybody else
+                        self._waiting[client_id] = jobs  # behind everybody else
                     job.state, self._running = "running", job
                     return job
                 self._changed.wait()
             return None
 
-    def ahead(self, job: Job) -> int:
+    def position(self, job: Job) -> int:
         """How many jobs will be done before this one; 0 where it is its turn."""
         with self._changed:
             if job.state != "waiting":
                 return 0
             people = list(self._waiting)
-            own = self._waiting.get(job.person, deque())
+            own = self._waiting.get(job.client_id, deque())
             if job not in own:
                 return 0
-            round_, place = own.index(job), people.index(job.person)
+            round_, place = own.index(job), people.index(job.client_id)
             before = sum(
                 min(len(jobs), round_ + (i < place))
                 for i, jobs in enumerate(self._waiting.values())
-                if people[i] != job.person
+                if people[i] != job.client_id
             )
             return before + round_ + (self._running is not None)
 

@@ -1,7 +1,7 @@
 """The adapters that the page knows: what lies in its folders, and what was added by name.
 
-An adapter is known by the path it is loaded from (or its hub id). What a card tells of one is read
-from small files; weights are read only when it is to answer.
+An adapter is identified by the path it is loaded from (or its hub id). `AdapterInfo` is read from
+small files; the weights are read only when the adapter is used.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vicuna.model.adapter_names import META, WEIGHTS
 
 DEPTH = 3  # folders below the page's
 MOST = 300
-LATELY = 2.0  # seconds
+RECENT = 2.0  # seconds
 
 
 @dataclass(frozen=True)
-class Card:
+class AdapterInfo:
     """What is known of an adapter.
 
     name: as it is shown. base, template, data, size, changed: "" or 0 where nothing says it.
@@ -49,7 +49,7 @@ class Card:
     problem: str = ""
 
 
-class Shelf:
+class AdapterRegistry:
     """All adapters of some folders, and those that were added.
 
     Args:
@@ -60,53 +60,53 @@ class Shelf:
         self.folders = [folder.resolve() for folder in folders]
         self._added: list[str] = []
         self._lock = threading.Lock()
-        self._lately: tuple[float, list[str]] = (-LATELY, [])
+        self._recent: tuple[float, list[str]] = (-RECENT, [])
 
-    def cards(self) -> list[Card]:
-        """A card for each adapter, the newest first; those that were added by name before them."""
+    def adapters(self) -> list[AdapterInfo]:
+        """All adapters: those added by name, then those of the folders, newest first."""
         with self._lock:
             added = list(self._added)
         places = [self._place(p) for folder in self.folders for p in _adapters(folder)]
-        found = {str(p): self._try_card(p, True) for p in places}
-        named = {path: self._try_card(Path(path)) for path in added if Path(path).is_dir()}
-        others = {path: Card(path, path) for path in added if path not in named}
+        found = {str(p): self._try_info(p, True) for p in places}
+        named = {path: self._try_info(Path(path)) for path in added if Path(path).is_dir()}
+        others = {path: AdapterInfo(path, path) for path in added if path not in named}
         newest = sorted(found.values(), key=lambda c: -c.changed)[:MOST]
         first = [c for path, c in {**named, **others}.items() if path not in found]
         return [*first, *newest]
 
     def paths(self) -> set[str]:
         """What may be loaded."""
-        return {card.path for card in self.cards() if not card.problem}
+        return {info.path for info in self.adapters() if not info.problem}
 
     def choices(self) -> list[tuple[str, str]]:
         """(name, path) of each."""
-        return [(card.name, card.path) for card in self.cards() if not card.problem]
+        return [(info.name, info.path) for info in self.adapters() if not info.problem]
 
-    def lately(self) -> list[str]:
+    def recent_paths(self) -> list[str]:
         """The paths of what may be loaded, a moment old at most: one look for all who ask then."""
-        then, found = self._lately
-        if time.monotonic() - then >= LATELY:
+        then, found = self._recent
+        if time.monotonic() - then >= RECENT:
             found = sorted(self.paths())
-            self._lately = (time.monotonic(), found)
+            self._recent = (time.monotonic(), found)
         return found
 
-    def get(self, path: str) -> Card:
-        """The card of an adapter. Raises: UserError where it is not (any more) on the shelf."""
-        for card in self.cards():
-            if card.path == path:
-                return card
+    def get(self, path: str) -> AdapterInfo:
+        """One adapter. Raises: UserError if it is not (or no longer) registered."""
+        for info in self.adapters():
+            if info.path == path:
+                return info
         raise UserError("this adapter is not here any more", where=path)
 
-    def in_words(self, mix: Mapping[str, float]) -> str:
+    def describe(self, mix: Mapping[str, float]) -> str:
         """A mix by the names of its adapters: `law 0.7 + poems 0.3`; "" for none."""
-        names = {card.path: card.name for card in self.cards()}
+        names = {info.path: info.name for info in self.adapters()}
         if len(mix) == 1:
             path, weight = next(iter(mix.items()))
             return names.get(path, path) + ("" if weight == 1 else f" {weight:g}")
         return " + ".join(f"{names.get(path, path)} {weight:g}" for path, weight in mix.items())
 
     def add(self, adapter: str) -> str:
-        """Put an adapter on the shelf, by path or hub id; the path it is known by.
+        """Register an adapter by path or hub id; returns the path that identifies it.
 
         Raises: UserError where there is none.
         """
@@ -114,7 +114,7 @@ class Shelf:
 
         path = str(locate_adapter(adapter).resolve())
         read_adapter(path)
-        if problem := self._try_card(Path(path)).problem:
+        if problem := self._try_info(Path(path)).problem:
             raise UserError(problem, where=path)
         with self._lock:
             if path not in self._added:
@@ -126,15 +126,15 @@ class Shelf:
 
         Raises: UserError where it lies elsewhere, or its run is at work.
         """
-        card = self.get(path)
-        folder = Path(card.path).resolve()
+        info = self.get(path)
+        folder = Path(info.path).resolve()
         if not any(folder.is_relative_to(f.resolve()) for f in self.folders):
             raise UserError(
                 "this adapter lies outside of the page's folders", where=path,
                 fix="Delete it by hand.",
             )  # fmt: skip
         run = folder.parent
-        if card.log is not None and _at_work(run):
+        if info.log is not None and _at_work(run):
             raise UserError("its run is at work", where=str(run), fix="Stop the run first.")
         aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         folder.rename(aside)
@@ -142,8 +142,8 @@ class Shelf:
         with self._lock:
             self._added = [p for p in self._added if p != path]
 
-    def _try_card(self, path: Path, kept: bool = False) -> Card:
-        """The card of an adapter; where it cannot be read, one that says so.
+    def _try_info(self, path: Path, kept: bool = False) -> AdapterInfo:
+        """Information on an adapter; if it cannot be read, `problem` says why.
 
         Args:
             kept: whether links out of the folders are a reason.
@@ -151,15 +151,17 @@ class Shelf:
         try:
             if kept:
                 untrusted.check_links(path, self.folders)
-            return self._card(path)
+            return self._info(path)
         except UserError as e:
             problem = str(e)
         except Exception as e:  # its files may hold anything
             problem = f"it cannot be read: {untrusted.text(e, 200) or type(e).__name__}"
-        return Card(untrusted.text(path), untrusted.text(self._name(path), 200), problem=problem)
+        return AdapterInfo(
+            untrusted.text(path), untrusted.text(self._name(path), 200), problem=problem
+        )
 
-    def _card(self, path: Path) -> Card:
-        """The card of an adapter. Raises: many kinds where a file holds what nobody expects."""
+    def _info(self, path: Path) -> AdapterInfo:
+        """Raises: errors of many types if a file has unexpected content."""
         str(path).encode()  # a name that no browser can be sent
         config, meta = _json(path / "adapter_config.json"), _json(path / META)
         run = path.parent if path.name == "adapter" else None
@@ -173,7 +175,7 @@ class Shelf:
         template = meta.get("template") or {}
         mixed = [(m["adapter"], untrusted.number(m["strength"])) for m in meta.get("mixed", [])]
         base = (meta.get("base") or {}).get("name") or _base(config)
-        return Card(
+        return AdapterInfo(
             path=str(path),
             name=self._name(run if run is not None else path),
             base=untrusted.text(base, 200),

@@ -1,9 +1,9 @@
-"""The room of the one model: a thread in which everything is computed, one request at a time.
+"""The worker of the one model: a thread in which everything is computed, one request at a time.
 
-Whoever asks gets a `Job` at once and looks at it when it pleases: nothing that serves browsers ever
-waits for the model. Each request says with which adapters it wants to be answered, so that people
-do not change the model under each other. What the model has read is kept between requests that
-begin alike; where two people take turns, it reads each one's conversation again.
+`submit` returns a `Job` at once, which can be polled or followed: nothing that serves browsers
+waits for the model. Each request names its adapters, so that clients do not change the model under
+each other. The keys and values of a prompt are kept for the next one that begins alike; when two
+clients take turns, each conversation is computed again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ if TYPE_CHECKING:
     from vicuna.generate.load import Loaded
     from vicuna.generate.settings import Settings
 
-RATE = 25  # pictures of a growing answer a second at most
+MAX_FPS = 25  # snapshots of an answer in progress per second, at most
 NO_MARKS = ThoughtMarks("", "")
-PATIENCE = 20.0  # seconds that an answer goes on for nobody: a page that is loaded again comes back
+# Seconds that an answer continues without followers: a page that is being reloaded comes back.
+DISCONNECT_GRACE = 20.0
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerateRequest:
     """A request for an answer.
 
     turns: as a template takes them, a question at the end.
@@ -53,8 +54,8 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A beam as it is shown: the text behind the agreed one, its score, its tokens."""
+class BeamState:
+    """A beam for display: its text after the stable prefix, its score, its number of tokens."""
 
     text: str
     score: float
@@ -63,15 +64,15 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """How an answer stands.
+class Snapshot:
+    """An answer in progress, or finished.
 
-    text: final, with its thought. marks: of that thought. branches: the open ones, best first,
+    text: final, with its thought. marks: of that thought. beams: the open ones, best first,
     behind the best finished one. dropped: turns that did not fit. finished: the end.
     """
 
     text: str = ""
-    branches: tuple[Branch, ...] = ()
+    beams: tuple[BeamState, ...] = ()
     tokens: int = 0
     seconds: float = 0.0
     dropped: int = 0
@@ -88,14 +89,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """Not yet begun: so many requests of others come before."""
+class Queued:
+    """Not started: `position` requests are computed before this one."""
 
-    ahead: int
+    position: int
 
 
-class Room:
-    """A model, the thread it lives in, and the queue before it.
+class ModelWorker:
+    """A model, the thread that runs it, and the queue of requests.
 
     Args:
         open_model: opens the model, inside the thread.
@@ -148,26 +149,28 @@ class Room:
         engine: Any = self.loaded.engine
         getattr(engine, "close", engine.forget)()
 
-    def ask(
+    def submit(
         self,
-        person: str,
-        ask: Ask,
+        client_id: str,
+        request: GenerateRequest,
         then: Callable[[Job], None] = lambda _: None,
         address: str = "",
     ) -> Job:
-        """Queue a request; `job.latest` is a `Picture` as soon as there is one. `then` is called
+        """Queue a request; `job.latest` is a `Snapshot` as soon as there is one. `then` is called
         with the job at its end, in the model's thread or in the one that cancels it.
 
         Raises: UserError where too many wait already.
         """
-        return self.queue.join(Job(person, lambda job: self._answer(ask, job), then, address))
+        return self.queue.submit(
+            Job(client_id, lambda job: self._answer(request, job), then, address)
+        )
 
-    def choose(self, person: str, mix: Mapping[str, float], address: str = "") -> Job:
+    def choose(self, client_id: str, mix: Mapping[str, float], address: str = "") -> Job:
         """Queue that these adapters are loaded; what does not fit raises there.
 
         Raises: UserError where too many wait already.
         """
-        return self.queue.join(Job(person, lambda _: self._choose(mix), address=address))
+        return self.queue.submit(Job(client_id, lambda _: self._choose(mix), address=address))
 
     def _choose(self, mix: Mapping[str, float]) -> None:
         """Answer with these adapters from now on. What is not loaded yet is loaded, and what was
@@ -182,14 +185,16 @@ class Room:
                 self._stamps[adapter] = stamp
         self.loaded.set_adapter(mix)
 
-    def _answer(self, ask: Ask, job: Job) -> Picture:
-        self._choose(ask.mix)
-        return _compute(self.loaded, ask, job)
+    def _answer(self, request: GenerateRequest, job: Job) -> Snapshot:
+        self._choose(request.mix)
+        return _compute(self.loaded, request, job)
 
-    def fitted(self, ask: Ask) -> Fitted:
+    def fitted(self, request: GenerateRequest) -> Fitted:
         """What of a conversation would be read. The adapters need not be loaded."""
-        renderer = self.loaded.renderer_of(ask.mix, ask.template)
-        return fit(ask.turns, renderer, _limit(self.context, ask), ask.settings.max_new_tokens)
+        renderer = self.loaded.renderer_of(request.mix, request.template)
+        return fit(
+            request.turns, renderer, _limit(self.context, request), request.settings.max_new_tokens
+        )
 
     async def settled(self, job: Job) -> None:
         """Wait for a job's end without holding a thread. Raises: what the work raised."""
@@ -198,7 +203,7 @@ class Room:
 
     async def follow(
         self, job: Job, heard: Callable[[], bool] = lambda: True
-    ) -> AsyncIterator[Waiting | Picture]:
+    ) -> AsyncIterator[Queued | Snapshot]:
         """What happens to a job, as it happens; ends with it. Where nobody follows it any more, and
         nobody comes back soon, it is cancelled.
 
@@ -214,13 +219,13 @@ class Room:
             while not job.ended.is_set():
                 if heard():
                     alone = time.monotonic()
-                elif time.monotonic() - alone > PATIENCE and job.followers == 1:
+                elif time.monotonic() - alone > DISCONNECT_GRACE and job.followers == 1:
                     job.cancel()
-                now = Waiting(self.queue.ahead(job)) if job.state == "waiting" else job.latest
+                now = Queued(self.queue.position(job)) if job.state == "waiting" else job.latest
                 if now is not None and now != shown:
                     yield now
                     shown = now
-                await asyncio.sleep(1 / RATE)
+                await asyncio.sleep(1 / MAX_FPS)
             if job.error is not None:
                 raise job.error
             if job.latest is not None and job.latest is not shown:
@@ -228,7 +233,7 @@ class Room:
         finally:
             job.followers -= 1
             if not job.followers and not job.ended.is_set():
-                asyncio.get_running_loop().call_later(PATIENCE, _abandon, job)
+                asyncio.get_running_loop().call_later(DISCONNECT_GRACE, _abandon, job)
 
 
 def _abandon(job: Job) -> None:
@@ -236,8 +241,8 @@ def _abandon(job: Job) -> None:
         job.cancel()
 
 
-def _limit(context: int, ask: Ask) -> int:
-    return min(context, ask.limit or context)
+def _limit(context: int, request: GenerateRequest) -> int:
+    return min(context, request.limit or context)
 
 
 def _stamp(adapter: str) -> float:
@@ -246,22 +251,24 @@ def _stamp(adapter: str) -> float:
     return max(times, default=0.0)
 
 
-def _compute(loaded: Loaded, ask: Ask, job: Job) -> Picture:
+def _compute(loaded: Loaded, request: GenerateRequest, job: Job) -> Snapshot:
     """Compute an answer; pictures of it go into `job.latest`."""
     from vicuna.generate.decode import decode
     from vicuna.generate.events import Finished
 
-    renderer = loaded.renderer_of(ask.mix, ask.template)
+    renderer = loaded.renderer_of(request.mix, request.template)
     engine, began = loaded.engine, time.perf_counter()
-    limit = _limit(engine.context_length, ask)
-    fitted = fit(ask.turns, renderer, limit, ask.settings.max_new_tokens)
+    limit = _limit(engine.context_length, request)
+    fitted = fit(request.turns, renderer, limit, request.settings.max_new_tokens)
     said: list[str] = []
-    blank = Picture(
+    blank = Snapshot(
         dropped=len(fitted.dropped), prompt_tokens=len(fitted.prompt_ids),
         marks=renderer.template.thought_marks(),
     )  # fmt: skip
     due = 0.0
-    for event in decode(engine, fitted.prompt_ids, ask.settings, renderer, job.cancelled.is_set):
+    for event in decode(
+        engine, fitted.prompt_ids, request.settings, renderer, job.cancelled.is_set
+    ):
         now = time.perf_counter()
         if isinstance(event, Finished):
             tokens = len(event.token_ids)
@@ -271,15 +278,15 @@ def _compute(loaded: Loaded, ask: Ask, job: Job) -> Picture:
             continue
         said.append(event.text)
         if now >= due:
-            due = now + 1 / RATE
-            job.latest = replace(blank, text="".join(said), seconds=now - began, **_branches(event))
-    assert isinstance(job.latest, Picture)
+            due = now + 1 / MAX_FPS
+            job.latest = replace(blank, text="".join(said), seconds=now - began, **_beams(event))
+    assert isinstance(job.latest, Snapshot)
     return job.latest
 
 
-def _branches(step: Step) -> dict[str, Any]:
-    """Beams and number of tokens of a picture."""
-    done = [Branch(b.open, b.score, b.token_count, True) for b in step.finished[:1]]
-    live = [Branch(b.open, b.score, b.token_count) for b in step.beams]
+def _beams(step: Step) -> dict[str, Any]:
+    """Beams and number of tokens of a snapshot."""
+    done = [BeamState(b.open, b.score, b.token_count, True) for b in step.finished[:1]]
+    live = [BeamState(b.open, b.score, b.token_count) for b in step.beams]
     tokens = max((b.tokens for b in live), default=0)
-    return {"branches": (*done, *live), "tokens": tokens}
+    return {"beams": (*done, *live), "tokens": tokens}

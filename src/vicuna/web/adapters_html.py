@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from html import escape
 
 from vicuna.runs.log import RunLog
-from vicuna.serve.registry import Card
+from vicuna.serve.registry import AdapterInfo
 from vicuna.web.charts import Curve, curves
 from vicuna.web.error_texts import in_words
 
 Say = Callable[..., str]
 
 
-def cards(found: list[Card], mix: Mapping[str, float], writable: bool, say: Say) -> str:
+def cards(found: list[AdapterInfo], mix: Mapping[str, float], writable: bool, say: Say) -> str:
     """A card for each adapter; those of the mix are marked and say their strength."""
     if not found:
         return f'<div class="v-note empty"><p>{say("adapters.none")}</p></div>'
@@ -22,7 +22,7 @@ def cards(found: list[Card], mix: Mapping[str, float], writable: bool, say: Say)
     return f'<div class="v-cards">{inner}</div>'
 
 
-def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
+def _card(card: AdapterInfo, strength: float | None, writable: bool, say: Say) -> str:
     if card.problem:
         return _unreadable(card, say)
     used = strength is not None
@@ -41,7 +41,7 @@ def _card(card: Card, strength: float | None, writable: bool, say: Say) -> str:
     )
 
 
-def _unreadable(card: Card, say: Say) -> str:
+def _unreadable(card: AdapterInfo, say: Say) -> str:
     words = escape(in_words(card.problem, say))
     return (
         f'<article class="v-card"><header><h3>{escape(card.name)}</h3></header>'
@@ -50,7 +50,7 @@ def _unreadable(card: Card, say: Say) -> str:
     )
 
 
-def _facts(card: Card, say: Say) -> list[tuple[str, str]]:
+def _facts(card: AdapterInfo, say: Say) -> list[tuple[str, str]]:
     rank = f"{card.rank} · α {card.alpha:g}" if card.rank else ""
     size = f"{card.size / 1e6:,.1f} MB" if card.size else ""
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(card.changed)) if card.changed else ""
@@ -66,7 +66,7 @@ def _facts(card: Card, say: Say) -> list[tuple[str, str]]:
     ]
 
 
-def _loss(card: Card, say: Say) -> str:
+def _loss(card: AdapterInfo, say: Say) -> str:
     """The run's loss over its updates, where it is known."""
     if card.log is None:
         return ""
@@ -86,7 +86,7 @@ def _loss(card: Card, say: Say) -> str:
     return curves(found, say("adapters.loss"), "")
 
 
-def _use(card: Card, strength: float | None, say: Say) -> str:
+def _use(card: AdapterInfo, strength: float | None, say: Say) -> str:
     checked = " checked" if strength is not None else ""
     path = escape(card.path)
     now = 1.0 if strength is None else strength

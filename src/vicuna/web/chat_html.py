@@ -12,7 +12,7 @@ from typing import Any
 
 from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
-from vicuna.serve.worker import Branch, Picture
+from vicuna.serve.worker import BeamState, Snapshot
 from vicuna.web import markdown, probabilities
 from vicuna.web.error_texts import told
 from vicuna.web.sessions import Note, Session
@@ -125,41 +125,41 @@ def stats(found: dict[str, Any], say: Say) -> str:
 _OWN_END = ("stop", "stop_string")
 
 
-def growing(picture: Picture, view: str, say: Say, draw: Draw = markdown.html) -> str:
+def growing(snapshot: Snapshot, view: str, say: Say, draw: Draw = markdown.html) -> str:
     """The answer as it stands, and its beams as `columns` or `rows`, or not (`hidden`).
 
     Args:
         draw: markdown to HTML.
     """
-    several = len(picture.branches) > 1
-    beams = live_beams(picture, view, say) if several and view != "hidden" else ""
-    own = "" if several or not picture.branches else picture.branches[0].text
-    parts = picture.parts(own)
+    several = len(snapshot.beams) > 1
+    beams = live_beams(snapshot, view, say) if several and view != "hidden" else ""
+    own = "" if several or not snapshot.beams else snapshot.beams[0].text
+    parts = snapshot.parts(own)
     thoughts = thought(parts.thought, bool(parts.answer), say, growing=True)
     text = f'<div class="v-said v-md v-growing">{draw(parts.answer)}</div>'
     if thoughts and not parts.answer:
         text = ""
     return (
         f'<div class="v-turn answer live">{thoughts}{text}{beams}'
-        f'<div class="v-acts"><span class="v-stats">{say("chat.tokens", tokens=picture.tokens)}'
+        f'<div class="v-acts"><span class="v-stats">{say("chat.tokens", tokens=snapshot.tokens)}'
         "</span></div></div>"
     )
 
 
-def live_beams(picture: Picture, view: str, say: Say) -> str:
+def live_beams(snapshot: Snapshot, view: str, say: Say) -> str:
     """All beams, best first: the agreed text solid, what is still open dim."""
-    agreed = picture.text[-TAIL:]
-    if len(picture.text) > TAIL:
+    agreed = snapshot.text[-TAIL:]
+    if len(snapshot.text) > TAIL:
         agreed = "…" + agreed
-    cards = "".join(_beam(agreed, b, i, say) for i, b in enumerate(_ranked(picture.branches), 1))
+    cards = "".join(_beam(agreed, b, i, say) for i, b in enumerate(_ranked(snapshot.beams), 1))
     return f'<div class="v-beams {view}" role="list">{cards}</div>'
 
 
-def _ranked(branches: Sequence[Branch]) -> Sequence[Branch]:
+def _ranked(branches: Sequence[BeamState]) -> Sequence[BeamState]:
     return sorted(branches, key=lambda b: (not b.finished, -b.score))
 
 
-def _beam(agreed: str, beam: Branch, place: int, say: Say) -> str:
+def _beam(agreed: str, beam: BeamState, place: int, say: Say) -> str:
     state = " done" if beam.finished else ""
     badge = f"<i>{say('chat.beam_done')}</i>" if beam.finished else f"<i>{place}</i>"
     return (

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from vicuna.generate.thoughts import Parts, split
-from vicuna.serve.worker import Picture, Waiting
+from vicuna.serve.worker import Queued, Snapshot
 from vicuna.web import chat_html, markdown
 from vicuna.web.chat_html import Draw
 
 Say = Callable[..., str]
 
 
-Now = Waiting | Picture | str
+Now = Queued | Snapshot | str
 
 
 def grid(columns: Sequence[tuple[str, Now, Draw]], say: Say) -> str:
@@ -29,8 +29,8 @@ def grid(columns: Sequence[tuple[str, Now, Draw]], say: Say) -> str:
 def _cell(now: Now, say: Say, draw: Draw) -> str:
     if isinstance(now, str):
         return chat_html.problem(now)
-    if isinstance(now, Waiting):
-        words = say("chat.ahead", ahead=now.ahead) if now.ahead else say("chat.reading")
+    if isinstance(now, Queued):
+        words = say("chat.ahead", ahead=now.position) if now.position else say("chat.reading")
         return f'<p class="v-wait">{words}</p>'
     if now.finished is None:
         return _growing(now, say, draw)
@@ -52,7 +52,7 @@ def _answer(said: Parts, place: int, score: float, say: Say) -> str:
     return f'<article class="v-answer">{head}{thoughts}<div class="v-md">{body}</div></article>'
 
 
-def _growing(now: Picture, say: Say, draw: Draw) -> str:
+def _growing(now: Snapshot, say: Say, draw: Draw) -> str:
     several = len(now.branches) > 1
     parts = now.parts("" if several or not now.branches else now.branches[0].text)
     thoughts = chat_html.thought(parts.thought, bool(parts.answer), say, growing=True)
@@ -61,7 +61,7 @@ def _growing(now: Picture, say: Say, draw: Draw) -> str:
     return f'<article class="v-answer">{thoughts}{text}</article>{beams}'
 
 
-def _stats(now: Picture) -> dict[str, object]:
+def _stats(now: Snapshot) -> dict[str, object]:
     found = now.finished
     assert found is not None
     return {

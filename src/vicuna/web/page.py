@@ -72,7 +72,7 @@ _OPEN = """(...now) => {
 
 def build(app: App) -> gr.Blocks:
     """The page of an app; every tab's components have the id `tab-NAME` around them."""
-    base = app.room.loaded
+    base = app.worker.loaded
     take_all_numbers()
     with gr.Blocks(
         title=t("page.title"),
@@ -122,7 +122,7 @@ def _watch_adapters(app: App) -> None:
     known = gr.State(None)
 
     def look(known: list[str] | None) -> Any:
-        now = app.shelf.lately()
+        now = app.registry.recent_paths()
         return gr.skip() if now == known else now
 
     gr.Timer(SECONDS).tick(look, known, known, trigger_mode="once", **quiet)

@@ -50,9 +50,9 @@ def serve(app: App, wait: bool = True) -> Any:
         settings.read_only,
         int(settings.max_upload * (1 << 30)),
     )
-    app.room  # noqa: B018  the model first: what is wrong with it is said before a page opens
+    app.worker  # noqa: B018  the model first: what is wrong with it is said before a page opens
     page = build(app)
-    # No limit at once: an event that follows an answer only looks (`Room.follow`).
+    # No limit at once: an event that follows an answer only looks (`ModelWorker.follow`).
     page.queue(default_concurrency_limit=None, max_size=EVENTS)
     if settings.share:
         say("warning: --share opens the page to the internet through somebody else's server")

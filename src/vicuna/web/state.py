@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from vicuna import config, untrusted
 from vicuna.config import AnswerSettings, ModelSettings, WebSettings
 from vicuna.errors import UserError
-from vicuna.serve.registry import Shelf
+from vicuna.serve.registry import AdapterRegistry
 from vicuna.web.sessions import Sessions
 
 if TYPE_CHECKING:
-    from vicuna.serve.worker import Room
+    from vicuna.serve.worker import ModelWorker
     from vicuna.web.gate import Gate
 
 
@@ -47,13 +47,13 @@ class App:
     gate: Gate | None = None
 
     @cached_property
-    def room(self) -> Room:
+    def worker(self) -> ModelWorker:
         """The model and its queue; opened where it is first asked for.
 
         Raises: UserError where it cannot be opened.
         """
         from vicuna.generate.load import open_model
-        from vicuna.serve.worker import Room
+        from vicuna.serve.worker import ModelWorker
 
         given = self.settings.model_fields_set & ModelSettings.model_fields.keys()
         values = {name: getattr(self.settings, name) for name in given}
@@ -63,11 +63,11 @@ class App:
             values["adapter"] = ""
         values["model"] = self.settings.model or self._base_of_adapter()
         answering = config.build(AnswerSettings, values)
-        room = Room(lambda: open_model(answering))
+        worker = ModelWorker(lambda: open_model(answering))
         if self.settings.adapter:
-            self.first = self.shelf.add(self.settings.adapter)
-            room.choose("", {self.first: 1.0}).wait()
-        return room
+            self.first = self.registry.add(self.settings.adapter)
+            worker.choose("", {self.first: 1.0}).wait()
+        return worker
 
     def _base_of_adapter(self) -> str:
         from vicuna.generate.load import base_of
@@ -77,9 +77,9 @@ class App:
 
     def close(self) -> None:
         """End the model's thread, if there is one."""
-        room = self.__dict__.pop("room", None)
-        if room is not None:
-            room.close()
+        worker = self.__dict__.pop("worker", None)
+        if worker is not None:
+            worker.close()
 
     @cached_property
     def sessions(self) -> Sessions:
@@ -87,9 +87,9 @@ class App:
         return Sessions()
 
     @cached_property
-    def shelf(self) -> Shelf:
+    def registry(self) -> AdapterRegistry:
         """The adapters there are."""
-        return Shelf(self.adapter_folders)
+        return AdapterRegistry(self.adapter_folders)
 
     # The path of the adapter that new conversations begin with; "" for the base alone.
     first: str = ""

@@ -100,8 +100,8 @@ class AdaptersTab:
     def _now(self, tab: str, request: gr.Request, note: str = "") -> Updates:
         words, session = partial(say, request), self.app.sessions.get(tab)
         writable = not self.app.settings.read_only
-        found = self.app.shelf.cards()
-        who = self.app.shelf.in_words(session.mix) or words("adapters.mix_base")
+        found = self.app.registry.adapters()
+        who = self.app.registry.describe(session.mix) or words("adapters.mix_base")
         mix = f"<h4>{words('adapters.mix')}</h4><p>{chat_html.escape(who)}</p>"
         return {
             self.cards: adapters_html.cards(found, session.mix, writable, words),
@@ -114,7 +114,7 @@ class AdaptersTab:
         words, found = partial(say, request), told(event)
         session = self.app.sessions.get(tab)
         try:
-            card = self.app.shelf.get(found.get("of", ""))
+            card = self.app.registry.get(found.get("of", ""))
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, words))
         act = found.get("act")
@@ -139,11 +139,11 @@ class AdaptersTab:
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
         try:
-            room = self.app.room
-            await room.settled(room.choose(session.name, mix, address_of(request)))
+            worker = self.app.worker
+            await worker.settled(worker.choose(session.name, mix, address_of(request)))
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
-        who = self.app.shelf.in_words(mix) or say(request, "adapters.mix_base")
+        who = self.app.registry.describe(mix) or say(request, "adapters.mix_base")
         return self._good(tab, request, "adapters.loaded", names=who)
 
     def _good(self, tab: str, request: gr.Request, key: str, **fields: str) -> Updates:
@@ -177,17 +177,17 @@ class AdaptersTab:
                 where = str(folder)
             else:
                 files.may_fetch(self.app, where)
-            path = self.app.shelf.add(where)
+            path = self.app.registry.add(where)
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
-        return self._good(tab, request, "adapters.added", name=self.app.shelf.get(path).name)
+        return self._good(tab, request, "adapters.added", name=self.app.registry.get(path).name)
 
     def delete(self, tab: str, path: str, request: gr.Request) -> Updates:
         """Delete an adapter, now that the visitor is sure."""
         try:
             self.app.may_write()
-            card = self.app.shelf.get(path)
-            self.app.shelf.delete(path)
+            card = self.app.registry.get(path)
+            self.app.registry.delete(path)
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         self.app.sessions.get(tab).mix.pop(path, None)

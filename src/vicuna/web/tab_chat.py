@@ -16,7 +16,7 @@ from vicuna.generate.chat import DENSE, Chat, check_length
 from vicuna.generate.settings import Settings
 from vicuna.generate.thoughts import Parts, split
 from vicuna.serve.queue import Job
-from vicuna.serve.worker import Ask, Picture, Waiting
+from vicuna.serve.worker import GenerateRequest, Queued, Snapshot
 from vicuna.terminal import say_traceback
 from vicuna.web import chat_html, markdown
 from vicuna.web.chat_files import ChatFiles
@@ -71,7 +71,7 @@ class ChatTab:
         with gr.Row(elem_classes="v-ask"):
             self.box = gr.Textbox(
                 placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
-                max_length=DENSE * self.app.room.context, scale=6, min_width=160,
+                max_length=DENSE * self.app.worker.context, scale=6, min_width=160,
                 elem_id="chat-box", autofocus=True,
             )  # fmt: skip
             self.send = gr.Button(
@@ -93,7 +93,7 @@ class ChatTab:
 
     def _side(self) -> None:
         self.adapters = gr.Dropdown(
-            list(self.app.shelf.choices()), multiselect=True, label=t("chat.adapters"),
+            list(self.app.registry.choices()), multiselect=True, label=t("chat.adapters"),
             info=t("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
@@ -103,7 +103,7 @@ class ChatTab:
         self.controls = Controls("chat", several=False)
         with gr.Accordion(t("chat.prompt"), open=False, elem_id="chat-prompt"):
             self.system = gr.Textbox(
-                lines=2, max_lines=8, max_length=DENSE * self.app.room.context,
+                lines=2, max_lines=8, max_length=DENSE * self.app.worker.context,
                 label=t("chat.system"), info=t("chat.system_info"),
                 elem_id="chat-system",
             )  # fmt: skip
@@ -111,7 +111,7 @@ class ChatTab:
                 [(t("chat.template_auto"), ""), *self.app.templates()[1:]], value="",
                 label=t("chat.template"), info=t("chat.template_info"), elem_id="chat-template",
             )  # fmt: skip
-            context = self.app.room.context
+            context = self.app.worker.context
             self.memory = gr.Slider(
                 min(128, context), context, context, step=1, label=t("chat.memory"),
                 info=t("chat.memory_info"), elem_id="chat-memory",
@@ -145,7 +145,9 @@ class ChatTab:
         self.app.arriving.append((self.arrived, None, self.adapters))
         self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
 
-    def asked(self, values: tuple[Any, ...], strict: bool = False) -> tuple[Session, Ask, str]:
+    def asked(
+        self, values: tuple[Any, ...], strict: bool = False
+    ) -> tuple[Session, GenerateRequest, str]:
         """(session, what is asked but for its turns, view), from the values of `inputs`; a system
         prompt of None leaves it as it was.
 
@@ -158,7 +160,7 @@ class ChatTab:
         session = self.app.sessions.get(tab)
         if system is not None:
             session.chat.system = str(system).strip()
-        known = self.app.shelf.paths()
+        known = self.app.registry.paths()
         by = number_of(strength, 1.0, 0.0, STRONGEST)
         mix = {a: session.mix.get(a, 1.0) * by for a in adapters or [] if a in known}
         template = template if template in ("", *self.app.templates()) else ""
@@ -169,7 +171,11 @@ class ChatTab:
                 raise
             settings = Settings()
         view = view if view in VIEWS else "columns"
-        return session, Ask((), settings, mix, template, int(number_of(memory, 0.0, 0.0))), view
+        return (
+            session,
+            GenerateRequest((), settings, mix, template, int(number_of(memory, 0.0, 0.0))),
+            view,
+        )
 
     async def answer(
         self, request: gr.Request, question: str, *values: Any
@@ -194,7 +200,7 @@ class ChatTab:
             if cut is not None:
                 question = session.cut(cut)
             said = Chat(session.chat.system).ask(question)
-            check_length(said, self.app.room.context)
+            check_length(said, self.app.worker.context)
             self._begin(session, replace(ask, turns=session.begin(question)), who, request)
         except UserError as e:
             yield {self.note: chat_html.mistake(e, words)}
@@ -203,12 +209,12 @@ class ChatTab:
         async for update in self._follow(session, ask, view, request):
             yield update
 
-    def _begin(self, session: Session, ask: Ask, who: str, request: gr.Request) -> None:
+    def _begin(self, session: Session, ask: GenerateRequest, who: str, request: gr.Request) -> None:
         """Queue a question. Raises: UserError where too many wait; it is forgotten then."""
         asked = session.asked
         try:
             # Kept where it ends, whether or not somebody still looks.
-            session.job = self.app.room.ask(
+            session.job = self.app.worker.submit(
                 session.name, ask,
                 lambda job: session.end(asked, *_kept(job, who), *self._tokens(job)),
                 address_of(request),
@@ -218,7 +224,7 @@ class ChatTab:
             raise
 
     async def _follow(
-        self, session: Session, ask: Ask, view: str, request: gr.Request
+        self, session: Session, ask: GenerateRequest, view: str, request: gr.Request
     ) -> AsyncIterator[Updates]:
         """Show how what is being computed for a session goes, to its end."""
         words, job = partial(say, request), session.job
@@ -231,11 +237,11 @@ class ChatTab:
             **self._running(True),
         }  # fmt: skip
         try:
-            async for now in self.app.room.follow(job, heard):
+            async for now in self.app.worker.follow(job, heard):
                 if session.job is not job:
                     break
-                if isinstance(now, Waiting):
-                    yield {self.live: chat_html.waiting(now.ahead, words)}
+                if isinstance(now, Queued):
+                    yield {self.live: chat_html.waiting(now.position, words)}
                 elif now.finished is None:
                     yield {self.live: chat_html.growing(now, view, words, draw)}
             silent = _silent(job)
@@ -245,7 +251,7 @@ class ChatTab:
         except Exception as e:
             silent, problem = _silent(job), self._problem(e, words)
         if session.job is not job:  # the conversation was replaced by another meanwhile
-            # Gradio sends the last thing twice: it must not be a picture of the old answer.
+            # Gradio sends the last thing twice: it must not be a snapshot of the old answer.
             idle = {self.live: "", **self._running(False)}
             yield {self.note: gr.skip()} if session.busy else idle
             return
@@ -258,15 +264,15 @@ class ChatTab:
     def _tokens(self, job: Job) -> tuple[list[Said], int]:
         """(how likely each token of an answer was, where that was asked for; how many of them are
         the thought's)."""
-        picture = job.latest
-        if not isinstance(picture, Picture) or picture.finished is None:
+        snapshot = job.latest
+        if not isinstance(snapshot, Snapshot) or snapshot.finished is None:
             return [], 0
-        tokens = said(picture.finished.answers[0], self.app.room.loaded.renderer.encoder)
-        return tokens, thought_tokens(tokens, picture.parts())
+        tokens = said(snapshot.finished.answers[0], self.app.worker.loaded.renderer.encoder)
+        return tokens, thought_tokens(tokens, snapshot.parts())
 
-    def _who(self, ask: Ask, words: Any) -> str:
+    def _who(self, ask: GenerateRequest, words: Any) -> str:
         """The adapters that answered, in words."""
-        return self.app.shelf.in_words(ask.mix) or words("chat.base")
+        return self.app.registry.describe(ask.mix) or words("chat.base")
 
     def _problem(self, error: Exception, words: Any) -> str:
         if isinstance(error, UserError):
@@ -280,10 +286,10 @@ class ChatTab:
     def _running(self, on: bool) -> Updates:
         return {self.send: gr.update(visible=not on), self.stop: gr.update(visible=on)}
 
-    def _gauge(self, session: Session, ask: Ask, words: Any) -> str:
+    def _gauge(self, session: Session, ask: GenerateRequest, words: Any) -> str:
         """The room that the conversation and its longest next answer take. In a thread: a template
         is rendered, and may take its time."""
-        limit = min(ask.limit or self.app.room.context, self.app.room.context)
+        limit = min(ask.limit or self.app.worker.context, self.app.worker.context)
         turns = session.chat.all_turns()
         if not session.chat.turns:
             return chat_html.gauge(0, limit, 0, words)
@@ -291,7 +297,7 @@ class ChatTab:
             # The answers so far are in the next prompt: an empty question stands for it.
             turns.append(Turn("user", ""))
         try:
-            fitted = self.app.room.fitted(replace(ask, turns=turns))
+            fitted = self.app.worker.fitted(replace(ask, turns=turns))
         except UserError:  # which is told to the one who asks
             return chat_html.gauge(0, limit, 0, words)
         return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
@@ -347,7 +353,7 @@ class ChatTab:
         session.clear()
         return {**self.replaced(session, ask, words), self.box: ""}
 
-    def replaced(self, session: Session, ask: Ask, words: Any) -> Updates:
+    def replaced(self, session: Session, ask: GenerateRequest, words: Any) -> Updates:
         """The page where another conversation took the place of what there was."""
         return {
             self.history: self._history(session, words), self.note: "", self.live: "",
@@ -362,7 +368,7 @@ class ChatTab:
     def mix(self, tab: str, adapters: list[str]) -> Any:
         """Adapters were chosen: each with the weight it had."""
         session = self.app.sessions.get(tab)
-        known = self.app.shelf.paths()
+        known = self.app.registry.paths()
         session.mix = {a: session.mix.get(a, 1.0) for a in adapters if a in known}
         return gr.update(visible=bool(adapters))
 
@@ -370,7 +376,7 @@ class ChatTab:
         """The tab is opened: the adapters there are, and those that were chosen elsewhere."""
         tab, adapters, strength, _, *rest = values
         session, ask, _ = self.asked((tab, adapters, strength, None, *rest))
-        choices = self.app.shelf.choices()
+        choices = self.app.registry.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
         if not session.greeted and self.app.first in known:
@@ -384,7 +390,7 @@ class ChatTab:
 
     def arrived(self) -> Any:
         """The adapters there are now; what was chosen stands."""
-        return gr.update(choices=self.app.shelf.choices())
+        return gr.update(choices=self.app.registry.choices())
 
     async def come_back(self, request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
@@ -413,13 +419,13 @@ def _silent(job: Job) -> bool:
 
 def _kept(job: Job, who: str) -> tuple[Parts, dict[str, Any]]:
     """(what an answer said until its end, numbers of it)."""
-    picture = job.latest
-    if not isinstance(picture, Picture):
+    snapshot = job.latest
+    if not isinstance(snapshot, Snapshot):
         return Parts(), {}
-    found = picture.finished
+    found = snapshot.finished
     if found is None:
-        return split(picture.text, picture.marks), {}
-    return picture.parts(), {
+        return split(snapshot.text, snapshot.marks), {}
+    return snapshot.parts(), {
         "tokens": len(found.token_ids),
         "speed": found.tokens_per_second,
         "first": found.first_token_seconds,

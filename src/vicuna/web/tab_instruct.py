@@ -14,7 +14,7 @@ from vicuna.data.conversation import Turn
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, check_length
 from vicuna.serve.queue import Job
-from vicuna.serve.worker import Ask, Picture, Waiting
+from vicuna.serve.worker import GenerateRequest, Queued, Snapshot
 from vicuna.web import chat_html, instruct_html, markdown
 from vicuna.web.controls import Controls
 from vicuna.web.error_texts import in_words
@@ -39,7 +39,7 @@ class _Column:
 
     name: str
     job: Job
-    now: Waiting | Picture | str  # a text is what went wrong
+    now: Queued | Snapshot | str  # a text is what went wrong
     draw: markdown.Growing = field(default_factory=markdown.Growing)
 
 
@@ -62,7 +62,7 @@ class InstructTab:
         self._events()
 
     def _question(self) -> None:
-        longest = DENSE * self.app.room.context
+        longest = DENSE * self.app.worker.context
         self.instruction = gr.Textbox(
             lines=2, max_lines=10, max_length=longest, label=t("instruct.instruction"),
             placeholder=t("instruct.placeholder"), elem_id="instruct-instruction",
@@ -73,7 +73,7 @@ class InstructTab:
         )  # fmt: skip
         first = [self.app.first] if self.app.first else []
         self.who = gr.CheckboxGroup(
-            [(t("chat.base"), BASE), *self.app.shelf.choices()], value=[BASE, *first],
+            [(t("chat.base"), BASE), *self.app.registry.choices()], value=[BASE, *first],
             label=t("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
         )  # fmt: skip
         with gr.Row(elem_classes="v-ask"):
@@ -98,7 +98,7 @@ class InstructTab:
 
     def choices(self, who: list[str], request: gr.Request) -> Any:
         """The base, and the adapters there are now; who was chosen and is still there stays so."""
-        found = [(say(request, "chat.base"), BASE), *self.app.shelf.choices()]
+        found = [(say(request, "chat.base"), BASE), *self.app.registry.choices()]
         known = [path for _, path in found]
         return gr.update(choices=found, value=[a for a in who if a in known])
 
@@ -120,7 +120,7 @@ class InstructTab:
             if self._jobs.get(name):
                 raise UserError(words("chat.busy"))
             turns = [Turn("user", str(instruction).strip(), str(material or "").strip())]
-            check_length(turns, self.app.room.context)
+            check_length(turns, self.app.worker.context)
             columns = await asyncio.to_thread(self._begin, name, turns, who, values, request)
         except UserError as e:
             yield {self.answers: chat_html.mistake(e, words)}
@@ -148,7 +148,7 @@ class InstructTab:
         """
         words, address = partial(say, request), address_of(request)
         settings = self.controls.settings(values)
-        known = self.app.shelf.paths()
+        known = self.app.registry.paths()
         chosen = [a for a in who or [] if a == BASE or a in known] or [BASE]
         if len(chosen) > MOST:
             raise UserError(words("instruct.too_many", most=MOST))
@@ -156,13 +156,15 @@ class InstructTab:
         for adapter in chosen:
             mix = {adapter: 1.0} if adapter else {}
             try:
-                job = self.app.room.ask(name, Ask(turns, settings, mix), address=address)
+                job = self.app.worker.submit(
+                    name, GenerateRequest(turns, settings, mix), address=address
+                )
             except UserError:
                 for column in columns:
                     column.job.cancel()
                 raise
-            title = self.app.shelf.in_words(mix) or words("chat.base")
-            columns.append(_Column(title, job, Waiting(self.app.room.queue.ahead(job))))
+            title = self.app.registry.describe(mix) or words("chat.base")
+            columns.append(_Column(title, job, Queued(self.app.worker.queue.position(job))))
         self._jobs[name] = [column.job for column in columns]
         return columns
 
@@ -171,15 +173,15 @@ class InstructTab:
     ) -> AsyncIterator[None]:
         """Follow a column to its end; what goes wrong is told in it, and the others go on."""
         try:
-            async for now in self.app.room.follow(column.job, heard):
+            async for now in self.app.worker.follow(column.job, heard):
                 column.now = now
                 yield
         except UserError as e:
             column.now = in_words(str(e), words)
         except Exception as e:
             column.now = f"{type(e).__name__}: {e}"
-        if isinstance(column.now, Waiting):  # it was cancelled before its turn
-            column.now = Picture()
+        if isinstance(column.now, Queued):  # it was cancelled before its turn
+            column.now = Snapshot()
         yield
 
 

@@ -208,14 +208,14 @@ class Watch:
     async def talk_with(self, tab: str, name: str | None, request: gr.Request) -> Any:
         """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
         try:
-            path = self.app.shelf.get(
+            path = self.app.registry.get(
                 str((self.runs.get(name or "").path / "adapter").resolve())
             ).path
             session = self.app.sessions.get(tab)
             mix = {path: 1.0}
             # Loaded now, so that an adapter of another base is refused here and not at a question.
-            room = self.app.room
-            await room.settled(room.choose(session.name, mix, address_of(request)))
+            worker = self.app.worker
+            await worker.settled(worker.choose(session.name, mix, address_of(request)))
         except UserError as e:
             raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
         session.mix.clear()
@@ -223,7 +223,7 @@ class Watch:
         return gr.update(selected="chat")
 
     def _asking(self, wish: str) -> Callable[..., Updates]:
-        """Ask whether it is really meant."""
+        """GenerateRequest whether it is really meant."""
 
         # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
         def ask(name: str | None, request: gr.Request) -> Updates:
