@@ -207,7 +207,7 @@ def child(words: list[str]) -> None:
     import torch  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
-    from vicuna.convert import merge
+    from vicuna.commands import merge
     from vicuna.export.gguf_writer import write_base
     from vicuna.llamacpp.library import library
     from vicuna.model.adapter import read_adapter

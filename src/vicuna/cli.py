@@ -1,7 +1,7 @@
-"""The command `vicuna`: one short function a command.
+"""The command `vicuna`: a table of its commands, routing, help, and exit codes.
 
-Nothing heavy is imported here: `vicuna --help` must answer at once. A command's settings are the
-fields of its class in `config/`; what stands behind the command is parsed there.
+Nothing heavy is imported here, so that `vicuna --help` answers immediately. The settings of a
+command are the fields of its class in `config/`; the command itself parses its arguments.
 """
 
 from __future__ import annotations
@@ -11,276 +11,198 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NoReturn
-
-import typer
 
 from vicuna import interrupts
 from vicuna.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, UserError, write_error_file
 from vicuna.terminal import say, say_traceback
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="Fine-tune Llama-family models on Chinese instructions, and talk with the result.\n\n"
-    "Each command: vicuna COMMAND [RECIPE.yaml] [--key value | key=value] ...; "
-    "vicuna COMMAND --help lists its settings.",
-)
-data = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at data before training on it."
-)
-app.add_typer(data, name="data")
-export = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Write a model for another program."
-)
-app.add_typer(export, name="export")
-quantize = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Make a model small: 8, 4, 3 or 2 bits."
-)
-app.add_typer(quantize, name="quantize")
-adapter = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Look at an adapter of any age; renew it."
-)
-app.add_typer(adapter, name="adapter")
 
-_ANY: dict[str, Any] = {
-    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
-    "add_help_option": False,
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: one word, or two: a group and the command in it.
+        function: `module:function` below `vicuna`; takes argv, returns the exit code.
+        settings: the class in `vicuna.config` that lists its settings.
+        usage: an example of a call, without `vicuna` and the name.
+        help: one line.
+    """
+
+    name: str
+    function: str
+    settings: str
+    usage: str
+    help: str
+
+    def run(self, argv: list[str]) -> int:
+        """Run it, or show its help if that is asked for."""
+        if "--help" in argv or "-h" in argv:
+            from vicuna.commands.help import show
+
+            settings = getattr(import_module("vicuna.config"), self.settings)
+            show(settings, f"vicuna {self.name} {self.usage}".rstrip(), self.help)
+            return 0
+        return self.load()(argv)
+
+    def load(self) -> Callable[[list[str]], int]:
+        """The function itself."""
+        module, function = self.function.split(":")
+        return getattr(import_module(f"vicuna.{module}"), function)  # type: ignore[no-any-return]
+
+
+GROUPS = {
+    "data": "Check data before training on it.",
+    "export": "Write a model for another program.",
+    "quantize": "Quantize a model to 8, 4, 3 or 2 bits.",
+    "adapter": "Inspect an adapter, or convert an old one to today's PEFT format.",
 }
-
-
-def _words(context: typer.Context, settings: str, usage: str) -> list[str]:
-    """What stands behind a command; answers --help from the settings themselves."""
-    words = context.args
-    if "--help" in words or "-h" in words:
-        from vicuna import config
-        from vicuna.commands.help import show
-
-        show(getattr(config, settings), usage, context.command.help or "")
-        raise typer.Exit()
-    return words
-
-
-@app.command(**_ANY)
-def train(context: typer.Context) -> None:
-    """Train a LoRA adapter on your data."""
-    words = _words(context, "TrainSettings", "vicuna train [RECIPE.yaml] --dataset FILE")
-    from vicuna.commands.train import run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def plan(context: typer.Context) -> None:
-    """Say what memory a run needs, and whether it fits a device; needs no GPU and no weights."""
-    words = _words(context, "PlanSettings", "vicuna plan [RECIPE.yaml] [--memory 11GiB]")
-    from vicuna.commands.plan import run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def generate(context: typer.Context) -> None:
-    """Answer one instruction, or a file of them."""
-    words = _words(context, "GenerateSettings", 'vicuna generate --adapter RUN "instruction"')
-    from vicuna.commands.generate import generate as run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def chat(context: typer.Context) -> None:
-    """Talk in the terminal."""
-    words = _words(context, "AnswerSettings", "vicuna chat --adapter RUN")
-    from vicuna.commands.generate import chat as run
-
-    raise typer.Exit(run(words))
-
-
-@app.command("run", **_ANY)
-def run_gguf(context: typer.Context) -> None:
-    """Talk with a GGUF file on the CPU, computed by llama.cpp."""
-    words = _words(context, "RunSettings", "vicuna run FILE.gguf [--adapter RUN]")
-    from vicuna.commands.generate import run_file as run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def download(context: typer.Context) -> None:
-    """Fetch a model, an adapter or a data set from a hub; goes on where it was interrupted."""
-    words = _words(context, "DownloadSettings", "vicuna download OWNER/NAME")
-    from vicuna.commands.download import run
-
-    raise typer.Exit(run(words))
-
-
-@export.command("gguf", **_ANY)
-def export_gguf(context: typer.Context) -> None:
-    """Write a base, a base with an adapter, or an adapter as a GGUF file for llama.cpp."""
-    usage = "vicuna export gguf --model M --adapter RUN --type q4_k_m --output FILE.gguf"
-    words = _words(context, "ExportSettings", usage)
-    from vicuna.commands.export import run
-
-    raise typer.Exit(run(words))
-
-
-def _quantize(context: typer.Context, method: str) -> NoReturn:
-    usage = f"vicuna quantize {method} --model M [--adapter RUN] --bits 4 --output_dir D"
-    words = _words(context, "QuantizeSettings", usage)
-    from vicuna.commands.quantize import run
-
-    raise typer.Exit(run(method, words))
-
-
-@quantize.command(**_ANY)
-def gptq(context: typer.Context) -> None:
-    """Round a model's weights one after another, each making up for the last (GPTQ)."""
-    _quantize(context, "gptq")
-
-
-@quantize.command(**_ANY)
-def awq(context: typer.Context) -> None:
-    """Round a model's weights to 4 bits, those with large inputs scaled first (AWQ)."""
-    _quantize(context, "awq")
-
-
-@quantize.command(**_ANY)
-def bnb(context: typer.Context) -> None:
-    """Write a model in 8 bits or nf4, as bitsandbytes loads it; needs no calibration."""
-    _quantize(context, "bnb")
-
-
-@app.command(**_ANY)
-def merge(context: typer.Context) -> None:
-    """Add adapters to the weights of their base: one model that needs no adapter."""
-    words = _words(context, "MergeSettings", "vicuna merge --adapter RUN --output_dir FOLDER")
-    from vicuna.convert.merge import run
-
-    raise typer.Exit(run(words))
-
-
-@app.command("convert", **_ANY)
-def convert_model(context: typer.Context) -> None:
-    """Write a model in another layout: Hugging Face's, or Meta's."""
-    usage = "vicuna convert --model MODEL --to hf | meta --output_dir FOLDER"
-    words = _words(context, "ConvertModelSettings", usage)
-    from vicuna.commands.convert import run
-
-    raise typer.Exit(run(words))
-
-
-@adapter.command(**_ANY)
-def inspect(context: typer.Context) -> None:
-    """Say what an adapter is, and whether it is sound."""
-    words = _words(context, "InspectSettings", "vicuna adapter inspect ADAPTER [--json]")
-    from vicuna.commands.adapter import inspect as run
-
-    raise typer.Exit(run(words))
-
-
-@adapter.command(**_ANY)
-def upgrade(context: typer.Context) -> None:
-    """Write an adapter of any age as PEFT writes it today; the old one stays as it is."""
-    words = _words(context, "UpgradeSettings", "vicuna adapter upgrade ADAPTER --output_dir FOLDER")
-    from vicuna.commands.adapter import upgrade as run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def web(context: typer.Context) -> None:
-    """Open the web page: chat, try adapters, look at data, train."""
-    words = _words(context, "WebSettings", "vicuna web [--adapter RUN]")
-    from vicuna.web.command import run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def demo(context: typer.Context) -> None:
-    """Train the embedded base on the sample data and show what it learned."""
-    words = _words(context, "DemoSettings", "vicuna demo")
-    from vicuna.commands.demo import run
-
-    raise typer.Exit(run(words))
-
-
-@app.command(**_ANY)
-def doctor(context: typer.Context) -> None:
-    """Check a model's tokenizer and template, and what this machine has."""
-    words = _words(context, "DoctorSettings", "vicuna doctor MODEL")
-    from vicuna.commands.doctor import run
-
-    raise typer.Exit(run(words))
-
-
-@data.command(**_ANY)
-def check(context: typer.Context) -> None:
-    """Read files and say what is wrong with which record."""
-    words = _words(context, "DataCommandSettings", "vicuna data check FILE ... [--json]")
-    from vicuna.commands.data import check as run
-
-    raise typer.Exit(run(words))
-
-
-@data.command(**_ANY)
-def stats(context: typer.Context) -> None:
-    """Token lengths, and what each cutoff_len would lose."""
-    words = _words(context, "DataCommandSettings", "vicuna data stats FILE ... [--json]")
-    from vicuna.commands.data import stats as run
-
-    raise typer.Exit(run(words))
-
-
-@data.command(**_ANY)
-def preview(context: typer.Context) -> None:
-    """Show examples as the model will see them, trained tokens coloured."""
-    words = _words(context, "PreviewSettings", "vicuna data preview FILE [--number 3]")
-    from vicuna.commands.data import preview as run
-
-    raise typer.Exit(run(words))
-
-
-@data.command(**_ANY)
-def convert(context: typer.Context) -> None:
-    """Write any data format as another."""
-    words = _words(context, "ConvertSettings", "vicuna data convert FILE --to messages --output F")
-    from vicuna.commands.data_convert import convert as run
-
-    raise typer.Exit(run(words))
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    from vicuna import __version__
-
-    say(f"chinese-vicuna {__version__}")
+# fmt: off
+COMMANDS = [
+    Command("train", "commands.train:run", "TrainSettings",
+            "[RECIPE.yaml] --dataset FILE",
+            "Train a LoRA adapter on your data."),
+    Command("plan", "commands.plan:run", "PlanSettings",
+            "[RECIPE.yaml] [--memory 11GiB]",
+            "Estimate the memory a run needs, and whether it fits; needs no GPU and no weights."),
+    Command("generate", "commands.generate:generate", "GenerateSettings",
+            '--adapter RUN "instruction"',
+            "Answer one instruction, or a file of them."),
+    Command("chat", "commands.generate:chat", "AnswerSettings",
+            "--adapter RUN",
+            "Chat in the terminal."),
+    Command("run", "commands.generate:run_file", "RunSettings",
+            "FILE.gguf [--adapter RUN]",
+            "Chat with a GGUF file on the CPU, through llama.cpp."),
+    Command("web", "web.command:run", "WebSettings",
+            "[--adapter RUN]",
+            "Open the web page: chat, try adapters, check data, train."),
+    Command("download", "commands.download:run", "DownloadSettings",
+            "OWNER/NAME",
+            "Download a model, an adapter or a data set from a hub; resumes if interrupted."),
+    Command("merge", "commands.merge:run", "MergeSettings",
+            "--adapter RUN --output_dir FOLDER",
+            "Merge adapters into their base: one model that needs no adapter."),
+    Command("convert", "commands.convert:run", "ConvertModelSettings",
+            "--model MODEL --to hf | meta --output_dir FOLDER",
+            "Convert a model to Hugging Face's format, or to Meta's original checkpoint format."),
+    Command("demo", "commands.demo:run", "DemoSettings",
+            "",
+            "Train the embedded base on the sample data and show what it learned."),
+    Command("doctor", "commands.doctor:run", "DoctorSettings",
+            "MODEL",
+            "Check a model's tokenizer and template, and what this machine has."),
+    Command("data check", "commands.data:check", "DataCommandSettings",
+            "FILE ... [--json]",
+            "Read files and report what is wrong with which record."),
+    Command("data stats", "commands.data:stats", "DataCommandSettings",
+            "FILE ... [--json]",
+            "Token lengths, and what each cutoff_len would lose."),
+    Command("data preview", "commands.data:preview", "PreviewSettings",
+            "FILE [--number 3]",
+            "Show examples as the model will see them, with trained tokens in colour."),
+    Command("data convert", "commands.data_convert:convert", "ConvertSettings",
+            "FILE --to messages --output F",
+            "Convert any data format to another."),
+    Command("export gguf", "commands.export:run", "ExportSettings",
+            "--model M --adapter RUN --type q4_k_m --output FILE.gguf",
+            "Write a base, a base with an adapter, or an adapter as a GGUF file for llama.cpp."),
+    Command("quantize gptq", "commands.quantize:gptq", "QuantizeSettings",
+            "--model M [--adapter RUN] --bits 4 --output_dir D",
+            "Quantize with GPTQ (calibrated, error-compensating)."),
+    Command("quantize awq", "commands.quantize:awq", "QuantizeSettings",
+            "--model M [--adapter RUN] --bits 4 --output_dir D",
+            "Quantize with AWQ (calibrated, channels with large activations scaled first)."),
+    Command("quantize bnb", "commands.quantize:bnb", "QuantizeSettings",
+            "--model M [--adapter RUN] --bits 4 --output_dir D",
+            "Quantize to int8 or nf4 for bitsandbytes; needs no calibration."),
+    Command("adapter inspect", "commands.adapter:inspect", "InspectSettings",
+            "ADAPTER [--json]",
+            "Describe an adapter, and check that it is sound."),
+    Command("adapter upgrade", "commands.adapter:upgrade", "UpgradeSettings",
+            "ADAPTER --output_dir FOLDER",
+            "Convert an adapter of any age to today's PEFT format; the original stays as it is."),
+]
+# fmt: on
+
+
+def route(argv: Sequence[str]) -> int:
+    """Run the command that argv names, or show help.
+
+    Raises: UserError if there is no such command.
+    """
+    words = list(argv)
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
+    if words[:1] in (["version"], ["--version"], ["-V"]):
+        from vicuna import __version__
+
+        say(f"chinese-vicuna {__version__}")
+        return 0
+    if not words or words[0] in ("--help", "-h"):
+        say(overview(), error=not words)
+        return 0 if words else EXIT_MISTAKE
+    name, *rest = words
+    if name in GROUPS:
+        if not rest or rest[0] in ("--help", "-h"):
+            say(overview(name), error=not rest)
+            return 0 if rest else EXIT_MISTAKE
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    command = next((c for c in COMMANDS if c.name == name), None)
+    if command is None:
+        raise _no_such_command(name)
+    return command.run(rest)
+
+
+def _no_such_command(name: str) -> UserError:
+    import difflib
+
+    names = [*GROUPS, *(c.name for c in COMMANDS)]
+    near = " or ".join(difflib.get_close_matches(name, names, n=3))
+    fix = f"Did you mean {near}?" if near else "vicuna --help lists the commands."
+    return UserError(f"no such command: {name}", fix=fix)
+
+
+def overview(group: str = "") -> str:
+    """The help of `vicuna`, or of a group of commands."""
+    rows = [(c.name, c.help) for c in COMMANDS if c.name.partition(" ")[0] == group]
+    if not group:
+        rows = [(c.name, c.help) for c in COMMANDS if " " not in c.name]
+        rows += [*GROUPS.items(), ("version", "Print the version."), ("help", "Show this.")]
+    width = max(len(name) for name, _ in rows) + 2
+    about = GROUPS.get(group) or (
+        "Fine-tune Llama-family models on Chinese instructions, and chat with the result."
+    )
+    usage = f"vicuna {group or 'COMMAND'} {'COMMAND ' if group else ''}[RECIPE.yaml]"
+    return "\n".join(
+        [
+            about,
+            "",
+            f"{usage} [--key value | key=value] ...",
+            "",
+            *(f"  {name:{width}}{text}" for name, text in rows),
+            "",
+            f"vicuna {group + ' ' if group else ''}COMMAND --help lists the settings of a command; "
+            "--debug shows tracebacks.",
+        ]
+    )
 
 
 def main() -> NoReturn:
     """Run a command; a user's mistake becomes a message and exit code 2, never a traceback."""
-    debug = "--debug" in sys.argv or bool(os.environ.get("VICUNA_DEBUG"))
-    sys.argv = [word for word in sys.argv if word != "--debug"]
-    _quiet(debug)
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(argv) < len(sys.argv) - 1 or bool(os.environ.get("VICUNA_DEBUG"))
+    sys.argv[1:] = argv
+    _silence(debug)
     interrupts.catch()
-    streams = sys.stdout, sys.stderr
     try:
-        # Outside standalone mode typer hands the exit code of a command back.
-        result = app(standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-        if code == EXIT_INTERRUPTED and interrupts.caught():
-            code = _interrupted(debug, None)  # typer has made an exit code of it
-    except typer.Exit as e:
-        code = e.exit_code
+        code = route(argv)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else EXIT_MISTAKE
-        if isinstance(e.__context__, BrokenPipeError):
-            # Typer has made exit code 1 of it, and of the streams some that hide the next one.
-            sys.stdout, sys.stderr = streams
-            code = _failed(e.__context__, debug)
     except BaseException as e:
         code = _failed(e, debug)
     sys.exit(_flushed(code, debug))
@@ -288,47 +210,43 @@ def main() -> NoReturn:
 
 def _failed(error: BaseException, debug: bool) -> int:
     """Say what went wrong; the exit code that says it to other programs."""
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+    if isinstance(error, KeyboardInterrupt):
         return _interrupted(debug, error)
     if interrupts.caught() and not isinstance(error, UserError):
-        return _interrupted(debug, error)  # libraries make other errors of it now and then
+        return _interrupted(debug, error)  # some libraries turn a Ctrl-C into another error
     if isinstance(error, BrokenPipeError):
-        return EXIT_PIPE  # `| head` has read enough: nobody is left to be told
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return _told(str(error), EXIT_MISTAKE)
+        return EXIT_PIPE  # `| head` has read enough, and nobody else would read a message
     if debug:
         say_traceback(error)
-    if hasattr(error, "format_message"):  # typer's own: an unknown command
-        return _told(f"error: {error.format_message()}", EXIT_MISTAKE)
     from vicuna.system_errors import explain
 
     mistake = explain(error)
     if mistake is not None:
         write_error_file(mistake)
-        return _told(f"error: {mistake}", EXIT_MISTAKE)
-    return _told(
-        f"error: this should not have happened: {type(error).__name__}: {error}\n"
-        "Run it again with --debug",
+        return _say_error(f"error: {mistake}", EXIT_MISTAKE)
+    return _say_error(
+        f"internal error: {type(error).__name__}: {error}\n"
+        "Please report it; --debug shows the traceback.",
         1,
     )
 
 
-def _interrupted(debug: bool, error: BaseException | None) -> int:
+def _interrupted(debug: bool, error: BaseException) -> int:
     interrupts.leave_at_once()
-    if debug and error is not None:
+    if debug:
         say_traceback(error)
-    return _told(interrupts.line(), EXIT_INTERRUPTED)
+    return _say_error(interrupts.line(), EXIT_INTERRUPTED)
 
 
-def _told(text: str, code: int) -> int:
-    """The exit code; where nothing can be printed any more, it is all that is said."""
+def _say_error(text: str, code: int) -> int:
+    """The exit code; if nothing can be printed any more, it is the whole message."""
     with contextlib.suppress(OSError):
         say(text, error=True)
     return code
 
 
 def _flushed(code: int, debug: bool) -> int:
-    """The exit code after all that was printed has left: a full disk behind `>` may refuse it."""
+    """The exit code once all output has been written: a full disk behind `>` may refuse it."""
     try:
         sys.stdout.flush()
     except OSError as e:
@@ -337,12 +255,12 @@ def _flushed(code: int, debug: bool) -> int:
     return code
 
 
-def _quiet(debug: bool = False) -> None:
-    """Keep libraries from writing over what is said here, and from reporting anything anywhere."""
+def _silence(debug: bool = False) -> None:
+    """Keep libraries from writing between this program's lines, and from sending telemetry."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Text of a pipe that is not UTF-8 arrives, and text that a terminal cannot show is replaced.
+    # Bytes from a pipe that are not UTF-8 pass through; what a terminal cannot show is replaced.
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
@@ -352,13 +270,13 @@ def _quiet(debug: bool = False) -> None:
     # A logger without a handler of its own writes to the terminal, unless the root has one.
     logging.getLogger().addHandler(logging.NullHandler())
     if not sys.warnoptions:
-        # Deprecations inside libraries are not the user's business; some turn them on again.
+        # Deprecations inside libraries do not concern the user; some libraries re-enable them.
         warnings.simplefilter("ignore")
-        warnings.showwarning = _unseen
+        warnings.showwarning = _ignore_warning
 
 
-def _unseen(*_: Any, **__: Any) -> None:
-    """A warning that is not shown."""
+def _ignore_warning(*_: Any, **__: Any) -> None:
+    """Show nothing."""
 
 
 if __name__ == "__main__":

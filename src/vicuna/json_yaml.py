@@ -1,4 +1,4 @@
-"""Tables in files, JSON or YAML: what cannot be one is an error in words, whatever is wrong."""
+"""Read JSON and YAML tables with errors that say what is wrong and where; write JSON."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: UserError where the file cannot be read, is no JSON, or holds something else.
     """
     return _read(path, "JSON", json.loads)
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a value as readable JSON; half characters (lone surrogates) become "?"."""
+    text = json.dumps(content, ensure_ascii=False, indent=indent)
+    path.write_text(text + "\n", encoding="utf-8", errors="replace")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from ship_kit import QUICK, adapter_in, base_in, content, report_of, same_bytes, tensors_of
+from vicuna.commands.merge import run
 from vicuna.convert.combine import Method, combine
-from vicuna.convert.merge import run
 from vicuna.errors import SettingsError, UserError
 from vicuna.model.adapter import read_adapter
 from vicuna.model.load import Chosen, load_base

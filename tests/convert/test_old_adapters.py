@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kit import tiny_model
 from ship_kit import QUICK, adapter_in, base_in, content, report_of, tensors_of
 from vicuna.commands.adapter import inspect, upgrade
-from vicuna.convert.merge import run as merge
+from vicuna.commands.merge import run as merge
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.model.adapter import attach_saved, plain_folder, read_adapter
 

@@ -23,7 +23,7 @@ PATIENCE = 240  # seconds, after which a child counts as hanging
 HEAVY = ("torch", "transformers", "peft", "safetensors.torch", "gguf", "yaml", "rich.table",
          "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
          "transformers.models.llama.modeling_llama", "matplotlib.figure", "bitsandbytes",
-         "vicuna.train.loop", "vicuna.train.setup", "vicuna.commands.plan", "vicuna.convert.merge",
+         "vicuna.train.loop", "vicuna.train.setup", "vicuna.commands.plan", "vicuna.commands.merge",
          "vicuna.generate.load", "vicuna.generate.engines.torch", "vicuna.export.gguf_writer",
          "vicuna.commands.data", "vicuna.commands.quantize", "vicuna.verify.report")  # fmt: skip
 

@@ -10,9 +10,9 @@ import pytest
 
 from kit import save_tokenizer, tiny_model, with_adapter
 from vicuna import config
+from vicuna.commands import merge
 from vicuna.commands.model_source import open_source
 from vicuna.config import AnswerSettings, MergeSettings, TrainSettings
-from vicuna.convert import merge
 from vicuna.errors import UserError
 from vicuna.generate.load import open_model
 from vicuna.model import adapter_base

@@ -21,7 +21,7 @@ from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError
 from vicuna.files import scratch_folder, whole_folder
 from vicuna.gguf.read import read_tensors
-from vicuna.json_yaml import read_json
+from vicuna.json_yaml import read_json, write_json
 from vicuna.memory.devices import parse_memory
 from vicuna.model.base import locate, locate_gguf
 from vicuna.model.vocabulary import load_vocabulary
@@ -32,7 +32,6 @@ from vicuna.weights.output_folder import (
     check_space,
     copy_side_files,
     result_folder,
-    write_json,
 )
 from vicuna.weights.read import Weights, nbytes, open_weights
 from vicuna.weights.safetensors_writer import copies, write_sharded

@@ -1,4 +1,4 @@
-"""`vicuna quantize gptq | awq | bnb`: from the words behind the command to a folder, checked."""
+"""`vicuna quantize gptq | awq | bnb`: write a quantized model and compare it with its source."""
 
 from __future__ import annotations
 
@@ -29,9 +29,24 @@ _IDLE = {
 }
 
 
-def run(method: str, words: Sequence[str]) -> int:
-    """Write the folder, compare it with what it was made of, say how it went."""
-    settings, given = config.parse(QuantizeSettings, words)
+def gptq(argv: Sequence[str]) -> int:
+    """`vicuna quantize gptq`."""
+    return run("gptq", argv)
+
+
+def awq(argv: Sequence[str]) -> int:
+    """`vicuna quantize awq`."""
+    return run("awq", argv)
+
+
+def bnb(argv: Sequence[str]) -> int:
+    """`vicuna quantize bnb`."""
+    return run("bnb", argv)
+
+
+def run(method: str, argv: Sequence[str]) -> int:
+    """Write the quantized model, compare it with its source, and print the report."""
+    settings, given = config.parse(QuantizeSettings, argv)
     _check(method, settings, set(given))
     from vicuna.commands.model_source import open_source
     from vicuna.verify.report import Report

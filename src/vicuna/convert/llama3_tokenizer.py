@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
-from vicuna.weights.output_folder import write_json
+from vicuna.json_yaml import write_json
 
 _BEGIN, _END = "<|begin_of_text|>", "<|end_of_text|>"
 # In the order of their ids; `None` is the next reserved one. 3.1 gave names to three of them.

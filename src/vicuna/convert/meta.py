@@ -21,8 +21,7 @@ from torch import Tensor
 from vicuna.convert.pth import PthWriter
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import rope_settings
-from vicuna.json_yaml import read_json
-from vicuna.weights.output_folder import write_json
+from vicuna.json_yaml import read_json, write_json
 from vicuna.weights.read import ALL, Weights
 from vicuna.weights.torch_files import load_pickled
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from vicuna.convert.llama3_tokenizer import is_llama3, write_tokenizer
 from vicuna.errors import UserError
-from vicuna.json_yaml import read_json
+from vicuna.json_yaml import read_json, write_json
 from vicuna.model.base import locate_vocabulary
-from vicuna.weights.output_folder import copy_side_files, write_json
+from vicuna.weights.output_folder import copy_side_files
 
 _MODEL = "tokenizer.model"
 _OURS = ("config.json", "generation_config.json")

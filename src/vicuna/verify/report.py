@@ -23,6 +23,7 @@ from vicuna import __version__
 from vicuna.config import VerifySettings
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
+from vicuna.json_yaml import write_json
 from vicuna.terminal import say
 from vicuna.verify.compare import Comparison, compare
 from vicuna.verify.scorers import Scorer
@@ -157,8 +158,7 @@ class Report:
 
     def write_as(self, path: Path) -> None:
         """Write the report under this name."""
-        text = json.dumps(self.to_json(), ensure_ascii=False, indent=2) + "\n"
-        path.write_text(text, encoding="utf-8", errors="replace")
+        write_json(path, self.to_json())
 
     def finish(self) -> None:
         """Print it, and where it lies.

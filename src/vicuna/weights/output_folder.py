@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from vicuna.errors import SettingsError, UserError
 
@@ -71,9 +69,3 @@ def copy_side_files(source: Path, target: Path) -> None:
         plain = path.suffix in _SIDE or path.name.upper().startswith(("LICENSE", "NOTICE"))
         if path.is_file() and plain and not named:
             shutil.copyfile(path, target / path.name)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON table, readable."""
-    text = json.dumps(content, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
