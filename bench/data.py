@@ -175,7 +175,8 @@ def prepared(path: Path) -> dict[str, object]:
     """(b), or (c) when it is asked again: the data set made ready for training."""
     from vicuna import config
     from vicuna.data import dataset
-    from vicuna.data.templates.literal import Renderer, find
+    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.renderer import Renderer
     from vicuna.data.tokenizer import Encoder
 
     words = vocabulary()

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from benchkit import machine, report
-from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.generate.decode import Settings, decode
 from vicuna.generate.events import Finished

@@ -10,7 +10,7 @@ import torch
 from generate_kit import byte_level, sentencepiece
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from vicuna.data.tokenizer import Example
+from vicuna.data.loss_mask import Example
 
 VOCAB = 300
 END = 1

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vicuna.data.pack import build_packs, targets_of
-from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, Example
+from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, Example, targets_of
+from vicuna.data.pack import build_packs
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.trainable import TrainableModel
 

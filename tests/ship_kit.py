@@ -11,7 +11,8 @@ import torch
 
 from gguf_kit import tiny_base
 from kit import with_adapter
-from vicuna.data.templates.literal import LiteralTemplate, builtin
+from vicuna.data.templates.literal import LiteralTemplate
+from vicuna.data.templates.registry import builtin
 from vicuna.model.adapter import identify, save
 from vicuna.weights.read import open_weights
 

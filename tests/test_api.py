@@ -17,7 +17,7 @@ from generate_kit import byte_level, tiny_llama, vocabulary
 import vicuna
 from kit import save_tokenizer, with_adapter
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import find
+from vicuna.data.templates.registry import find
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import fused
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from vicuna.data.loss_mask import NO_TARGET as NOTHING
+from vicuna.data.loss_mask import Example
 from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
 from vicuna.data.sampler import Group, Order
-from vicuna.data.templates.literal import Renderer, find
-from vicuna.data.tokenizer import NO_TARGET as NOTHING
-from vicuna.data.tokenizer import Encoder, Example, Segment
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder, Segment
 from vicuna.model.vocabulary import load_vocabulary
 
 TEMPLATE = "alpaca"

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import build_packs
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.trainable import TrainableModel
 

@@ -14,7 +14,7 @@ from generate_kit import PathEngine, random_engine, saying
 
 from vicuna import config
 from vicuna.commands import generate
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import SettingsError
 from vicuna.generate import load
 from vicuna.generate.settings import Settings

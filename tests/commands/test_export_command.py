@@ -12,7 +12,7 @@ import torch
 from gguf_kit import scores_after, tiny_base
 from kit import with_adapter
 from vicuna.commands.export import run
-from vicuna.data.templates.literal import builtin, from_dict
+from vicuna.data.templates.registry import builtin, from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.gguf.read import read_fields
 from vicuna.model.adapter import save

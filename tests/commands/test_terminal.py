@@ -16,7 +16,7 @@ from generate_kit import saying
 
 from vicuna.commands.chat import converse
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.generate.chat import Chat
 from vicuna.generate.settings import Settings
 

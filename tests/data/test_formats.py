@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicuna.data.conversation import Parsed, Problem, Raw
-from vicuna.data.records import clean, reasons
+from vicuna.data.records import field_names, reasons
 from vicuna.data.records.formats import parse
 
 Q, A = "天空为什么是蓝的？", "因为空气把蓝光散射得更多。"
@@ -166,15 +166,15 @@ def test_missing_and_null_answers() -> None:
 def test_numbers_become_their_text(number: str) -> None:
     parsed = parse(Raw(1, f'{{"instruction": "{Q}", "output": {number}}}'))
     assert turns(parsed)[1] == ("assistant", number)
-    assert brief(parsed) == [("output", clean.NUMBER, "repaired")]
+    assert brief(parsed) == [("output", reasons.NUMBER, "repaired")]
 
 
 def test_numbers_of_tables_and_what_is_no_text() -> None:
     assert turns(parse(Raw(1, alpaca(output=42))))[1] == ("assistant", "42")
     for value in (True, False, {"text": A}):
-        assert dropped(of(alpaca(output=value))) == ("output", clean.NOT_TEXT)
+        assert dropped(of(alpaca(output=value))) == ("output", reasons.NOT_TEXT)
     for value in (True, False, [A], {"text": A}):
-        assert dropped(of(alpaca(input=value))) == ("input", clean.NOT_TEXT)
+        assert dropped(of(alpaca(input=value))) == ("input", reasons.NOT_TEXT)
 
 
 def test_wrapped_records_are_unwrapped() -> None:
@@ -242,7 +242,7 @@ def test_mixed_formats_are_told_apart_record_by_record() -> None:
 def test_duplicate_keys_keep_the_last_value_and_say_so() -> None:
     parsed = parse(Raw(3, f'{{"instruction": "{Q}", "output": "待补充", "output": "{A}"}}'))
     assert turns(parsed)[1] == ("assistant", A)
-    assert parsed.problems == [Problem(3, "output", clean.DUPLICATE_KEY, "repaired")]
+    assert parsed.problems == [Problem(3, "output", reasons.DUPLICATE_KEY, "repaired")]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_duplicate_keys_keep_the_last_value_and_say_so() -> None:
 )
 def test_broken_json(text: str) -> None:
     field, reason = dropped(parse(Raw(1, text)))
-    assert (field, reason) == ("", clean.BROKEN_JSON)
+    assert (field, reason) == ("", reasons.BROKEN_JSON)
 
 
 @pytest.mark.parametrize("answer", ["", "  \n", "\u200b\ufeff", "　"])
@@ -268,7 +268,7 @@ def test_placeholder_inputs(words: str) -> None:
     parsed = of(alpaca(input=words))
     assert parsed.conversation is not None
     assert parsed.conversation.turns[0].input == ""
-    assert brief(parsed) == [("input", clean.PLACEHOLDER_INPUT, "repaired")]
+    assert brief(parsed) == [("input", reasons.PLACEHOLDER_INPUT, "repaired")]
 
 
 @pytest.mark.parametrize("words", ["无输入法可用", "Na", "None of them", "<输入> 是标签"])
@@ -278,7 +278,7 @@ def test_only_whole_placeholders_count(words: str) -> None:
 
 def test_literal_line_break_is_warned_of() -> None:
     parsed = of(alpaca(instruction="写一个口号。\\n\\n"))
-    assert brief(parsed) == [("instruction", clean.LITERAL_NEWLINE, "warned")]
+    assert brief(parsed) == [("instruction", reasons.LITERAL_NEWLINE, "warned")]
 
 
 @pytest.mark.parametrize(
@@ -291,15 +291,15 @@ def test_backslash_n_that_is_meant(text: str) -> None:
 def test_lost_invisible_and_broken_characters() -> None:
     lost = of(alpaca(output="我不敢\ufffd\ufffd相信"))
     assert lost.problems == [
-        Problem(1, "output", f"{clean.LOST_CHARACTERS}: 2", "warned"),
+        Problem(1, "output", f"{reasons.LOST_CHARACTERS}: 2", "warned"),
     ]
     invisible = of(alpaca(instruction="\u200b\ufeff天\u2060空\u200c？"))
     assert turns(invisible)[0] == ("user", "天空？")
     assert invisible.problems == [
-        Problem(1, "instruction", f"{clean.ZERO_WIDTH}: 4", "repaired"),
+        Problem(1, "instruction", f"{reasons.ZERO_WIDTH}: 4", "repaired"),
     ]
     broken = parse(Raw(1, f'{{"instruction": "{Q}", "output": "\\ud83d骑士"}}'))
-    assert dropped(broken) == ("output", clean.LONE_SURROGATE)
+    assert dropped(broken) == ("output", reasons.LONE_SURROGATE)
 
 
 def test_emoji_keep_their_joiners() -> None:
@@ -341,7 +341,7 @@ def test_a_later_empty_answer_cuts_the_chat(empty: Any) -> None:
 # Anything at all
 
 KEYS = st.sampled_from(
-    clean.names(
+    field_names.names(
         "instruction input output history conversations messages from value role content text "
         "prompt response question answer system tool_calls A b 问题 Input"
     )

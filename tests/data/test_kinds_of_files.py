@@ -22,9 +22,9 @@ import pytest
 from vicuna import config
 from vicuna.data.conversation import Problem
 from vicuna.data.records import columns, file_types, json_stream, reasons
-from vicuna.data.records.find_files import expand_noting
+from vicuna.data.records.find_files import expand, expand_noting
 from vicuna.data.records.formats import parse
-from vicuna.data.records.read_file import expand, read
+from vicuna.data.records.read_file import read
 from vicuna.data.report import FileReport
 from vicuna.errors import SettingsError, UserError
 

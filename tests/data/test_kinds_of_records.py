@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicuna.commands.data_convert import as_format, convert
-from vicuna.data import checks
 from vicuna.data.conversation import Conversation, Parsed, Raw, Turn
-from vicuna.data.records import field_names, reasons
+from vicuna.data.records import field_names, reasons, text_warnings
 from vicuna.data.records.formats import parse
 from vicuna.errors import UserError
 
@@ -439,11 +438,11 @@ def test_a_thought_in_the_answer_and_beside_it_is_one() -> None:
 def test_thoughts_in_other_marks_are_warned_of(answer: str) -> None:
     conversation = of({"prompt": Q, "response": answer}).conversation
     assert conversation is not None
-    reasons_ = [p.reason.split(": ")[0] for p in checks.warnings(conversation)]
-    assert reasons_.count(checks.THOUGHT) == 1
+    reasons_ = [p.reason.split(": ")[0] for p in text_warnings.warnings(conversation)]
+    assert reasons_.count(reasons.THOUGHT) == 1
     plain = of({"prompt": answer, "response": f"<think>想</think>{A}，3 < 5"}).conversation
     assert plain is not None
-    assert checks.THOUGHT not in "".join(p.reason for p in checks.warnings(plain))
+    assert reasons.THOUGHT not in "".join(p.reason for p in text_warnings.warnings(plain))
 
 
 def test_thoughts_in_parts_and_in_turns_of_their_own() -> None:

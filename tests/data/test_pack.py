@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.pack import MIN_SHARED, Pack, build_packs, targets_of, trim
-from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example
+from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example, targets_of, trim
+from vicuna.data.pack import MIN_SHARED, Pack, build_packs
 
 END = 99
 Prefix = tuple[int, ...]

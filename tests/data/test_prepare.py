@@ -15,10 +15,9 @@ from generate_kit import byte_level, make_renderer
 from vicuna import config
 from vicuna.data import dataset, prepare
 from vicuna.data.conversation import Turn
-from vicuna.data.lengths import Lengths
-from vicuna.data.pack import targets_of
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import NEXT_TOKEN
+from vicuna.data.dataset import Lengths
+from vicuna.data.loss_mask import NEXT_TOKEN, targets_of
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 
 

@@ -7,10 +7,10 @@ import pytest
 from generate_kit import byte_level, make_renderer, sentencepiece
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.lengths import Lengths
+from vicuna.data.dataset import Lengths
+from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.preview import BROKEN, spans, tokens
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, NO_TARGET, Example
+from vicuna.data.templates.renderer import Renderer
 
 TURNS = [
     Turn("user", "你好 <|im_end|> 😀"),

@@ -18,8 +18,11 @@ import pytest
 from generate_kit import byte_level, vocabulary
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.templates.literal import ChatTemplate, Renderer, find
-from vicuna.data.tokenizer import NO_TARGET, Encoder
+from vicuna.data.loss_mask import NO_TARGET
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder
 
 BOS, EOS = "<s>", "</s>"
 # Added tokens that tokenizers do not mark special.

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from vicuna.data.conversation import Problem, Raw
 from vicuna.data.records import json_stream, text_stream
 from vicuna.data.records import read_file as reader
-from vicuna.data.records.read_file import digest, expand, read
+from vicuna.data.records.find_files import digest, expand
+from vicuna.data.records.read_file import read
 from vicuna.errors import UserError
 
 RECORDS = [

@@ -16,8 +16,10 @@ import pytest
 from test_template import CHATML, LLAMA2, VICUNA
 
 from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.templates.chat_template import ChatTemplate
 from vicuna.data.templates.compare_with_original import differences
-from vicuna.data.templates.literal import ChatTemplate, Renderer, builtin, find
+from vicuna.data.templates.registry import builtin, find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.model.vocabulary import load_vocabulary
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vicuna.data import checks
 from vicuna.data.conversation import Action, Conversation, Parsed, Problem, Turn
 from vicuna.data.records import reasons
 from vicuna.data.report import DataReport, FileReport
@@ -25,7 +24,7 @@ def parsed(line: int, *actions: Action, name: str = "alpaca", reason: str = "r")
 
 def unchinese(line: int) -> Parsed:
     found = parsed(line)
-    found.problems.append(Problem(line, "", checks.NO_CHINESE, "warned"))
+    found.problems.append(Problem(line, "", reasons.NO_CHINESE, "warned"))
     return found
 
 

@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.templates.literal import (
-    ChatTemplate,
-    LiteralTemplate,
-    Renderer,
-    Template,
-    builtin,
-    find,
-    from_dict,
-)
-from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, Encoder, Example, Segment, Vocabulary
+from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, Example
+from vicuna.data.templates.base import Template
+from vicuna.data.templates.chat_template import ChatTemplate
+from vicuna.data.templates.literal import LiteralTemplate
+from vicuna.data.templates.registry import builtin, find, from_dict
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
 from vicuna.errors import UserError
 
 ROLES = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]

@@ -12,9 +12,12 @@ import pytest
 from generate_kit import byte_level, vocabulary
 
 from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.loss_mask import NO_TARGET
+from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences, lines_for, share_of_thoughts
-from vicuna.data.templates.literal import Renderer, Template, find, from_dict
-from vicuna.data.tokenizer import NO_TARGET, Encoder, Vocabulary
+from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder, Vocabulary
 
 HEAD = "{%- for m in messages -%}{%- set c = m.content -%}"
 OPEN = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"

@@ -210,7 +210,8 @@ def test_the_embedded_base_answers_as_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from vicuna.data.conversation import Turn
-    from vicuna.data.templates.literal import Renderer, find
+    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.renderer import Renderer
     from vicuna.model.base import EMBEDDED, locate, locate_vocabulary
 
     folder = locate(EMBEDDED)

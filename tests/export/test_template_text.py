@@ -10,8 +10,9 @@ from generate_kit import SPECIALS, byte_level, vocabulary
 
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.literal import Renderer, builtin, find
-from vicuna.data.templates.program import Program
+from vicuna.data.templates.registry import builtin, find
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.templates.sandbox import Program
 from vicuna.data.tokenizer import Encoder
 from vicuna.export.modelfile import modelfile
 from vicuna.export.template_text import default_system, go, jinja, recognised

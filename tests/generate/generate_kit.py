@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.generate.engines.base import Cancelled, never
 

@@ -10,7 +10,7 @@ import pytest
 from generate_kit import saying
 
 from vicuna.data.conversation import Raw, Turn
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.batch import Tally, answer_file
 from vicuna.generate.prompt_file import question, questions

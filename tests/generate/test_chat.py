@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vicuna.data.conversation import Turn
 from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import DENSE, Chat, fit
 

@@ -21,7 +21,7 @@ from generate_kit import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.decode import Event, Finished, Settings, Step, decode
 from vicuna.generate.engines.base import OutOfMemory

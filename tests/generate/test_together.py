@@ -8,7 +8,8 @@ from generate_kit import byte_level, sentencepiece, tiny_llama, vocabulary
 
 from kit import tiny_model
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.generate.decode import complete
 from vicuna.generate.engines.torch import open_engine

@@ -23,8 +23,8 @@ from architectures_kit import (
     names,
 )
 from kit import shake
-from vicuna.data.pack import build_packs, targets_of
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Example
+from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example, targets_of
+from vicuna.data.pack import build_packs
 from vicuna.errors import UserError
 from vicuna.generate.decode import Finished, Settings, decode
 from vicuna.generate.engines.torch import open_engine

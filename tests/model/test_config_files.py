@@ -16,7 +16,8 @@ from vicuna.commands import doctor
 from vicuna.commands.generate import generate
 from vicuna.commands.plan import run as plan
 from vicuna.commands.train import run as train
-from vicuna.data.templates.literal import Renderer, find
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.model import load

@@ -33,8 +33,8 @@ from parity_kit import (
     packed,
     quantised,
 )
+from vicuna.data.loss_mask import Example
 from vicuna.data.pack import Pack, build_packs
-from vicuna.data.tokenizer import Example
 from vicuna.model import dropout, fused
 from vicuna.model.trainable import TrainableModel
 

@@ -14,8 +14,8 @@ from parity_kit import (
     packed,
     taken,
 )
-from vicuna.data.pack import build_packs, filled, targets_of
-from vicuna.data.tokenizer import Example
+from vicuna.data.loss_mask import Example, targets_of
+from vicuna.data.pack import build_packs, filled
 from vicuna.model import dropout
 
 CUTS = [(10_000, 0, True), (150, 0, True), (90, 3, True), (10_000, 8, False), (10_000, 1, True)]

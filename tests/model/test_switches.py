@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kit import END, shake, tiny_model
+from vicuna.data.loss_mask import Example
 from vicuna.data.pack import build_packs
-from vicuna.data.tokenizer import Example
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import TorchEngine, open_engine
 from vicuna.model.trainable import TrainableModel

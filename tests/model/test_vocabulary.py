@@ -12,7 +12,7 @@ from generate_kit import byte_level, sentencepiece, vocabulary
 from tokenizers import Tokenizer
 
 from kit import metaspace, save_tokenizer
-from vicuna.data.templates.literal import find
+from vicuna.data.templates.registry import find
 from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.model.vocabulary import Finding, check_up, load_vocabulary

@@ -151,7 +151,7 @@ def test_what_a_base_draws_at_random_in_training_is_off() -> None:
 
 
 def _short() -> Any:
-    from vicuna.data.tokenizer import Example
+    from vicuna.data.loss_mask import Example
 
     return [Example(e.ids % 60, e.labels) for e in EXAMPLES[:3]]
 

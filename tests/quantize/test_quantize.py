@@ -13,7 +13,7 @@ import pytest
 from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.commands.quantize import run
-from vicuna.data.templates.literal import builtin
+from vicuna.data.templates.registry import builtin
 from vicuna.errors import SettingsError, UserError
 from vicuna.model.adapter import save
 from vicuna.quantize import environment, process

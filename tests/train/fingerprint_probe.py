@@ -20,7 +20,8 @@ def main(base: Path, gguf: Path, adapter: Path) -> None:
     from vicuna.commands.train import run
     from vicuna.config import DatasetEntry, TrainSettings
     from vicuna.data import dataset as datasets
-    from vicuna.data.templates.literal import Renderer, find
+    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.renderer import Renderer
     from vicuna.data.tokenizer import Encoder
     from vicuna.export import gguf_cache
     from vicuna.files import file_hash

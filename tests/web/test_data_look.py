@@ -19,9 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from run_kit import save_tiny_model
 
 from vicuna.config import WebSettings
-from vicuna.data import checks
-from vicuna.data.lengths import Lengths
-from vicuna.data.records import clean, file_types, find_files, read_file
+from vicuna.data.dataset import Lengths
+from vicuna.data.records import file_types, find_files, read_file
 from vicuna.data.records import reasons as said
 from vicuna.errors import UserError
 from vicuna.web import data_html, files, number_input, tab_data
@@ -174,7 +173,7 @@ def test_a_look_is_told_as_it_goes_kept_and_made_anew_where_the_file_changed(
 def test_every_reason_has_its_words_in_chinese() -> None:
     reasons = [
         value
-        for module in (said, checks, clean, file_types)
+        for module in (said, file_types)
         for name, value in vars(module).items()
         if name.isupper()
         and isinstance(value, str)

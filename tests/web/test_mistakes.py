@@ -23,7 +23,7 @@ from vicuna.data.conversation import Turn
 from vicuna.data.records import columns, find_files, text_stream
 from vicuna.data.templates import sandbox
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.literal import find
+from vicuna.data.templates.registry import find
 from vicuna.errors import UserError
 from vicuna.generate.chat import check_length
 from vicuna.generate.decode import decode

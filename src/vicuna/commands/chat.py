@@ -14,7 +14,7 @@ from types import FrameType
 
 from vicuna.commands.beam_view import View, view_of
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import Chat, fit
 from vicuna.generate.decode import decode

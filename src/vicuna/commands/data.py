@@ -10,11 +10,13 @@ from vicuna import config
 from vicuna.config import DataSettings
 from vicuna.config.parse import T
 from vicuna.data import dataset
-from vicuna.data.lengths import CUTOFFS, Lost
+from vicuna.data.dataset import CUTOFFS, Lost
+from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.preview import spans
 from vicuna.data.templates.compare_with_original import lines_for
-from vicuna.data.templates.literal import Renderer, find
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Encoder, Example
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.terminal import say_json
 

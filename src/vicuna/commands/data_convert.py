@@ -13,7 +13,7 @@ import numpy as np
 
 from vicuna import config
 from vicuna.config import ConvertSettings, DatasetEntry
-from vicuna.data import checks
+from vicuna.data import duplicates
 from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.dataset import check_sources
 from vicuna.data.records import columns, formats
@@ -48,7 +48,9 @@ def convert(words: Sequence[str]) -> int:
                 record = as_format(conversation, settings.to)
                 out.write(json.dumps(record, ensure_ascii=False) + "\n")
                 if conversation.merit is not None:
-                    ranks.append((written, checks.prompt_hash(conversation), conversation.merit))
+                    ranks.append(
+                        (written, duplicates.prompt_hash(conversation), conversation.merit)
+                    )
                 written += 1
         worse = _leave_out_worse(aside, ranks)
         if not written:
@@ -104,7 +106,7 @@ def _leave_out_worse(path: Path, ranks: list[tuple[int, int, float]]) -> int:
     if not ranks:
         return 0
     prompts = np.array([r[1] for r in ranks], np.uint64)
-    worse = checks.outranked(prompts, np.array([r[2] for r in ranks]))
+    worse = duplicates.outranked(prompts, np.array([r[2] for r in ranks]))
     lost = {ranks[i][0] for i in np.flatnonzero(worse)}
     if lost:
         better = path.with_name(f"{path.name}2")

@@ -23,7 +23,7 @@ from vicuna.paths import shell_word
 from vicuna.train.progress import Screen
 
 if TYPE_CHECKING:
-    from vicuna.data.templates.literal import Renderer
+    from vicuna.data.templates.renderer import Renderer
     from vicuna.generate.engines.base import Engine
     from vicuna.train.loop import Outcome
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vicuna import config
+from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences
-from vicuna.data.templates.literal import Renderer, Template, find
+from vicuna.data.templates.registry import find
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import EXIT_MISTAKE, UserError
 from vicuna.model.base import locate_vocabulary

@@ -13,7 +13,8 @@ from vicuna import config
 from vicuna.config import MergeSettings
 from vicuna.convert.combine import Method, combine
 from vicuna.convert.merge import Merge
-from vicuna.data.templates.literal import Renderer, from_dict
+from vicuna.data.templates.registry import from_dict
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.export.chat_format import write_speech

@@ -15,7 +15,7 @@ import numpy as np
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import dataset
 from vicuna.data.records.read_file import read
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 
 SAMPLE = "sample"

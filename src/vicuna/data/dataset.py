@@ -9,23 +9,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from vicuna.config import DatasetEntry, DataSettings
-from vicuna.data import checks
+from vicuna.data import duplicates
 from vicuna.data.example_store import Store
-from vicuna.data.lengths import CUTOFFS, Lengths
-from vicuna.data.prepare import Recipe, prepare_file
-from vicuna.data.reading_progress import Pace
+from vicuna.data.loss_mask import Example
+from vicuna.data.prepare import Pace, Recipe, prepare_file
 from vicuna.data.records import columns, encodings
 from vicuna.data.records.find_files import expand_noting
 from vicuna.data.records.read_file import read
 from vicuna.data.report import DataReport, FileReport
 from vicuna.data.sampler import Group, Order, split_validation
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import Example
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 
 Overlong = Literal["drop", "split", "cut"]
@@ -206,7 +204,7 @@ def _refuse_dropped(path: Path, report: FileReport) -> None:
 
 def _warn_duplicates(store: Store, report: FileReport) -> None:
     """Duplicates within one file; what repeats between files is often meant."""
-    exact, near = checks.find_duplicates(store.exact, store.near)
+    exact, near = duplicates.find_duplicates(store.exact, store.near)
     for found, reason in ((exact, "exact duplicate"), (near, "near duplicate")):
         for i in np.flatnonzero(found >= 0):
             report.warn(int(store.lines[i]), "", f"{reason}: of line {store.lines[found[i]]}")
@@ -311,3 +309,57 @@ def describe(split: Split) -> dict[str, Any]:
         "notes": split.notes,
         "digest": split.digest,
     }
+
+
+CUTOFFS = (256, 512, 1024, 2048, 4096)
+
+
+class Lost(NamedTuple):
+    """What a cutoff loses: shares of examples, and tokens.
+
+    longer: examples beyond the cutoff. answer_lost: of whose answer nothing is left where they are
+    cut. tokens_dropped: left out with `overlong: drop`. tokens_cut: with `overlong: cut`.
+    """
+
+    longer: float
+    answer_lost: float
+    tokens_dropped: int
+    tokens_cut: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of each example: its tokens, and where the first that is learned stands."""
+
+    tokens: np.ndarray
+    first_target: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def lost(self, cutoff: int) -> Lost:
+        """What a cutoff loses of these examples."""
+        if not len(self):
+            return Lost(0.0, 0.0, 0, 0)
+        beyond = self.tokens > cutoff
+        long = self.tokens[beyond].astype(np.int64)
+        return Lost(
+            float(beyond.mean()),
+            float((self.first_target >= cutoff).mean()),
+            int(long.sum()),
+            int((long - cutoff).sum()),
+        )
+
+    def quantile(self, percent: float) -> int:
+        return int(np.percentile(self.tokens, percent)) if len(self) else 0
+
+    @property
+    def longest(self) -> int:
+        return int(self.tokens.max()) if len(self) else 0
+
+    def histogram(self, limit: int, bars: int) -> list[int]:
+        """Examples in bars of equal width from 0 to `limit`; the last holds all longer ones too."""
+        width = limit / bars
+        places = np.minimum((np.maximum(self.tokens - 1, 0) / width).astype(np.int64), bars - 1)
+        counted: list[int] = np.bincount(places, minlength=bars).tolist()
+        return counted

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Example
+from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 
 INDEX = np.dtype(
     [

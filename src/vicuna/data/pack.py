@@ -26,8 +26,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from vicuna.data.loss_mask import Example, Trimmed, targets_of, trim
 from vicuna.data.sampler import mix
-from vicuna.data.tokenizer import END_TOKEN, NO_TARGET, Example
 
 # Prefixes shorter than this are cheaper to compute again than to share: each segment is a call of
 # the attention kernel.
@@ -87,31 +87,6 @@ def filled(pack: Pack, step: int) -> Pack:
 
 def _longer(values: np.ndarray, by: int) -> np.ndarray:
     return np.append(values, np.zeros(by, values.dtype))
-
-
-@dataclass(slots=True)
-class Trimmed:
-    """An example without the tokens behind its last target, and how long it was."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    length: int
-
-
-def trim(example: Example) -> Trimmed:
-    """Cut an example after the last position that has a target."""
-    targets = np.flatnonzero(example.labels != NO_TARGET)
-    stop = int(targets[-1]) + 1 if len(targets) else 0
-    # The last target's own id is kept in `labels` by the caller's example; only inputs are cut.
-    return Trimmed(example.ids[:stop], example.labels[:stop], len(example.ids))
-
-
-def targets_of(example: Example, end_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, ids) int64 (N,) of what an example must predict."""
-    where = np.flatnonzero(example.labels != NO_TARGET)
-    following = np.append(example.ids, end_id)[where + 1].astype(np.int64)
-    following[example.labels[where] == END_TOKEN] = end_id
-    return where, following
 
 
 def build_packs(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,16 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from vicuna.data import checks
+from vicuna.data import duplicates
 from vicuna.data.conversation import Conversation, Problem, Raw, Turn
 from vicuna.data.example_store import Store, StoreWriter, index_rows
-from vicuna.data.records import formats
+from vicuna.data.loss_mask import Example, TrainTurns, windows
+from vicuna.data.records import formats, text_warnings
 from vicuna.data.records.columns import Columns
 from vicuna.data.records.read_file import read
 from vicuna.data.report import FileReport
-from vicuna.data.templates.base import TrainTurns
-from vicuna.data.templates.literal import Renderer, from_dict
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Encoder, Example, Segment, Vocabulary
+from vicuna.data.templates.registry import from_dict
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
 from vicuna.files import cache_dir, file_hash, whole_folder
 from vicuna.interrupts import children_spared
 
@@ -135,7 +137,7 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
         report.file_problem(problem, is_record=problem.action == "dropped")
     writer.finish(
         np.concatenate(exact) if exact else np.zeros(0, np.uint64),
-        np.concatenate(near) if near else np.zeros((0, checks.SIGNATURE), np.uint32),
+        np.concatenate(near) if near else np.zeros((0, duplicates.SIGNATURE), np.uint32),
         {**report.to_json(), "outranked": _outranked(ranked)},
     )
 
@@ -145,7 +147,7 @@ def _outranked(ranked: list[np.ndarray]) -> list[int]:
     rows = np.concatenate(ranked) if ranked else np.zeros(0, RANKED)
     if not len(rows):
         return []
-    worse = checks.outranked(rows["prompt"], rows["merit"])
+    worse = duplicates.outranked(rows["prompt"], rows["merit"])
     found: list[int] = rows["record"][worse].tolist()
     return found
 
@@ -255,13 +257,13 @@ class Work:
         for raw in chunk:
             parsed = formats.parse(raw, self.recipe.columns)
             if parsed.conversation is not None:
-                parsed.problems += checks.warnings(parsed.conversation)
+                parsed.problems += text_warnings.warnings(parsed.conversation)
                 conversations.append(parsed.conversation)
             report.add(parsed)
         examples, owners = self._encode(conversations, report)
         lines = [c.line for c in conversations]
-        questions = [checks.question_hash(c) for c in conversations]
-        exact, near = checks.sketches(conversations)
+        questions = [duplicates.question_hash(c) for c in conversations]
+        exact, near = duplicates.sketches(conversations)
         return Batch(
             np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32),
             np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
@@ -311,10 +313,10 @@ class Work:
     ) -> list[Example]:
         """An overlong conversation as several, cut between turns; a text in windows."""
         if conversation.kind == "text":
-            windows = _windows(example, limit)
-            report.warn(conversation.line, "", f"split into {len(windows)} examples")
-            return windows
-        parts: list[Example] = []
+            parts = windows(example, limit)
+            report.warn(conversation.line, "", f"split into {len(parts)} examples")
+            return parts
+        parts = []
         lost = 0
         for turns in self._spans(conversation, limit):
             fitting = self._render(turns, conversation)
@@ -358,19 +360,48 @@ class Work:
 
 def _ranked(conversations: Sequence[Conversation]) -> np.ndarray:
     rows = [
-        (n, checks.prompt_hash(c), c.merit)
+        (n, duplicates.prompt_hash(c), c.merit)
         for n, c in enumerate(conversations)
         if c.merit is not None
     ]
     return np.array(rows, RANKED)
 
 
-def _windows(example: Example, limit: int) -> list[Example]:
-    parts = []
-    for start in range(0, len(example.ids), limit):
-        labels = example.labels[start : start + limit].copy()
-        if start + limit < len(example.ids) and labels[-1] == NEXT_TOKEN:
-            labels[-1] = NO_TARGET
-        if (labels != NO_TARGET).any():
-            parts.append(Example(example.ids[start : start + limit], labels))
-    return parts
+_WIDTH = 12  # characters of the bar
+
+
+class Pace:
+    """Says how far one file is.
+
+    say: given a line at each call. clock: seconds, from any beginning.
+    """
+
+    def __init__(
+        self, name: str, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._name, self._say, self._clock = name, say, clock
+        self._began = clock()
+
+    def __call__(self, records: int, share: float) -> None:
+        """Say a line: `my.jsonl ━━━━━━────── 48%  336,000 records, 3,100/s, 2 min left`.
+
+        Args:
+            records: done so far.
+            share: of the file that they take, from 0 to 1; 0 if nobody knows.
+        """
+        seconds = max(self._clock() - self._began, 1e-9)
+        text = f"{records:,} records, {records / seconds:,.0f}/s"
+        if not 0 < share <= 1:
+            self._say(f"{self._name}: {text}")
+            return
+        done = round(share * _WIDTH)
+        bar = "━" * done + "─" * (_WIDTH - done)
+        left = _left(seconds / share - seconds)
+        self._say(f"{self._name} {bar} {share:4.0%}  {text}, {left} left")
+
+
+def _left(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

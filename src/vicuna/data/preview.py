@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import END_TOKEN, NO_TARGET, Encoder, Example
+from vicuna.data.loss_mask import END_TOKEN, NO_TARGET, Example
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.tokenizer import Encoder
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 

@@ -11,9 +11,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from vicuna.data.checks import NO_CHINESE
 from vicuna.data.conversation import Action, Parsed, Problem
-from vicuna.data.records.reasons import ONE_TURN, UNKNOWN_FORMAT
+from vicuna.data.records.reasons import NO_CHINESE, ONE_TURN, UNKNOWN_FORMAT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

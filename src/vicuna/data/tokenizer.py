@@ -28,8 +28,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-# Labels of a position: what it must predict.
-NO_TARGET, NEXT_TOKEN, END_TOKEN = 0, 1, 2
+from vicuna.data.loss_mask import END_TOKEN, NO_TARGET, Example
+from vicuna.data.tokenizer_quirks import LineCuts, prefixes_each, without_dummy_prefix
+
 _PLANS = 2048  # shapes of conversations that are remembered
 
 
@@ -46,18 +47,6 @@ class Segment(NamedTuple):
     text: str = ""
     supervised: bool = False
     cut: bool = False
-
-
-@dataclass(slots=True)
-class Example:
-    """Token ids and labels of one conversation.
-
-    ids: int32 (T,). labels: uint8 (T,), what position t must predict: nothing, the next id, or the
-    end token.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
 
 
 _OF_TEMPLATES = ("chat_template", "template", "named_tokens")
@@ -91,43 +80,6 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _without_dummy_prefix(spec: dict[str, Any]) -> dict[str, Any]:
-    """The tokenizer without the space it puts before its input; the same object if it has none."""
-
-    def strip(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        if part.get("type") == "Prepend":
-            return None
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            return {**part, "prepend_scheme": "never"}
-        if part.get("type") == "ByteLevel" and part.get("add_prefix_space"):
-            return {**part, "add_prefix_space": False}
-        for key in ("normalizers", "pretokenizers"):
-            if key in part:
-                inner = [s for s in map(strip, part[key]) if s is not None]
-                return {**part, key: inner} if inner != part[key] else part
-        return part
-
-    changed = {k: strip(spec.get(k)) for k in ("normalizer", "pre_tokenizer")}
-    if all(changed[k] == spec.get(k) for k in changed):
-        return spec
-    return {**spec, **changed}
-
-
-def _prefixes_each(spec: dict[str, Any]) -> bool:
-    """Whether the dummy space stands behind every special token too, not only in front of all."""
-
-    def first_only(part: Any) -> bool:
-        if not isinstance(part, dict):
-            return False
-        if part.get("type") == "Metaspace":
-            return part.get("prepend_scheme", "always") == "first"
-        return any(first_only(p) for p in part.get("pretokenizers", []))
-
-    return not first_only(spec.get("pre_tokenizer"))
-
-
 class _Piece(NamedTuple):
     """A part of a run. source: its text, or the number of the conversation's text that it is.
 
@@ -151,70 +103,6 @@ def _strip(run: list[_Piece], side: Literal[0, -1], cut: Callable[[str], str]) -
             run[side] = piece._replace(text=rest, source=rest)
             return
         run.pop(side)
-
-
-class _LineCuts:
-    """Where a text can be cut behind the end of a line so that its parts, encoded apart, have the
-    tokens of the whole.
-
-    That is so where no token of the vocabulary has anything but white space behind a line feed, and
-    where the rule that cuts words apart ends one there. The second is tried, for a line feed behind
-    other characters and behind white space; a tokenizer that does neither is never cut.
-    """
-
-    def __init__(self, begin: Any, within: Any) -> None:
-        self._one = self._many = False
-        if any(map(_spans_lines, begin.get_vocab(with_added_tokens=False))):
-            return
-        words = ["a", "你", "1", "。", ".", ":", ")", "é", "'s"]
-        others = ["A", "a", "1", "好", "“", ".", "#", "<", "[", "(", "'s", "-", "_", "é", "😀"]
-
-        def same(left: str) -> bool:
-            alone = begin.encode(left, add_special_tokens=False).ids
-            return all(
-                begin.encode(left + right, add_special_tokens=False).ids
-                == alone + within.encode(right, add_special_tokens=False).ids
-                for right in others
-            )
-
-        self._one = all(same(f"{word}\n") for word in words)
-        ends = ["\n", "\n\n", " \n", " \n\n", "\t\n", "\r\n", "\n \n"]
-        self._many = self._one and all(same(w + end) for w in ["", *words[:4]] for end in ends)
-        self._split = re.compile(r"(?<=\n)(?=\S)")
-        self._known: dict[str, list[str]] = {}
-
-    def between(self, left: str, right: str) -> bool:
-        """Whether two texts may be cut apart."""
-        if not self._one or left[-1] != "\n" or right[0].isspace():
-            return False
-        return self._many or (len(left) > 1 and not left[-2].isspace())
-
-    def split(self, text: str) -> list[str]:
-        """The lines of a text, those of them together that may not be cut."""
-        if not self._one:
-            return [text]
-        known = self._known.get(text)
-        if known is None:
-            lines = self._split.split(text)
-            if not self._many:
-                whole, lines = lines, lines[:1]
-                for line in whole[1:]:
-                    if self.between(lines[-1], line):
-                        lines.append(line)
-                    else:
-                        lines[-1] += line
-            # Between the first and the last line nothing can change: one piece.
-            known = lines if len(lines) < 3 else [lines[0], "".join(lines[1:-1]), lines[-1]]
-            self._known[text] = known
-        return known
-
-
-def _spans_lines(piece: str) -> bool:
-    """Whether a token has a line feed before something else than white space; byte-level
-    vocabularies spell a line feed U+010A."""
-    if "\n" not in piece and "\u010a" not in piece:
-        return False
-    return re.search(r"[\n\u010a](?=[^\s\u010a\u010d\u0120\u0109▁])", piece) is not None
 
 
 class _Step(NamedTuple):
@@ -304,7 +192,7 @@ class Encoder:
         self.vocabulary = vocabulary
         spec = json.loads(vocabulary.tokenizer_json)
         spec.update(truncation=None, padding=None, post_processor=None)
-        rest = _without_dummy_prefix(spec)
+        rest = without_dummy_prefix(spec)
 
         def build(s: dict[str, Any]) -> Tokenizer:
             tokenizer = Tokenizer.from_str(json.dumps(s))
@@ -314,7 +202,7 @@ class Encoder:
         # Both know no special token. The first puts the dummy space in front, if there is one.
         self._begin = build(spec)
         self._within = self._begin if rest is spec else build(rest)
-        self._each = _prefixes_each(spec)
+        self._each = prefixes_each(spec)
         self.vocab_size: int = self._begin.get_vocab_size(with_added_tokens=True)
         special = {t["content"]: t for t in spec["added_tokens"] if t["special"]}
         self.control_ids = frozenset(t["id"] for t in special.values())
@@ -324,7 +212,7 @@ class Encoder:
         # Special tokens that swallow the white space beside them.
         self._swallow_after = frozenset(t["id"] for t in special.values() if t["rstrip"])
         self._swallow_before = frozenset(t["id"] for t in special.values() if t["lstrip"])
-        self._cuts = _LineCuts(self._begin, self._within)
+        self._cuts = LineCuts(self._begin, self._within)
         self._literals: dict[tuple[str, bool], list[int]] = {}
         self._mark_parts: dict[str, list[str | int]] = {}
         self._plans: dict[tuple[object, ...], list[_Step]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.export.template_text import jinja
 from vicuna.json_yaml import read_json
 from vicuna.model.adapter import META

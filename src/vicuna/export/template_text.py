@@ -9,9 +9,12 @@ import json
 import re
 from dataclasses import replace
 
-from vicuna.data.templates.base import FIELD, Shape, Template
+from vicuna.data.templates.base import Template
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.literal import LiteralTemplate, Renderer, builtin
+from vicuna.data.templates.literal import LiteralTemplate
+from vicuna.data.templates.registry import builtin
+from vicuna.data.templates.renderer import Renderer
+from vicuna.data.templates.skeleton import FIELD, Shape
 
 # What a turn is told apart by: is it the first question, has it an answer already.
 _Case = tuple[bool, bool]

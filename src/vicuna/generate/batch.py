@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vicuna.data.conversation import Problem, Turn
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.chat import fit
 from vicuna.generate.decode import decode

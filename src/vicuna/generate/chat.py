@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.lines import append_line
 from vicuna.system_errors import cannot_write

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.beams import Beams
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vicuna.config import AnswerSettings
-from vicuna.data.templates.literal import Renderer, Template, find, from_dict
+from vicuna.data.templates.base import Template
+from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.generate.engine_loading import Opened, open_engine

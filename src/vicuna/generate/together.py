@@ -16,7 +16,7 @@ from itertools import takewhile
 
 import torch
 
-from vicuna.data.templates.literal import Renderer
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
 from vicuna.generate.events import Answer, FinishReason

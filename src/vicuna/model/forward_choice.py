@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import MIN_SHARED, Pack, build_packs
-from vicuna.data.tokenizer import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.errors import UserError
 from vicuna.model import decoder_view, self_check
 from vicuna.model.dropout import PrefixDropout

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.literal import Renderer, Template
+from vicuna.data.templates.base import Template
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder, Vocabulary
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, whole_file

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vicuna import interrupts
-from vicuna.data.tokenizer import Example
+from vicuna.data.loss_mask import Example
 from vicuna.errors import UserError
 from vicuna.files import whole_folder
 from vicuna.model import adapter as adapters

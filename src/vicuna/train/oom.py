@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from vicuna.data.loss_mask import Example
 from vicuna.data.pack import Pack, build_packs
-from vicuna.data.tokenizer import Example
 from vicuna.errors import UserError
 from vicuna.model.out_of_memory import give_back, is_memory
 from vicuna.paths import shell_word

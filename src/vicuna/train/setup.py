@@ -17,8 +17,10 @@ import torch
 from vicuna import interrupts
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
+from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences, share_of_thoughts
-from vicuna.data.templates.literal import Renderer, Template, find, from_dict
+from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_json

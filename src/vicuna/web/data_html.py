@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.data.conversation import Action, Problem
-from vicuna.data.lengths import Lengths
+from vicuna.data.dataset import Lengths
+from vicuna.data.loss_mask import NO_TARGET
 from vicuna.data.preview import Span, spans, tokens
 from vicuna.data.report import NOT_USED, OWN_NAMES, DataReport
-from vicuna.data.tokenizer import NO_TARGET
 from vicuna.web import charts
 from vicuna.web.data_view import ROWS, Look
 from vicuna.web.error_texts import chinese, in_words, quoted

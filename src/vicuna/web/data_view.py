@@ -19,11 +19,10 @@ from vicuna.commands.data import renderer_for
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import dataset
 from vicuna.data.conversation import Action, Problem
-from vicuna.data.dataset import Dataset
-from vicuna.data.lengths import Lengths
+from vicuna.data.dataset import Dataset, Lengths
+from vicuna.data.loss_mask import Example
 from vicuna.data.report import DataReport
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import Example
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 
 KEPT = 4  # looks held in memory

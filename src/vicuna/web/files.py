@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from vicuna.data.records import find_files
-from vicuna.data.templates.literal import builtin
+from vicuna.data.templates.registry import builtin
 from vicuna.errors import UserError
 from vicuna.files import file_hash, whole_file
 from vicuna.model.base import EMBEDDED

@@ -96,7 +96,7 @@ class App:
 
     def templates(self) -> list[str]:
         """The templates that can be chosen by name."""
-        from vicuna.data.templates.literal import builtin
+        from vicuna.data.templates.registry import builtin
 
         return ["auto", *builtin()]
 

@@ -9,11 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from vicuna.data.records import flags
-from vicuna.data.records.clean import Unusable, shorten
+from vicuna.data.records.content_parts import joined, thinking
 from vicuna.data.records.field_names import empty
-from vicuna.data.records.flags import Reading
-from vicuna.data.records.format_readers import role_of
 from vicuna.data.records.reasons import (
     EMPTY_CONVERSATION,
     LABEL_STUDIO,
@@ -24,7 +21,11 @@ from vicuna.data.records.reasons import (
     TOKEN_IDS,
     TOOL,
     TREE_MESSAGE,
+    Unusable,
+    shorten,
 )
+from vicuna.data.records.record import Reading, number_of, says
+from vicuna.data.records.turn_lists import role_of
 from vicuna.data.records.turn_order import Said
 
 _MOSS_BEGIN = re.compile(r"\A\s*<\|[^|<>]{1,30}\|>\s*[:：]?\s*")
@@ -171,7 +172,7 @@ def _message(message: dict[str, Any], where: str, reading: Reading) -> Iterator[
     form = content.get("content_type", "text") if isinstance(content, dict) else "text"
     if form in ("thoughts", "reasoning_recap"):
         thoughts = content.get("thoughts") or []
-        yield Said("assistant", None, "", thought=flags.thinking(thoughts))
+        yield Said("assistant", None, "", thought=thinking(thoughts))
         return
     if form in ("user_editable_context", "model_editable_context"):
         profile = content.get("user_instructions") or content.get("user_profile")
@@ -183,12 +184,12 @@ def _message(message: dict[str, Any], where: str, reading: Reading) -> Iterator[
     if message.get("recipient") not in (None, "all") or form in ("code", "execution_output"):
         raise Unusable(where, TOOL)
     role = role_of(name, where)
-    value, thought = flags.joined(content, where, reading)
+    value, thought = joined(content, where, reading)
     if role == "system" and empty(value):
         return
     if role != "user" and empty(value) and not thought:
         return  # steps without words, which the service hides as well
-    learned = flags.says(message.get("weight", 1)) is not False
+    learned = says(message.get("weight", 1)) is not False
     yield Said(role, value, where, thought=thought, learned=learned or role != "assistant")
 
 
@@ -235,5 +236,5 @@ def assistant_tree(reading: Reading) -> Iterator[Said]:
             for r in node.get("replies") or []
             if isinstance(r, dict) and not r.get("deleted") and r.get("review_result") is not False
         ]
-        replies.sort(key=lambda r: (r.get("rank") is None, flags.number_of(r.get("rank")) or 0.0))
+        replies.sort(key=lambda r: (r.get("rank") is None, number_of(r.get("rank")) or 0.0))
         node, where = (replies[0] if replies else None), f"{where}.replies"

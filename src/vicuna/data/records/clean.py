@@ -16,124 +16,22 @@ Runs once or more for every record: one search decides whether any rule applies 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from typing import Any
 
-from vicuna.data.conversation import Action, Number
-from vicuna.data.records.python_literals import printed
-
-# The reasons a user reads. Stable; a detail may follow after ": ".
-BROKEN_JSON = "broken JSON"
-PYTHON = "Python's notation instead of JSON"
-DUPLICATE_KEY = "duplicate key"
-NUMBER = "number taken as text"
-NOT_TEXT = "not text"
-LONE_SURROGATE = "lone surrogate (half of a broken character)"
-ZERO_WIDTH = "zero-width characters removed"
-LOST_CHARACTERS = "characters lost in an earlier conversion (U+FFFD)"
-LITERAL_NEWLINE = "literal \\n instead of a line break"
-PLACEHOLDER_INPUT = "placeholder input emptied"
-
-Note = Callable[[str, str, Action], None]
-
-
-def names(words: str) -> tuple[str, ...]:
-    """A table of words that reads as a line."""
-    return tuple(words.split())
-
-
-class Unusable(Exception):
-    """The record cannot be used: which field, and why."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        self.field, self.reason = field, reason
-        super().__init__(field, reason)
-
-
-class _DuplicateKey(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise _DuplicateKey
-    return made
-
-
-def _constant(name: str) -> Number | None:
-    return None if name == "NaN" else Number(name)
-
-
-def _decoder(hook: Callable[[list[tuple[str, Any]]], Any]) -> json.JSONDecoder:
-    return json.JSONDecoder(
-        object_pairs_hook=hook, parse_int=Number, parse_float=Number, parse_constant=_constant
-    )
-
-
-_FAST = _decoder(_unique)
-# The value that begins at a place, without looking for blanks around it.
-_SCAN = _FAST.scan_once  # type: ignore[attr-defined]
-
-
-def parse_json(text: str, note: Note) -> Any:
-    """The value of JSON text, its numbers as they were written.
-
-    Of a key that stands twice in an object the last value is kept, and that is noted. Such a record
-    is rare, so only then is the text read again, to name the key.
-
-    Raises: Unusable where it is not JSON.
-    """
-    try:
-        value, end = _SCAN(text, 0)
-        if end == len(text):
-            return value
-    except (StopIteration, ValueError, RecursionError, _DuplicateKey):
-        pass  # said below
-    try:
-        try:
-            return _FAST.decode(text)
-        except _DuplicateKey:
-            return _decoder(lambda pairs: _keep_last(pairs, note)).decode(text)
-    except json.JSONDecodeError as e:
-        if _PRINTED.match(text) and (value := printed(text)) is not None:
-            note("", PYTHON, "repaired")
-            return value
-        words = e.msg.removesuffix(": ")
-        raise Unusable("", f"{BROKEN_JSON}: {words} (character {e.pos + 1})") from None
-    except RecursionError:
-        raise Unusable("", f"{BROKEN_JSON}: nested too deeply") from None
-
-
-_PRINTED = re.compile(r"[\[{\s]+'")
-
-
-def _keep_last(pairs: list[tuple[str, Any]], note: Note) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    twice: dict[str, None] = {}
-    for key, value in pairs:
-        if key in made:
-            twice[key] = None
-        made[key] = value
-    for key in twice:
-        note(shorten(key), DUPLICATE_KEY, "repaired")
-    return made
-
-
-def parse_list(text: str) -> Any:
-    """The value of a table's cell that holds a list as JSON text; None where it is not JSON."""
-    try:
-        return _FAST.decode(text)
-    except (ValueError, RecursionError, _DuplicateKey):
-        return None
-
-
-def shorten(words: str, width: int = 60) -> str:
-    """Words from the data, short enough for a table."""
-    return words if len(words) <= width else words[: width - 3] + "..."
-
+from vicuna.data.conversation import Number
+from vicuna.data.records.field_names import names
+from vicuna.data.records.parse_values import kind
+from vicuna.data.records.reasons import (
+    LITERAL_NEWLINE,
+    LONE_SURROGATE,
+    LOST_CHARACTERS,
+    NOT_TEXT,
+    NUMBER,
+    ZERO_WIDTH,
+    Note,
+    Unusable,
+)
 
 # Text
 
@@ -211,13 +109,6 @@ def _number(value: Any, field: str) -> str | None:
         except ValueError:  # more digits than Python converts
             raise Unusable(field, f"{NOT_TEXT}: a number of too many digits") from None
     raise Unusable(field, f"{NOT_TEXT}: {kind(value)}")
-
-
-def kind(value: Any) -> str:
-    """What JSON calls a value."""
-    known = {bool: "true or false", list: "a list", tuple: "a list", dict: "an object"}
-    known |= {str: "a text", Number: "a number", int: "a number", float: "a number"}
-    return "null" if value is None else known.get(type(value), type(value).__name__)
 
 
 def is_placeholder_input(text: str) -> bool:

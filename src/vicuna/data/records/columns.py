@@ -10,7 +10,8 @@ from typing import Any
 
 from vicuna.data.conversation import Raw
 from vicuna.data.records import field_names, preferences
-from vicuna.data.records.clean import Unusable, parse_json
+from vicuna.data.records.parse_values import parse_json
+from vicuna.data.records.reasons import Unusable
 from vicuna.errors import UserError
 
 # (our name, the file's own), sorted; a tuple, because it is part of a cache's key.

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from vicuna.data.conversation import Role
-from vicuna.data.records.clean import DUPLICATE_KEY, Note, names
+from vicuna.data.records.reasons import DUPLICATE_KEY, Note
+
+
+def names(words: str) -> tuple[str, ...]:
+    """A table of words that reads as a line."""
+    return tuple(words.split())
+
 
 TURN_LISTS = ("conversations", "conversation", "messages")
 # These names are used for other things too: only a list that looks like turns counts.

@@ -9,44 +9,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vicuna.data.conversation import Role
-from vicuna.data.records import flags, multiple_choice, preferences
-from vicuna.data.records.clean import NOT_TEXT, Number, Unusable, kind, parse_list, shorten
+from vicuna.data.records import multiple_choice, preferences
 from vicuna.data.records.field_names import (
-    ALL_TURN_LISTS,
     ANSWERS,
-    LEARNED,
     MATERIAL,
     OTHER_TURN_LISTS,
-    PAIRS,
     PLAIN_QUESTIONS,
     QUESTIONS,
-    ROLES,
-    SPEAKERS,
-    THOUGHT_ROLES,
-    THOUGHTS,
-    TOOL_ROLES,
     TURN_LISTS,
-    WORDS,
     empty,
     first,
-    fold,
 )
-from vicuna.data.records.flags import Reading
+from vicuna.data.records.parse_values import kind
 from vicuna.data.records.reasons import (
     DIALOGUE,
     EMPTY_CONVERSATION,
     MORE_ANSWERS,
     NO_ANSWER,
-    NOT_A_TURN,
+    NOT_TEXT,
     ONE_TURN,
     OPEN_QUESTION,
-    PRINTED_LIST,
     REPLACED,
-    TOOL,
-    UNKNOWN_ROLE,
+    Unusable,
 )
+from vicuna.data.records.record import Reading
 from vicuna.data.records.transcripts import POSSIBLE, Spoken, open_dialogue, whole_dialogue
+from vicuna.data.records.turn_lists import (
+    answers_of,
+    as_list,
+    items,
+    looks_like_turns,
+    pair_keys,
+    turns_key,
+)
 from vicuna.data.records.turn_order import Said
 
 # The reasons a user reads, beside those of `said` and `marks`.
@@ -84,12 +79,12 @@ def pair(reading: Reading) -> list[Said]:
     if isinstance(asked, (list, dict)):
         return [
             *_context(asked, question, reading),
-            *_answers(answer, answer_ or "answer", reading),
+            *answers_of(answer, answer_ or "answer", reading),
         ]
     asked, given, answer = _choice(reading, asked, given, answer, answer_)
     if isinstance(answer, (list, dict)):
         before = _asked(asked, given, question, material, "", "", reading)[:-1]
-        return [*before, *_answers(answer, answer_ or "answer", reading)]
+        return [*before, *answers_of(answer, answer_ or "answer", reading)]
     return _asked(asked, given, question, material, answer, answer_ or "answer", reading)
 
 
@@ -145,17 +140,6 @@ def _context(value: Any, key: str, reading: Reading) -> Iterator[Said]:
         value = [value]
     for said in items(value, key, reading):
         yield said._replace(learned=False) if said.role == "assistant" else said
-
-
-def _answers(
-    value: Any, key: str, reading: Reading, beside: dict[str, Any] | None = None
-) -> list[Said]:
-    """An answer as text, as a turn, as a list of turns, or as the best of several."""
-    if looks_like_turns(value):
-        return list(items(value, key, reading))
-    if isinstance(value, list):
-        value = preferences.best(value, key, reading, beside)
-    return [preferences.answer(value, key, reading)]
 
 
 def chat(reading: Reading) -> Iterator[Said]:
@@ -214,7 +198,7 @@ def history(reading: Reading) -> Iterator[Said]:
     yield Said("user", asked, question, given, material)
     if answer:
         value = reading.take(answer)
-        yield from _answers(value, answer, reading)
+        yield from answers_of(value, answer, reading)
 
 
 def preference(reading: Reading) -> list[Said]:
@@ -304,150 +288,3 @@ def dialogue_key(values: dict[str, Any]) -> tuple[str, Spoken] | None:
 
 
 # Turns
-
-
-def turns_key(values: dict[str, Any]) -> str | None:
-    """The key of a list of turns."""
-    for key in TURN_LISTS:
-        if key in values and as_list(values[key]) is not None:
-            return key
-    for key in OTHER_TURN_LISTS:
-        if key in values and looks_like_turns(as_list(values[key])):
-            return key
-    return None
-
-
-def has_turns(values: dict[str, Any]) -> bool:
-    return not ALL_TURN_LISTS.isdisjoint(values)
-
-
-def looks_like_turns(found: Any) -> bool:
-    """Whether this is a list whose first entry says who speaks, or who asks and answers."""
-    if not isinstance(found, list) or not found or not isinstance(found[0], dict):
-        return False
-    lower = {str(k).strip().lower() for k in found[0]}
-    if not lower.isdisjoint(SPEAKERS):
-        return True
-    return any(q in lower and a in lower for q, a in PAIRS)
-
-
-def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[Any] | None:
-    """A list, also where a table's cell holds one as JSON text or as Python prints it."""
-    if isinstance(value, str) and value[:1] == "[":
-        text, value = value, parse_list(value)
-        if value is None and len(text) < 1 << 20:
-            from vicuna.data.records.python_literals import printed
-
-            value = printed(text)
-            if value is not None and reading is not None:
-                reading.note(key, PRINTED_LIST, "repaired")
-    return value if isinstance(value, list) else None
-
-
-def pair_keys(r: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The names of question and answer: a usual couple, or any question with any answer."""
-    for question, answer in PAIRS:
-        if question in r and answer in r:
-            return question, answer
-    question_, answer_ = first(r, QUESTIONS), first(r, ANSWERS)
-    if question_ and answer_ == question_:
-        answer_ = next((a for a in ANSWERS if a in r and a != question_), None)
-    return (question_, answer_) if question_ and answer_ else (None, None)
-
-
-def items(found: list[Any], key: str, reading: Reading) -> Iterator[Said]:
-    """Turns as {from, value}, as {question, answer}, or as [question, answer]."""
-    thought: Any = None
-    for i, item in enumerate(found):
-        where = f"{key}[{i}]"
-        if type(item) is dict and len(item) == 2:  # nearly all of them
-            speaker, words = ("from", "value") if "from" in item else ("role", "content")
-            if words in item and speaker in item and type(item[words]) is str:
-                name = item[speaker]
-                role = ROLES.get(name) if type(name) is str else None
-                if role and thought is None:
-                    yield Said(role, item[words], f"{where}.{words}")
-                    continue
-        if isinstance(item, (list, tuple)) and len(item) == 2:
-            yield Said("user", item[0], f"{where}[0]")
-            yield Said("assistant", item[1], f"{where}[1]")
-            continue
-        if not isinstance(item, dict):
-            raise Unusable(where, f"{NOT_A_TURN}: {kind(item)}")
-        item, _ = fold(item, reading.note)
-        speaker_ = first(item, SPEAKERS)
-        if not speaker_:
-            yield from _couple(item, where, reading)
-            continue
-        said = _one(item, speaker_, where, reading)
-        if said.learned and said.field == "":  # a thought that stands by itself
-            thought = said.thought if thought is None else f"{thought}\n{said.thought}"
-            continue
-        if thought is not None and said.role == "assistant":
-            said = said._replace(thought=said.thought or thought)
-            thought = None
-        yield said
-
-
-def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Said:
-    """One turn; a `Said` without a field where it only holds the thought of what follows."""
-    name = item[speaker]
-    if isinstance(name, dict):  # ChatGPT's author
-        name = name.get("role")
-    words = first(item, WORDS) or "content"
-    field = f"{where}.{words}"
-    value, part_thought = flags.joined(item.get(words), field, reading)
-    taken = {speaker, words}
-    if words == "content" and "text" in item:  # Claude's exports have both
-        taken.add("text")
-    channel = item.get("channel")
-    if isinstance(channel, str) and channel in ("analysis", "final"):
-        taken.add("channel")
-    elif channel == "commentary" or item.get("recipient") not in (None, "", "all"):
-        raise Unusable(where, TOOL)
-    if item.get("recipient") == "all":
-        taken.add("recipient")
-    thinks = isinstance(name, str) and name.strip().lower() in THOUGHT_ROLES
-    if thinks or channel == "analysis":
-        return Said("assistant", None, "", thought=flags.thinking(value))
-    beside = None if len(item) == len(taken) else flags.turn(item, taken, where, reading)
-    role = role_of(name, f"{where}.{speaker}")
-    if role != "assistant":
-        for key in item:  # questions are never learned, and nobody thinks them up
-            flag = key in LEARNED and item[key] is True
-            if flag or (key in THOUGHTS and not empty(item[key])):
-                reading.leave(f"{where.split('[')[0]}[].{key}")
-        return Said(role, value, field)
-    if beside is None:
-        return Said(role, value, field, thought=part_thought)
-    return Said(role, value, field, thought=beside.thought or part_thought, learned=beside.learned)
-
-
-def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said]:
-    """A question and its answer in one object."""
-    question, answer = pair_keys(item)
-    if not question or not answer:
-        raise Unusable(where, NOT_A_TURN)
-    taken = {question, answer}
-    material = "input" if "input" in item and question == "instruction" else ""
-    system = first(item, ("system", "system_prompt"))
-    taken.update(k for k in (material, system) if k)
-    beside = None if len(item) == len(taken) else flags.turn(item, taken, where, reading)
-    if system and not empty(item[system]):
-        yield Said("system", item[system], f"{where}.{system}")
-    yield Said("user", item[question], f"{where}.{question}", item.get(material), material)
-    (said,) = _answers(item[answer], f"{where}.{answer}", reading, item)
-    if beside is not None:
-        said = said._replace(thought=beside.thought or said.thought, learned=beside.learned)
-    yield said
-
-
-def role_of(name: Any, field: str) -> Role:
-    """Raises: Unusable where nobody is called so, or a tool is."""
-    if not isinstance(name, str) or isinstance(name, Number):
-        raise Unusable(field, f"{UNKNOWN_ROLE}: {kind(name)}")
-    role = ROLES.get(name) or ROLES.get(lower := name.strip().lower())
-    if role:
-        return role
-    reason = TOOL if lower in TOOL_ROLES else UNKNOWN_ROLE
-    raise Unusable(field, f"{reason}: {shorten(name, 40)}")

@@ -26,17 +26,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from vicuna.data.conversation import Action, Conversation, Parsed, Problem, Raw, Turn
-from vicuna.data.records import chat_exports, flags, format_readers, preferences
+from vicuna.data.records import chat_exports, format_readers, loss_flags, preferences, turn_lists
 from vicuna.data.records import columns as own_columns
-from vicuna.data.records.clean import (
-    Note,
-    Unusable,
-    clean,
-    kind,
-    parse_json,
-    parse_list,
-    shorten,
-)
+from vicuna.data.records.clean import clean
 from vicuna.data.records.columns import Columns
 from vicuna.data.records.field_names import (
     ALL_TURN_LISTS,
@@ -46,14 +38,19 @@ from vicuna.data.records.field_names import (
     first,
     fold,
 )
-from vicuna.data.records.flags import Reading
-from vicuna.data.records.format_readers import (
-    as_list,
-    looks_like_turns,
-    pair_keys,
+from vicuna.data.records.parse_values import kind, parse_json, parse_list, printed
+from vicuna.data.records.reasons import (
+    EMPTY_TEXT,
+    INSIDE,
+    NO_TEXT,
+    UNKNOWN_FORMAT,
+    WRAPPED,
+    Note,
+    Unusable,
+    shorten,
 )
-from vicuna.data.records.python_literals import printed
-from vicuna.data.records.reasons import EMPTY_TEXT, INSIDE, NO_TEXT, UNKNOWN_FORMAT, WRAPPED
+from vicuna.data.records.record import Reading
+from vicuna.data.records.turn_lists import as_list, looks_like_turns, pair_keys
 from vicuna.data.records.turn_order import (
     Said,
     converse,
@@ -110,14 +107,14 @@ def parse(raw: Raw, columns: Columns = ()) -> Parsed:
             raise _unknown(reading.values)
         if name == "text":
             turns = _text(reading)
-            flags.record(reading, [])
+            loss_flags.record(reading, [])
             conversation = Conversation(turns, raw.line, "text")
         else:
             said = list(_READERS[name](reading))
             merit = None
             if not _PLAIN.issuperset(reading.values):
-                said = flags.record(reading, said)
-                merit = flags.merit(reading.values)
+                said = loss_flags.record(reading, said)
+                merit = loss_flags.merit(reading.values)
             conversation = Conversation(converse(said, note), raw.line, "chat", merit)
     except Unusable as e:
         return Parsed(None, name, [_problem(raw.line, e.field, e.reason, "dropped")])
@@ -206,7 +203,7 @@ def _detect(r: dict[str, Any]) -> str:
         return "alpaca"  # the plainest, and most of them
     if not _SPECIAL.isdisjoint(r) and (name := _special(r)):
         return name
-    turns = format_readers.turns_key(r) if format_readers.has_turns(r) else None
+    turns = turn_lists.turns_key(r) if turn_lists.has_turns(r) else None
     if turns:
         return "messages" if turns == "messages" else "sharegpt"
     if "history" in r and as_list(r["history"]):

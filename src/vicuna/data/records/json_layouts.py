@@ -16,14 +16,13 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from vicuna.data.conversation import Problem, Raw
+from vicuna.data.conversation import Number, Problem, Raw
 from vicuna.data.records import formats
-from vicuna.data.records.clean import Number, shorten
 from vicuna.data.records.field_names import ALL_TURN_LISTS
-from vicuna.data.records.format_readers import looks_like_turns
 from vicuna.data.records.json_stream import DECODER, LIMIT, Window
-from vicuna.data.records.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT
+from vicuna.data.records.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT, shorten
 from vicuna.data.records.text_stream import BLANK
+from vicuna.data.records.turn_lists import looks_like_turns
 
 _TRAIN = ("train", "training", "train_data", "training_data", "train_set", "data")
 _TEST = ("test", "validation", "valid", "val", "dev", "eval", "test_data", "val_data", "test_set")

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from vicuna.data.conversation import Problem, Raw
-from vicuna.data.records.text_stream import BLANK, CUT, MARK, Text
+from vicuna.data.records.encodings import MARK
+from vicuna.data.records.text_stream import BLANK, CUT, Text
 
 LIMIT = 1 << 25  # characters of one value, so that a quote never closed cannot fill the memory
 

@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 from vicuna.data.records import field_names
-from vicuna.data.records.clean import Unusable, parse_list
-from vicuna.data.records.flags import Reading, number_of
-from vicuna.data.records.reasons import NO_SUCH_OPTION, OPTION_NUMBER
+from vicuna.data.records.parse_values import parse_list
+from vicuna.data.records.reasons import NO_SUCH_OPTION, OPTION_NUMBER, Unusable
+from vicuna.data.records.record import Reading, number_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KEY = re.compile(r"(?:option|choice|opt|op|选项|选择)?[_ ]?([a-h1-8])(?:选项)?")

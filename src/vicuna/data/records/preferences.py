@@ -16,9 +16,11 @@ from itertools import takewhile
 from typing import Any
 
 from vicuna.data.records import field_names
-from vicuna.data.records.clean import NOT_TEXT, Unusable, kind, names, parse_list
-from vicuna.data.records.flags import Reading, joined, number_of, says, thinking
-from vicuna.data.records.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER
+from vicuna.data.records.content_parts import joined, thinking
+from vicuna.data.records.field_names import names
+from vicuna.data.records.parse_values import kind, parse_list
+from vicuna.data.records.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER, NOT_TEXT, Unusable
+from vicuna.data.records.record import Reading, number_of, says
 from vicuna.data.records.turn_order import Said
 
 _ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))

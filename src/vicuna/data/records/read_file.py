@@ -18,12 +18,13 @@ from typing import Literal
 
 from vicuna.data.conversation import Problem, Raw
 from vicuna.data.records import file_types
+from vicuna.data.records.encodings import MARK
 from vicuna.data.records.find_files import digest, expand
 from vicuna.data.records.json_layouts import open_shape
 from vicuna.data.records.json_stream import DECODER, json_values, unfinished
-from vicuna.data.records.python_literals import printed
+from vicuna.data.records.parse_values import printed
 from vicuna.data.records.tables import arrow, delimiter_of, parquet, rows
-from vicuna.data.records.text_stream import BLANK, CUT, MARK, Position, Text, head, lines, unwatched
+from vicuna.data.records.text_stream import BLANK, CUT, Position, Text, head, lines, unwatched
 
 __all__ = ["digest", "expand", "read"]
 

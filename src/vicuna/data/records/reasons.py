@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from vicuna.data.conversation import Action
+
 # Turns, and their order.
 NO_ANSWER = "no answer"
 EMPTY_ANSWER = "empty answer"
@@ -70,3 +74,72 @@ BY_ID = "records taken from under their ids"
 COLUMNS = "records put together from columns"
 SPLIT = "records put together from rows and their columns"
 OTHER_LIST = "another list inside, not read"
+
+
+# The reasons a user reads. Stable; a detail may follow after ": ".
+BROKEN_JSON = "broken JSON"
+
+
+PYTHON = "Python's notation instead of JSON"
+
+
+DUPLICATE_KEY = "duplicate key"
+
+
+NUMBER = "number taken as text"
+
+
+NOT_TEXT = "not text"
+
+
+LONE_SURROGATE = "lone surrogate (half of a broken character)"
+
+
+ZERO_WIDTH = "zero-width characters removed"
+
+
+LOST_CHARACTERS = "characters lost in an earlier conversion (U+FFFD)"
+
+
+LITERAL_NEWLINE = "literal \\n instead of a line break"
+
+
+PLACEHOLDER_INPUT = "placeholder input emptied"
+
+
+# The reasons a user reads. Stable; a detail may follow after ": ".
+NO_CHINESE = "no Chinese text"
+
+
+OTHER_TEMPLATE = "another template's marks in the text"
+
+
+MOJIBAKE = "text decoded with the wrong encoding"
+
+
+PLACEHOLDER = "placeholder left in the text"
+
+
+SHIFTED = "user turn speaks as an assistant, roles may be shifted"
+
+
+THOUGHT = "thought in other marks, taught as text"
+
+
+SAME = "answer identical to the question"
+
+
+Note = Callable[[str, str, Action], None]
+
+
+class Unusable(Exception):
+    """The record cannot be used: which field, and why."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason
+        super().__init__(field, reason)
+
+
+def shorten(words: str, width: int = 60) -> str:
+    """Words from the data, short enough for a table."""
+    return words if len(words) <= width else words[: width - 3] + "..."

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.data.conversation import Problem, Raw
+from vicuna.data.records.encodings import MARK
 from vicuna.data.records.field_names import KNOWN
 from vicuna.data.records.json_stream import LIMIT
-from vicuna.data.records.text_stream import MARK, Position, Text, lines, unwatched
+from vicuna.data.records.text_stream import Position, Text, lines, unwatched
 
 _DELIMITERS = (",", "\t", ";", "|")
 _LOOKED_AT = 50  # rows that the delimiter is found by

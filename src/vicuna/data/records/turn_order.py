@@ -6,14 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from vicuna.data.conversation import Role, Turn
-from vicuna.data.records.clean import (
-    PLACEHOLDER_INPUT,
-    Note,
-    Unusable,
-    clean,
-    is_placeholder_answer,
-    is_placeholder_input,
-)
+from vicuna.data.records.clean import clean, is_placeholder_answer, is_placeholder_input
 from vicuna.data.records.reasons import (
     CUT,
     EMPTY_ANSWER,
@@ -27,11 +20,14 @@ from vicuna.data.records.reasons import (
     NOT_LEARNED,
     OPEN_QUESTION,
     PLACEHOLDER_ANSWER,
+    PLACEHOLDER_INPUT,
     QUESTION_FROM_INPUT,
     SYSTEM_LEFT_OUT,
     SYSTEM_MOVED,
     THOUGHT_TWICE,
     THOUGHTS_JOINED,
+    Note,
+    Unusable,
 )
 from vicuna.data.think_tags import split_thought
 

@@ -17,38 +17,18 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.loss_mask import TrainTurns
+from vicuna.data.templates.skeleton import Shape, Slot, number_ends, shape_of
 from vicuna.data.think_tags import split_thought
 from vicuna.data.tokenizer import Segment
 
-TrainTurns = Literal["all", "last"]
 Thinking = Literal["auto", "on", "off"]
 # What `to_dict` holds beside the template itself: what a run chose.
 _CHOICES = ("thinking", "thinking_loss", "date", "words")
-FIELD = re.compile(r"\{(bos|end|system|text|input)\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place in a skeleton: a literal mark, a control token, or what was said in a turn.
-
-    turn: which question or answer (0-based) a `user`, `input` or `assistant` slot belongs to.
-    """
-
-    kind: Literal["mark", "bos", "end", "silent_end", "system", "user", "input", "assistant"]
-    text: str = ""
-    turn: int = -1
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What decides a prompt's literals: system prompt or not, and which questions have an input."""
-
-    system: bool
-    inputs: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -268,41 +248,6 @@ class Template:
     def harmless(self, text: str) -> str:
         """The text with this template's plain-word role marks made unable to open a turn."""
         return self._guard.sub(r" \g<0>", text) if self._guard else text
-
-
-def shape_of(turns: Sequence[Turn]) -> Shape:
-    return Shape(turns[0].role == "system", tuple(bool(t.input) for t in turns if t.role == "user"))
-
-
-def number_ends(slots: Sequence[Slot]) -> list[Slot]:
-    """Give every answer an end and let what stands between answer and end belong to the turn.
-
-    An answer in the past that the template leaves without an end gets a silent one.
-    """
-    numbered: list[Slot] = []
-    for i, slot in enumerate(slots):
-        numbered.append(slot)
-        if slot.kind != "assistant":
-            continue
-        ahead = i + 1
-        if ahead < len(slots) and slots[ahead].kind == "mark" and _ends_at(slots, ahead + 1):
-            ahead += 1
-        if not _ends_at(slots, ahead):
-            numbered.append(Slot("silent_end", turn=slot.turn))
-    turn = -1
-    for i, slot in enumerate(numbered):
-        if slot.kind == "assistant":
-            turn = slot.turn
-        elif slot.kind in ("end", "silent_end"):
-            numbered[i] = replace(slot, turn=turn)
-            if i and numbered[i - 1].kind == "mark":
-                numbered[i - 1] = replace(numbered[i - 1], turn=turn)
-            turn = -1
-    return numbered
-
-
-def _ends_at(slots: Sequence[Slot], i: int) -> bool:
-    return i < len(slots) and slots[i].kind in ("end", "silent_end")
 
 
 def _guard(literals: Sequence[str], marks: Sequence[str] = ()) -> re.Pattern[str] | None:

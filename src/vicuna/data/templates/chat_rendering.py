@@ -20,8 +20,7 @@ from vicuna.data.templates.placeholders import (
     hole,
     numbered,
 )
-from vicuna.data.templates.program import OTHER, Program
-from vicuna.data.templates.sandbox import LimitError, RenderError
+from vicuna.data.templates.sandbox import OTHER, LimitError, Program, RenderError
 from vicuna.errors import UserError
 
 # How a thought gets into an answer: as a field of the message, or in its content.

@@ -14,13 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.templates.base import (
-    Shape,
-    Slot,
-    Template,
-    ThoughtMarks,
-    TrainTurns,
-)
+from vicuna.data.loss_mask import TrainTurns
+from vicuna.data.templates.base import Template, ThoughtMarks
 from vicuna.data.templates.chat_rendering import Renderings
 from vicuna.data.templates.placeholders import (
     ANSWERS,
@@ -35,7 +30,8 @@ from vicuna.data.templates.placeholders import (
     cut,
     hole,
 )
-from vicuna.data.templates.program import Program
+from vicuna.data.templates.sandbox import Program
+from vicuna.data.templates.skeleton import Shape, Slot
 from vicuna.data.think_tags import split_thought
 from vicuna.data.tokenizer import Segment
 

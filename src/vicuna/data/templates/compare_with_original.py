@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.templates.literal import Renderer
-from vicuna.data.tokenizer import NO_TARGET, Example
+from vicuna.data.loss_mask import NO_TARGET, Example
+from vicuna.data.templates.renderer import Renderer
 
 _ASKED = Turn("user", "How are you? 你好吗？")
 _TWO = [

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.base import FIELD, Shape, Slot, Template, number_ends, shape_of
-from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
+from vicuna.data.templates.base import Template
+from vicuna.data.templates.skeleton import FIELD, Shape, Slot, number_ends, shape_of
+from vicuna.data.tokenizer import Segment
 from vicuna.errors import UserError
-from vicuna.json_yaml import read_yaml
 
 
 @dataclass
@@ -130,101 +126,3 @@ def _slots(text: str, turn: int = -1, answer: bool = False) -> list[Slot]:
 
 
 # -- finding templates --------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def builtin() -> dict[str, dict[str, Any]]:
-    """The templates that come with the project, by name."""
-    import yaml
-
-    text = resources.files("vicuna.data.templates").joinpath("templates.yaml").read_text("utf-8")
-    specs: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    return specs
-
-
-def find(name: str, vocabulary: Vocabulary) -> Template:
-    """The template of this name: `auto`, a built-in one, or a YAML file of the user's.
-
-    `auto` is the one that a merged model brings, else the tokenizer's own chat template, or alpaca
-    where it has none.
-
-    Raises: UserError where there is no such template.
-    """
-    if name == "auto":
-        if vocabulary.template:
-            return from_dict(vocabulary.template)
-        if not vocabulary.chat_template:
-            return LiteralTemplate("alpaca", builtin()["alpaca"])
-        return ChatTemplate(
-            vocabulary.chat_template,
-            vocabulary.bos_token,
-            vocabulary.eos_token,
-            list(vocabulary.special_tokens),
-            words=vocabulary.named_tokens,
-        )
-    if name in builtin():
-        return LiteralTemplate(name, builtin()[name])
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        return LiteralTemplate(path.stem, read_yaml(path))
-    raise UserError(
-        f"no template {name!r}",
-        where="template",
-        fix=f"Known: auto, {', '.join(builtin())}, or a YAML file of your own (docs/data.md).",
-    )
-
-
-def from_dict(saved: dict[str, Any]) -> Template:
-    """The template that `to_dict` wrote, now or in an older version."""
-    saved = dict(saved)
-    kind, name = saved.pop("kind"), saved.pop("name")
-    # Chat templates of older versions were asked for answers without a thought.
-    thinking = saved.pop("thinking", "off" if kind == "jinja" else "auto")
-    loss = saved.pop("thinking_loss", True)
-    template: Template
-    if kind == "jinja":
-        template = ChatTemplate(
-            saved["source"],
-            saved["bos_token"],
-            saved["eos_token"],
-            saved["controls"],
-            name,
-            saved.get("words"),
-            saved.get("date", ""),
-        )
-    else:
-        template = LiteralTemplate(name, saved)
-    return template.choose(thinking, loss)
-
-
-@dataclass
-class Renderer:
-    """A template together with a tokenizer: conversations to token ids, both ways of use."""
-
-    template: Template
-    encoder: Encoder
-    end_id: int = field(init=False)
-    stop_ids: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        vocabulary = self.encoder.vocabulary
-        end = None if self.template.end_token == "eos" else self.template.end_token
-        found = self.encoder.token_id(end) if end else None
-        # A template's end that this vocabulary does not have as a token could never stop anything.
-        self.end_id = vocabulary.eos_id if found is None else found
-        self.stop_ids = frozenset({self.end_id, vocabulary.eos_id, *vocabulary.end_ids})
-
-    def prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of a prompt whose last turn is the user's."""
-        example = self.encoder.encode(self.template.prompt(turns), self.end_id)
-        return [int(i) for i in example.ids]
-
-    def spelled(self, segments: Sequence[Segment]) -> str:
-        """A rendering as one text, its control tokens spelled."""
-        vocabulary = self.encoder.vocabulary
-        spelling = {
-            "bos": vocabulary.bos_token if vocabulary.bos_id is not None else "",
-            "end": self.encoder.token(self.end_id),
-            "silent_end": "",
-        }
-        return "".join(spelling.get(s.kind, s.text) for s in segments)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from vicuna.data.templates.sandbox_worker import environment
 
 GAP = "\0"  # a text's place in an outline
 HOLE = re.compile(r"XqZ(\d+)ZqX")
@@ -101,3 +104,44 @@ def hole(n: int) -> str:
 def begins_thought(content: str) -> bool:
     """Whether a content begins with a thought, in an outline or in words."""
     return content.lstrip().startswith("<think>") and "</think>" in content
+
+
+@lru_cache(maxsize=64)
+def watched_in(source: str) -> frozenset[str]:
+    """The texts that a template looks for. It is parsed here, as it was before in its sandbox."""
+    try:
+        return frozenset(_watched(environment().parse(source)))
+    except RecursionError:  # deeper than this process can look; the check of a base will tell
+        return frozenset()
+
+
+# String methods and filters that look for a text.
+_LOOKING = {
+    "split", "rsplit", "partition", "rpartition", "startswith", "endswith", "replace", "find",
+    "rfind", "index", "count", "removeprefix", "removesuffix",
+}  # fmt: skip
+
+
+def _watched(tree: Any) -> set[str]:
+    """Texts that a template looks for in other texts."""
+    from jinja2 import nodes
+
+    found: set[str] = set()
+
+    def add(node: Any) -> None:
+        constants = [node] if isinstance(node, nodes.Const) else list(node.find_all(nodes.Const))
+        found.update(c.value for c in constants if isinstance(c.value, str) and c.value)
+
+    for compare in tree.find_all(nodes.Compare):
+        # `'content' in message` asks for a key, which is a plain word.
+        if any(op.op in ("in", "notin") for op in compare.ops):
+            before = set(found)
+            add(compare.expr)
+            found -= {w for w in found - before if re.fullmatch(r"\w+", w)}
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _LOOKING and call.args:
+            add(call.args[0])
+    for use in tree.find_all(nodes.Filter):
+        if use.name in ("replace", "split") and use.args:
+            add(use.args[0])
+    return found

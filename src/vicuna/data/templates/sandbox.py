@@ -21,6 +21,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
+from vicuna.data.templates.placeholders import watched_in
 from vicuna.errors import UserError
 
 COMPUTING = 2.0  # seconds of a processor that one rendering may take: a usual one takes 1 ms
@@ -204,3 +205,51 @@ def _begin_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_anew)
+
+
+class Program:
+    """A template that parses.
+
+    date: the day that `strftime_now` tells (ISO), "" if the template does not ask.
+    watched: a pattern of the texts that the template looks for in what is said (`</think>`), None
+        if there are none; the same words in another place are rendered another way.
+    """
+
+    def __init__(self, source: str, words: dict[str, str], date: str = "") -> None:
+        self.date = (date or datetime.date.today().isoformat()) if asks_date(source) else ""
+        self._compiled = compile_template(source)
+        self.watched = watched_in(source)
+        self._words = words
+
+    def render(
+        self, messages: list[dict[str, Any]], generate: bool, thinking: bool | None = None
+    ) -> str:
+        """The conversation as text.
+
+        Args:
+            generate: whether the beginning of an answer follows (`add_generation_prompt`).
+            thinking: `enable_thinking`, None to leave it to the template.
+
+        Raises: RenderError if the template refuses or fails, LimitError if it takes too much.
+        """
+        given: dict[str, Any] = {}
+        if thinking is not None:
+            given = {"enable_thinking": thinking, "thinking": thinking}
+        return render(
+            self._compiled,
+            now=datetime.datetime.fromisoformat(self.date) if self.date else None,
+            messages=messages,
+            add_generation_prompt=generate,
+            tools=None,
+            documents=None,
+            **self._words,
+            **given,
+        )
+
+
+def asks_date(source: str) -> bool:
+    """Whether a template asks what day it is."""
+    return "strftime_now" in source
+
+
+OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."

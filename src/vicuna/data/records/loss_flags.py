@@ -18,8 +18,9 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from vicuna.data.conversation import Number
 from vicuna.data.records import field_names
-from vicuna.data.records.clean import NOT_TEXT, Note, Number, Unusable, kind, shorten
+from vicuna.data.records.content_parts import joined, thinking
 from vicuna.data.records.field_names import empty
 from vicuna.data.records.reasons import (
     BAD_ANSWER,
@@ -29,79 +30,12 @@ from vicuna.data.records.reasons import (
     NOT_LEARNED,
     TOOL,
     WEIGHT,
+    Note,
+    Unusable,
+    shorten,
 )
+from vicuna.data.records.record import Reading, number_of, says
 from vicuna.data.records.turn_order import Said
-
-_YES = frozenset(("true", "yes", "y", "1", "on", "good", "chosen", "correct", "right", "positive"))
-_YES |= {"accepted", "thumbs_up", "thumbsup", "up", "like", "liked", "upvote", "safe", "是", "好"}
-_YES |= {"desirable", "preferred", "accept", "pass", "passed", "valid", "正确", "正", "训练", "win"}
-_NO = frozenset(("false", "no", "n", "0", "-1", "off", "bad", "rejected", "incorrect", "wrong"))
-_NO |= {"negative", "thumbs_down", "thumbsdown", "down", "dislike", "disliked", "downvote"}
-_NO |= {"unsafe", "undesirable", "reject", "fail", "failed", "invalid", "否", "坏", "错误", "差"}
-_NO |= {"lose", "负", "不训练"}
-
-
-class Reading:
-    """A record while it is read: its values, which of them were used, and what was noted.
-
-    values: under the names of `keys`. used: names that decided something or were taken for text.
-    left: keys of turns and of parts of their content that were not used.
-    """
-
-    __slots__ = ("left", "note", "spelt", "used", "values")
-
-    def __init__(self, values: dict[str, Any], note: Note, spelt: dict[str, str]) -> None:
-        self.values, self.note, self.spelt = values, note, spelt
-        self.used: set[str] = set()
-        self.left: dict[str, None] | None = None
-
-    def take(self, key: str | None) -> Any:
-        """A value that is used from now on; None where the record has no such key."""
-        if key is None or key not in self.values:
-            return None
-        self.used.add(key)
-        return self.values[key]
-
-    def leave(self, key: str) -> None:
-        """Note a key of a turn, or of a part of its content, that is not used."""
-        self.left = self.left or {}
-        self.left[key] = None
-
-    def unused(self) -> tuple[str, ...]:
-        """The keys that have a value and decided nothing."""
-        if self.used.issuperset(self.values) and not self.left:
-            return ()
-        rest = [
-            self.spelt.get(key, key)
-            for key, value in self.values.items()
-            if key not in self.used and key not in field_names.HARMLESS and key and not empty(value)
-        ]
-        return (*rest, *(self.left or ()))
-
-
-def says(value: Any) -> bool | None:
-    """Yes or no, however it is written; None where it is neither."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        word = value.strip().lower().replace(" ", "_")
-        if word in _YES:
-            return True
-        if word in _NO:
-            return False
-    number = number_of(value)
-    return None if number is None else True if number == 1 else False if number <= 0 else None
-
-
-def number_of(value: Any) -> float | None:
-    """The value of a number, also where a table or JSON holds it as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if number == number else None
 
 
 def record(reading: Reading, said: list[Said]) -> list[Said]:
@@ -270,72 +204,3 @@ def _with_thought(said: list[Said], value: Any, key: str, reading: Reading) -> l
 
 
 # Content in parts
-
-
-def thinking(value: Any) -> Any:
-    """A thought as one text, also where it comes in parts."""
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    parts = []
-    for part in value:
-        if isinstance(part, dict):
-            part = next((part[k] for k in _THOUGHT_WORDS if part.get(k)), None)
-            part = thinking(part)
-        if isinstance(part, str):
-            parts.append(part)
-    return "\n".join(parts) if parts else None
-
-
-_THOUGHT_WORDS = ("thinking", "reasoning", "text", "content", "summary", "value")
-_THOUGHT_PARTS = frozenset(("thinking", "reasoning", "thought", "think", "thoughts", "analysis"))
-_TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
-
-
-def joined(content: Any, field: str, reading: Reading) -> tuple[Any, Any]:
-    """Content in parts as one text, and the thought among them.
-
-    Raises: Unusable where a part is no text.
-    """
-    if isinstance(content, dict) and isinstance(content.get("parts"), list):
-        content = content["parts"]  # Gemini's, ChatGPT's
-    elif isinstance(content, dict) and ("text" in content or "type" in content):
-        content = [content]
-    if not isinstance(content, list):
-        return content, None
-    parts: list[str] = []
-    thoughts: list[Any] = []
-    for part in content:
-        if not isinstance(part, dict):
-            if type(part) is not str:
-                raise Unusable(field, f"{NOT_TEXT}: {kind(part)}")
-            parts.append(part)
-            continue
-        name = part.get("type")
-        if name in _THOUGHT_PARTS or part.get("thought") is True:
-            thoughts.append(thinking(part))
-            continue
-        text = part.get("text")
-        if isinstance(text, dict):
-            text = text.get("value")
-        if type(text) is not str or (name is not None and name not in _TEXT_PARTS):
-            raise Unusable(field, _foreign(name, part))
-        parts.append(text)
-        for key, value in part.items():
-            if key not in ("type", "text", "thought") and not empty(value) and key != "id":
-                outer = field.split("[")[0]
-                reading.leave(f"{outer}[].{field.rsplit('.', 1)[-1]}[].{key}")
-    said = [t for t in thoughts if t]
-    return "\n".join(parts), ("\n".join(said) if said else None)
-
-
-def _foreign(name: Any, part: dict[str, Any]) -> str:
-    """The reason for a part that is no text."""
-    words = str(name) if name else ", ".join(map(str, part))
-    lower = words.lower()
-    if any(m in lower for m in ("image", "audio", "video", "file", "inline_data", "inlinedata")):
-        return f"{MEDIA}: {shorten(words, 40)}"
-    if "tool" in lower or "function" in lower:
-        return f"{TOOL}: {shorten(words, 40)}"
-    return f"{NOT_TEXT}: {shorten(words, 40) if words else kind(part)}"

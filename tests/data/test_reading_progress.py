@@ -17,8 +17,8 @@ from generate_kit import byte_level, vocabulary
 
 from vicuna import console
 from vicuna.data import prepare
-from vicuna.data.reading_progress import Pace
-from vicuna.data.templates.literal import find
+from vicuna.data.prepare import Pace
+from vicuna.data.templates.registry import find
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from vicuna.data import checks
-from vicuna.data.checks import find_duplicates, question_hash, sketches, warnings
+from vicuna.data import duplicates
 from vicuna.data.conversation import Conversation, Turn
+from vicuna.data.duplicates import find_duplicates, question_hash, sketches
+from vicuna.data.records import reasons as why
+from vicuna.data.records.text_warnings import warnings
 
 
 def talk(question: str, answer: str, material: str = "") -> Conversation:
@@ -30,8 +32,8 @@ def test_ordinary_text_gives_no_warning() -> None:
 
 
 def test_no_chinese() -> None:
-    assert reasons("Reword this.", "He felt sad.") == [checks.NO_CHINESE]
-    assert reasons("Übersetze", "naïve") == [checks.NO_CHINESE]
+    assert reasons("Reword this.", "He felt sad.") == [why.NO_CHINESE]
+    assert reasons("Übersetze", "naïve") == [why.NO_CHINESE]
     assert reasons("Translate: 天空", "sky") == []
 
 
@@ -53,7 +55,7 @@ def test_no_chinese() -> None:
     ],
 )
 def test_marks_of_other_templates(text: str) -> None:
-    assert reasons(text, "好的") == [checks.OTHER_TEMPLATE]
+    assert reasons(text, "好的") == [why.OTHER_TEMPLATE]
     (problem,) = warnings(talk("好的", text))
     assert problem.field == "turn 2 (assistant)"
     assert problem.line == 9
@@ -71,7 +73,7 @@ def test_marks_of_other_templates(text: str) -> None:
     ],
 )
 def test_mojibake(text: str) -> None:
-    assert checks.MOJIBAKE in reasons(f"修正：{text}", "好的")
+    assert why.MOJIBAKE in reasons(f"修正：{text}", "好的")
 
 
 @pytest.mark.parametrize(
@@ -85,13 +87,13 @@ def test_mojibake(text: str) -> None:
     ],
 )
 def test_placeholders(text: str) -> None:
-    assert reasons("写一封信", text) == [checks.PLACEHOLDER]
+    assert reasons("写一封信", text) == [why.PLACEHOLDER]
 
 
 def test_shifted_roles_and_parrots() -> None:
-    assert reasons("作为一个AI语言模型，我没有感情。", "谢谢") == [checks.SHIFTED]
-    assert reasons("As an AI language model, I cannot.", "谢谢") == [checks.SHIFTED]
-    assert reasons("鸭子会飞吗？", "鸭子会飞吗？") == [checks.SAME]
+    assert reasons("作为一个AI语言模型，我没有感情。", "谢谢") == [why.SHIFTED]
+    assert reasons("As an AI language model, I cannot.", "谢谢") == [why.SHIFTED]
+    assert reasons("鸭子会飞吗？", "鸭子会飞吗？") == [why.SAME]
     assert warnings(talk("改错", "鸭子会飞", "鸭子会飞")) == []
 
 
@@ -105,7 +107,7 @@ def texts(n: int, length: int, seed: int = 0) -> list[str]:
     return ["".join(rng.choices(LETTERS, k=length)) for _ in range(n)]
 
 
-def duplicates(conversations: list[Conversation]) -> tuple[np.ndarray, np.ndarray]:
+def repeats(conversations: list[Conversation]) -> tuple[np.ndarray, np.ndarray]:
     return find_duplicates(*sketches(conversations))
 
 
@@ -117,15 +119,15 @@ def test_a_sketch_does_not_depend_on_its_neighbours() -> None:
         alone = sketches([conversation])
         assert alone[0][0] == exact[i]
         np.testing.assert_array_equal(alone[1][0], near[i])
-    assert sketches([])[1].shape == (0, checks.SIGNATURE)
+    assert sketches([])[1].shape == (0, duplicates.SIGNATURE)
 
 
 def test_hashes_have_their_shapes_and_do_not_depend_on_the_process() -> None:
     exact, near = sketches([talk("鸭子会飞吗？", "会。")])
     assert (exact.dtype, exact.shape) == (np.uint64, (1,))
-    assert (near.dtype, near.shape) == (np.uint32, (1, checks.SIGNATURE))
+    assert (near.dtype, near.shape) == (np.uint32, (1, duplicates.SIGNATURE))
     code = (
-        "from vicuna.data.checks import *; from vicuna.data.conversation import *;"
+        "from vicuna.data.duplicates import *; from vicuna.data.conversation import *;"
         "c = Conversation([Turn('user', '鸭子会飞吗？'), Turn('assistant', '会。')]);"
         "print(sketches([c])[0][0], sketches([c])[1][0].tolist(), question_hash(c))"
     )
@@ -149,7 +151,7 @@ def test_duplicates_of_a_constructed_set() -> None:
     exact = [base[3], base[7]]
     punctuated = [talk(base[5].turns[0].text + "？！", base[5].turns[1].text.replace("一", " 一"))]
     changed = [talk(base[9].turns[0].text, base[9].turns[1].text[:-2] + "改动")]
-    first, near = duplicates(base + exact + punctuated + changed)
+    first, near = repeats(base + exact + punctuated + changed)
     assert (first[:60] == -1).all()
     assert (near[:60] == -1).all()
     assert first[60:].tolist() == [3, 7, -1, -1]
@@ -159,23 +161,23 @@ def test_duplicates_of_a_constructed_set() -> None:
 @pytest.mark.parametrize("length", [2, 6, 30, 300, 5000])
 def test_random_texts_are_no_duplicates(length: int) -> None:
     distinct = [talk(t[: length // 2], t[length // 2 :]) for t in texts(80, length, seed=1)]
-    first, near = duplicates(distinct)
+    first, near = repeats(distinct)
     assert (first == -1).all()
     assert (near == -1).all()
 
 
 def test_a_long_text_with_one_change_is_found() -> None:
     (text,) = texts(1, 20_000)
-    _, near = duplicates([talk("概括", text), talk("概括", text[:500] + "改动" + text[502:])])
+    _, near = repeats([talk("概括", text), talk("概括", text[:500] + "改动" + text[502:])])
     assert near.tolist() == [-1, 0]
 
 
 def test_similar_pairs_always_share_a_band() -> None:
     rng = np.random.default_rng(0)
-    near = rng.integers(0, 1 << 32, (400, checks.SIGNATURE), dtype=np.uint32)
+    near = rng.integers(0, 1 << 32, (400, duplicates.SIGNATURE), dtype=np.uint32)
     near[200:] = near[:200]
     for row in near[200:]:
-        row[rng.choice(checks.SIGNATURE, 3, replace=False)] += np.uint32(1)
+        row[rng.choice(duplicates.SIGNATURE, 3, replace=False)] += np.uint32(1)
     _, found = find_duplicates(np.arange(400, dtype=np.uint64), near)
     assert found[200:].tolist() == list(range(200))
     near[200:, 0:4] += np.uint32(7)
@@ -200,13 +202,13 @@ def test_a_signature_is_the_first_hash_from_each_point_on() -> None:
         "长" * 2000 + "b",
     ]
     exact = np.arange(len(texts), dtype=np.uint64) * np.uint64(7919)
-    found = checks._signatures(texts, exact)
+    found = duplicates._signatures(texts, exact)
     for text, own, row in zip(texts, exact, found, strict=True):
         units = [c.lower() for c in text if c.isalnum()]
-        if len(units) > checks.LONGEST:
-            units = units[: checks.LONGEST // 2] + units[-checks.LONGEST // 2 :]
+        if len(units) > duplicates.LONGEST:
+            units = units[: duplicates.LONGEST // 2] + units[-duplicates.LONGEST // 2 :]
         shingles = [units[i : i + 4] for i in range(len(units) - 3)]
         numbers = [sum(ord(c) << (16 * k) for k, c in enumerate(s)) for s in shingles]
-        hashes = checks._turned(np.array(numbers or [own], np.uint64)).tolist()
-        for point, value in zip(checks._POINTS.tolist(), row.tolist(), strict=True):
+        hashes = duplicates._turned(np.array(numbers or [own], np.uint64)).tolist()
+        for point, value in zip(duplicates._POINTS.tolist(), row.tolist(), strict=True):
             assert value == min(hashes, key=lambda h: (h - point) % 2**32)

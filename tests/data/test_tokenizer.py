@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from kit import metaspace
-from vicuna.data.tokenizer import END_TOKEN, NEXT_TOKEN, NO_TARGET, Encoder, Segment, Vocabulary
+from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, NO_TARGET
+from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "bytes": byte_level,
