@@ -18,17 +18,16 @@ from torch import Tensor
 from benchkit import machine, report
 from vicuna.data.pack import Segment
 from vicuna.model import attention_cpu
-from vicuna.model.attention import Layout
-from vicuna.model.decoder_view import Heads
+from vicuna.model.attention_layout import AttentionShape, PackLayout
 
-HEADS = Heads(9, 3, 64, 0.125, None)
+HEADS = AttentionShape(9, 3, 64, 0.125, None)
 LENGTHS = (64, 128, 212, 400, 512, 1024)
 ROUNDS, CALLS = 5, 5
 WAYS = (attention_cpu.FlashSegments, attention_cpu.BlockSegments)
 
 
 def gradient(
-    way: type[torch.autograd.Function], qkv: Tensor, given: Tensor, layout: Layout
+    way: type[torch.autograd.Function], qkv: Tensor, given: Tensor, layout: PackLayout
 ) -> Tensor:
     """Forward and backward of a segment: the gradient of qkv (T, O), given that of the result. The
     layout is made before, as all layers of a model share it."""
@@ -52,8 +51,8 @@ def measure(length: int) -> list[str]:
     qkv = torch.randn(length, HEADS.width).bfloat16()
     given = torch.randn(length, HEADS.query * HEADS.size).bfloat16()
     # Flash attention takes float64, too: the reference.
-    layout = Layout([Segment(0, length)])
-    exact = gradient(WAYS[0], qkv.double(), given.double(), Layout(layout.segments))
+    layout = PackLayout([Segment(0, length)])
+    exact = gradient(WAYS[0], qkv.double(), given.double(), PackLayout(layout.segments))
     errors = [(gradient(w, qkv, given, layout) - exact).norm() / exact.norm() for w in WAYS]
     best = [float("inf")] * len(WAYS)
     for _ in range(ROUNDS):

@@ -19,7 +19,7 @@ from vicuna.generate.engines import torch_plain as plain_engines
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
 from vicuna.generate.engines.torch import TorchEngine, open_engine
 from vicuna.generate.engines.torch_plain import PlainEngine
-from vicuna.model import inference
+from vicuna.model.llama import Layer
 
 
 def alone(model: Any, context: int) -> TorchEngine:
@@ -196,7 +196,7 @@ def test_what_stops_between_two_layers_leaves_nothing_wrong(
     if kind is PlainEngine:
         model.model.layers[1].register_forward_pre_hook(fail)
     else:
-        whole = inference.attention_inputs
+        whole = Layer.infer_qkv
         second = engine._layers[1]
 
         def failing(layer: Any, *rest: Any) -> Tensor:
@@ -204,7 +204,7 @@ def test_what_stops_between_two_layers_leaves_nothing_wrong(
                 fail()
             return whole(layer, *rest)
 
-        monkeypatch.setattr(inference, "attention_inputs", failing)
+        monkeypatch.setattr(Layer, "infer_qkv", failing)
     # The first layer has the new token already, the second not.
     with pytest.raises((OutOfMemory, KeyboardInterrupt)):
         engine.step([4], [0])

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicuna.data.pack import Segment
-from vicuna.model import attention, attention_cpu, attention_gpu
-from vicuna.model.attention import Layout
-from vicuna.model.decoder_view import Heads
+from vicuna.model import attention, attention_cpu
+from vicuna.model.attention_layout import AttentionShape, PackLayout
 
 # A tree: a preamble, two examples behind it, one of them with two endings, and one on its own.
 TREE = [
@@ -25,14 +24,14 @@ TREE = [
 ]
 FLAT = [Segment(0, 20), Segment(20, 57), Segment(57, 90)]
 SHAPES = {
-    "every head its own": Heads(4, 4, 8, 0.4, None),
-    "grouped": Heads(4, 2, 8, 0.3, None),
-    "grouped, window": Heads(4, 2, 16, 0.25, 11),
-    "grouped, window shorter than the filling": Heads(4, 2, 16, 0.25, 2),
+    "every head its own": AttentionShape(4, 4, 8, 0.4, None),
+    "grouped": AttentionShape(4, 2, 8, 0.3, None),
+    "grouped, window": AttentionShape(4, 2, 16, 0.25, 11),
+    "grouped, window shorter than the filling": AttentionShape(4, 2, 16, 0.25, 2),
 }
 
 
-def by_hand(qkv: Tensor, heads: Heads, segments: list[Segment]) -> Tensor:
+def by_hand(qkv: Tensor, heads: AttentionShape, segments: list[Segment]) -> Tensor:
     """Softmax attention of each path of the tree by itself."""
     split = qkv.view(len(qkv), -1, heads.size).transpose(0, 1)
     q, k, v = split.split([heads.query, heads.key, heads.key])
@@ -48,15 +47,15 @@ def by_hand(qkv: Tensor, heads: Heads, segments: list[Segment]) -> Tensor:
     return torch.cat(parts, 1).transpose(0, 1).flatten(1)
 
 
-def flex(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
-    return attention_gpu.flex(*parts(qkv, heads), heads, layout).flatten(1)
+def flex(qkv: Tensor, heads: AttentionShape, layout: PackLayout) -> Tensor:
+    return attention.flex(*parts(qkv, heads), heads, layout).flatten(1)
 
 
-def one_by_one(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+def one_by_one(qkv: Tensor, heads: AttentionShape, layout: PackLayout) -> Tensor:
     return attention.segments(*parts(qkv, heads), heads, layout).flatten(1)
 
 
-def parts(qkv: Tensor, heads: Heads) -> Any:
+def parts(qkv: Tensor, heads: AttentionShape) -> Any:
     split = qkv.unflatten(1, (-1, heads.size))
     return split.split([heads.query, heads.key, heads.key], 1)
 
@@ -84,14 +83,14 @@ def test_a_backend_equals_attention_by_hand(
 ) -> None:
     heads = SHAPES[shape]
     if backend == "flex" and heads.size < 16:
-        heads = Heads(heads.query, heads.key, 16, heads.scale, heads.window)
+        heads = AttentionShape(heads.query, heads.key, 16, heads.scale, heads.window)
     torch.manual_seed(0)
     given = torch.randn(90, heads.width)
     weight = torch.randn(90, heads.query * heads.size)
     results = []
     backward = backend != "flex"  # FlexAttention has none on CPUs
     for run in (
-        lambda x: BACKENDS[backend](x, heads, Layout(segments)),
+        lambda x: BACKENDS[backend](x, heads, PackLayout(segments)),
         lambda x: by_hand(x, heads, segments),
     ):
         x = given.clone().requires_grad_(backward)
@@ -106,12 +105,12 @@ def test_a_backend_equals_attention_by_hand(
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_example_reaches_another(backend: str) -> None:
-    heads = Heads(4, 2, 16, 0.3, None)
+    heads = AttentionShape(4, 2, 16, 0.3, None)
     torch.manual_seed(0)
     given = torch.randn(90, heads.width)
     changed = given.clone()
     changed[50:57] = torch.randn(7, heads.width)
-    one, two = (BACKENDS[backend](x, heads, Layout(TREE)) for x in (given, changed))
+    one, two = (BACKENDS[backend](x, heads, PackLayout(TREE)) for x in (given, changed))
     same = torch.ones(90, dtype=torch.bool)
     same[50:57] = False
     assert torch.equal(one[same], two[same])
@@ -120,7 +119,7 @@ def test_no_example_reaches_another(backend: str) -> None:
         return
     # Nor does a gradient come back from one example to another.
     x = given.clone().requires_grad_()
-    BACKENDS[backend](x, heads, Layout(TREE))[57:70].sum().backward()
+    BACKENDS[backend](x, heads, PackLayout(TREE))[57:70].sum().backward()
     assert x.grad is not None
     assert not x.grad[20:33].any()
     assert not x.grad[50:57].any()
@@ -137,7 +136,7 @@ def test_bf16_on_the_cpu_is_as_near_as_bf16_can_be(shape: str) -> None:
     results = []
     for run, dtype in ((BACKENDS["cpu"], torch.bfloat16), (None, torch.float64)):
         x = given.clone().to(dtype).requires_grad_()
-        y = run(x, heads, Layout(TREE)) if run else by_hand(x, heads, TREE)
+        y = run(x, heads, PackLayout(TREE)) if run else by_hand(x, heads, TREE)
         (y * weight.to(dtype)).sum().backward()
         assert x.grad is not None
         results.append(torch.cat([y.detach().double(), x.grad.double()], 1))
@@ -146,9 +145,9 @@ def test_bf16_on_the_cpu_is_as_near_as_bf16_can_be(shape: str) -> None:
 
 
 def test_on_the_cpu_and_old_gpus_segments_are_computed_one_by_one() -> None:
-    layout = Layout(TREE)
-    assert attention_gpu.choose(torch.device("cpu"), torch.float32, layout) == "segments"
-    starts, longest = Layout(FLAT).boundaries(torch.device("cpu"))
+    layout = PackLayout(TREE)
+    assert attention.choose_backend(torch.device("cpu"), torch.float32, layout) == "segments"
+    starts, longest = PackLayout(FLAT).boundaries(torch.device("cpu"))
     assert starts.tolist() == [0, 20, 57, 90]
     assert longest == 37
 
@@ -170,5 +169,5 @@ def test_the_backend_follows_the_chip_and_the_pack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(attention_gpu, "_has_triton", lambda: True)
-    assert attention_gpu.choose(torch.device("cuda"), dtype, Layout(segments)) == wanted
+    monkeypatch.setattr(attention, "_has_triton", lambda: True)
+    assert attention.choose_backend(torch.device("cuda"), dtype, PackLayout(segments)) == wanted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    elementwise.use(PLAIN)
 
 
 def test_norm_and_its_gradient() -> None:
@@ -24,9 +28,9 @@ def test_norm_and_its_gradient() -> None:
     g = torch.randn(9, 24)
     (gradient,) = torch.autograd.grad(wanted, x, g)
     with torch.no_grad():
-        rstd = PLAIN.rms(x, 1e-5)
-        torch.testing.assert_close(PLAIN.normalised(x, rstd, weight), wanted)
-        found = PLAIN.norm_backward(g, x, rstd, weight)
+        rstd = PLAIN.inverse_rms(x, 1e-5)
+        torch.testing.assert_close(PLAIN.rms_norm(x, rstd, weight), wanted)
+        found = PLAIN.rms_norm_backward(g, x, rstd, weight)
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -38,10 +42,10 @@ def test_swiglu_and_its_gradient() -> None:
     (gradient,) = torch.autograd.grad(wanted, wide, d)
     with torch.no_grad():
         torch.testing.assert_close(PLAIN.swiglu(wide), wanted)
-        again, soft = PLAIN.swiglu_again(wide)
+        again, soft = PLAIN.recompute_swiglu(wide)
         torch.testing.assert_close(again, wanted)
         torch.testing.assert_close(PLAIN.swiglu_backward(d, wide, soft), gradient)
-        torch.testing.assert_close(elementwise._swiglu_backward(d, wide, soft), gradient)
+        torch.testing.assert_close(elementwise._functional_swiglu_backward(d, wide, soft), gradient)
 
 
 def test_a_rotation_and_back_changes_nothing_and_equals_transformers() -> None:
@@ -59,19 +63,22 @@ def test_a_rotation_and_back_changes_nothing_and_equals_transformers() -> None:
 
 
 def test_a_cpu_takes_plain_kernels_unless_asked_otherwise() -> None:
-    assert elementwise.choose("auto", CPU, torch.float32, 64) is PLAIN
-    assert elementwise.choose("plain", torch.device("cuda"), torch.float32, 64) is PLAIN
-    assert elementwise.choose("compiled", CPU, torch.float32, 64) is not PLAIN
+    assert elementwise.choose("auto", CPU, torch.float32, 64) == ""
+    assert elementwise.active() is PLAIN
+    assert elementwise.choose("compiled", CPU, torch.float32, 64)
+    assert elementwise.active() is not PLAIN
+    assert elementwise.choose("plain", torch.device("cuda"), torch.float32, 64) == ""
+    assert elementwise.active() is PLAIN
 
 
-@pytest.mark.parametrize(("plain", "fast", "wanted"), [(2.0, 1.0, "compiled"), (1.0, 1.0, "plain")])
+@pytest.mark.parametrize(("plain", "fast", "chosen"), [(2.0, 1.0, "compiled"), (1.0, 1.0, "plain")])
 def test_a_gpu_takes_the_faster_ones(
-    plain: float, fast: float, wanted: str, monkeypatch: pytest.MonkeyPatch
+    plain: float, fast: float, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(elementwise, "_seconds", lambda k, *_: plain if k is PLAIN else fast)
-    chosen = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
-    assert (chosen.swiglu is not PLAIN.swiglu) == (wanted == "compiled")
-    assert chosen.reason.startswith(wanted)
+    reason = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
+    assert (elementwise.active() is not PLAIN) == (chosen == "compiled")
+    assert reason.startswith(chosen)
 
 
 def test_where_nothing_compiles_plain_kernels_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +88,6 @@ def test_where_nothing_compiles_plain_kernels_do_the_work(monkeypatch: pytest.Mo
         return 1.0
 
     monkeypatch.setattr(elementwise, "_seconds", fail)
-    chosen = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
-    assert chosen.swiglu is PLAIN.swiglu
-    assert "RuntimeError no compiler" in chosen.reason
+    reason = elementwise.choose("auto", torch.device("cuda"), torch.float16, 64)
+    assert elementwise.active() is PLAIN
+    assert "RuntimeError no compiler" in reason

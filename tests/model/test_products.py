@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vicuna.model import onednn_linear
+from vicuna.model import linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -19,14 +19,14 @@ def test_a_product_is_the_linear_layers(dtype: torch.dtype, rows: int, biased: b
         x.double(), weight.double(), None if bias is None else bias.double()
     )
     near = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
-    assert torch.allclose(onednn_linear.product(x, weight, bias).double(), right, **near)
-    packed = onednn_linear.packed(weight)
+    assert torch.allclose(linear.onednn_linear(x, weight, bias).double(), right, **near)
+    packed = linear.pack_weight(weight)
     if packed is not None:
-        assert torch.allclose(onednn_linear.product(x, packed, bias).double(), right, **near)
+        assert torch.allclose(linear.onednn_linear(x, packed, bias).double(), right, **near)
     else:
         assert dtype != torch.float32 or not torch.backends.mkldnn.is_available()
 
 
 def test_what_cannot_be_laid_out_is_left_alone() -> None:
-    assert onednn_linear.packed(torch.empty(4, 4, device="meta")) is None
-    assert onednn_linear.packed(torch.ones(4, 4, dtype=torch.int8)) is None
+    assert linear.pack_weight(torch.empty(4, 4, device="meta")) is None
+    assert linear.pack_weight(torch.ones(4, 4, dtype=torch.int8)) is None

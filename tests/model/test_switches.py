@@ -247,10 +247,10 @@ def test_what_is_more_than_a_lora_is_refused_or_computed_by_peft(kind: str) -> N
 @contextmanager
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine where weights are laid out for answering."""
-    from vicuna.model import onednn_linear
+    from vicuna.model import linear
 
-    monkeypatch.setattr(onednn_linear, "packed", lambda weight: weight.clone())
-    monkeypatch.setattr(onednn_linear, "product", torch.nn.functional.linear)
+    monkeypatch.setattr(linear, "pack_weight", lambda weight: weight.clone())
+    monkeypatch.setattr(linear, "onednn_linear", torch.nn.functional.linear)
     yield
 
 

@@ -15,7 +15,7 @@ from architectures_kit import build
 from parity_kit import CPU, SHAPE, adapted, by_the_book, furthest, make_examples, packed
 from vicuna.errors import UserError
 from vicuna.memory import devices, plan
-from vicuna.model import decoder_view, forward_choice, lora_targets, self_check
+from vicuna.model import forward_choice, llama, lora_targets, self_check
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.trainable import TrainableModel
 from vicuna.train import checkpoint as checkpoints
@@ -66,10 +66,10 @@ def test_who_only_looks_alike_is_left_to_transformers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the name keeps it out or, the name let in, what it says."""
-    assert name not in decoder_view.FAMILY
+    assert name not in llama.MODEL_TYPES
     peft = adapted(model_of(ALIKE[name][0], **ALIKE[name][1]))
     assert TrainableModel(peft, CPU).llama is None
-    monkeypatch.setattr(decoder_view, "FAMILY", (*decoder_view.FAMILY, name))
+    monkeypatch.setattr(llama, "MODEL_TYPES", (*llama.MODEL_TYPES, name))
     loss, wanted = by_the_book(peft, EXAMPLES)
     trainable = TrainableModel(peft, CPU)
     said = forward_choice.settle(trainable)
@@ -84,9 +84,9 @@ def test_answers_of_who_only_looks_alike(monkeypatch: pytest.MonkeyPatch) -> Non
     from vicuna.generate.engines.torch import open_engine
     from vicuna.generate.engines.torch_plain import PlainEngine
 
-    monkeypatch.setattr(decoder_view, "FAMILY", (*decoder_view.FAMILY, "smollm3"))
+    monkeypatch.setattr(llama, "MODEL_TYPES", (*llama.MODEL_TYPES, "smollm3"))
     model = model_of("SmolLM3Config", num_hidden_layers=4)
-    assert not isinstance(decoder_view.find(model, training=False), str)
+    assert not isinstance(llama.view_of(model, training=False), str)
     assert isinstance(open_engine(model, 100), PlainEngine)
 
 

@@ -16,17 +16,16 @@ from torch import Tensor
 from vicuna.memory.devices import Device
 from vicuna.memory.meta_layers import attention_on, fused_attention
 from vicuna.model import attention, layers, llama, loss, trainable
-from vicuna.model.attention import Layout
-from vicuna.model.decoder_view import Heads
+from vicuna.model.attention_layout import AttentionShape, PackLayout
 
-Attend = Callable[[Tensor, Heads, Layout], Tensor]
+Attend = Callable[[Tensor, AttentionShape, PackLayout], Tensor]
 
 
 @contextmanager
 def as_on(device: Device) -> Iterator[None]:
     """For as long as the context is open, `meta` stands for `device`. Not for several threads."""
     by_device: list[tuple[dict[str, Any], Any]] = [
-        (layers.PIECE, 2048), (loss.CHUNK, 512), (loss.SLICE, 512), (loss.ROOM, False),
+        (layers.ROW_CHUNK, 2048), (loss.CHUNK, 512), (loss.SLICE, 512), (loss.ROOM, False),
         (trainable.STEP, 1),
     ]  # fmt: skip
     before = [table["meta"] for table, _ in by_device]
@@ -48,11 +47,10 @@ def as_on(device: Device) -> Iterator[None]:
 def _attend_on(device: Device) -> Attend:
     """`attention.attend`'s way on a GPU."""
 
-    def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
-        widths = [heads.query * heads.size, heads.key * heads.size, heads.key * heads.size]
-        q, k, v = (part.unflatten(1, (-1, heads.size)) for part in qkv.split(widths, 1))
+    def attend(qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
+        q, k, v = shape.split(qkv)
         if device.capability < (8, 0):
-            return attention.segments(q, k, v, heads, layout).flatten(1)
+            return attention.segments(q, k, v, shape, layout).flatten(1)
         # `varlen` and `flex`: one kernel for the whole pack, whatever its segments.
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         return fused_attention(q, k, v, "flash")[0].transpose(0, 1).flatten(1)

@@ -14,7 +14,7 @@ from vicuna.memory.allocator import CachingAllocator
 from vicuna.memory.devices import Device
 from vicuna.memory.traced_step import Job, Step, shape_of, shortened, worst_pack
 from vicuna.memory.tracker import KINDS, Trace
-from vicuna.model import decoder_view, self_check
+from vicuna.model import llama, self_check
 
 # In the order they are shown.
 PARTS = (
@@ -59,7 +59,7 @@ class Planner:
     def alone(self) -> str:
         """Why the base takes one example at a time, as far as its build shows it; "" if it takes
         packs. A run tries the weights, too."""
-        if getattr(self.config, "model_type", "") in ("", *decoder_view.FAMILY):
+        if getattr(self.config, "model_type", "") in ("", *llama.MODEL_TYPES):
             return ""
         return self_check.state_of(shape_of(self.config))
 

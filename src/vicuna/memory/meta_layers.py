@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicuna.memory.devices import Device
-from vicuna.model import dequantize
+from vicuna.model.linear import register_dequantizer
 
 # nf4 (QLoRA, arXiv 2305.14314, "double quantization"): one code of 8 bits for each 64 weights,
 # and one fp32 scale for each 256 of those codes.
@@ -63,7 +63,7 @@ class QuantizedStandIn(nn.Linear):
 
 
 def dense(layer: Any, dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) in `dtype`, made with the temporaries of `frozen.dense`."""
+    """The weight (O, I) in `dtype`, made with the temporaries of `dequantized_weight`."""
     if layer.precision == "int8":
         return torch.mul(layer.weight.to(dtype), (layer.scales[:, None] / 127.0).to(dtype))
     scales = layer.scales.to(torch.float32)  # the scales dequantised
@@ -74,7 +74,7 @@ def dense(layer: Any, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-dequantize.register("QuantizedStandIn", dense)
+register_dequantizer("QuantizedStandIn", dense)
 
 
 class _Dequantized(torch.autograd.Function):

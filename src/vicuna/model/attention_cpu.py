@@ -16,17 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vicuna.data.pack import Segment
-from vicuna.model.decoder_view import Heads
-
-if TYPE_CHECKING:
-    from vicuna.model.attention import Layout
+from vicuna.model.attention_layout import AttentionShape, PackLayout
 
 # Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
 # products that are worth starting.
@@ -35,10 +32,10 @@ BLOCK = 128
 STEP = 32
 
 
-def attend(qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+def attend(qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
     """qkv (T, (H + 2 K) D), the heads of q, k and v side by side, rotated -> (T, H D)."""
     way = BlockSegments if in_blocks(qkv) else FlashSegments
-    result: Tensor = way.apply(qkv, heads, layout)
+    result: Tensor = way.apply(qkv, shape, layout)
     return result
 
 
@@ -54,52 +51,52 @@ class BlockSegments(torch.autograd.Function):
     """Each segment in blocks of rows. Nothing but q, k and v is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
-        ctx.heads, ctx.layout = heads, layout
+    def forward(ctx: Any, qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
+        ctx.shape, ctx.layout = shape, layout
         ctx.save_for_backward(qkv)
-        plan = _plan_of(layout, heads, qkv)
-        rows = qkv.view(-1, heads.size)
-        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
+        plan = _plan_of(layout, shape, qkv)
+        rows = qkv.view(-1, shape.size)
+        queries = rows.index_select(0, plan.queries).mul_(shape.scale)
         result = torch.empty_like(queries)
         scratch = qkv.new_empty(plan.scores)
         for place in plan.places:
             for block in place.blocks:
-                q, o = (block.part_of(t, heads) for t in (queries, result))
-                k, v = rows.index_select(0, block.seen).view(-1, block.width, heads.size).chunk(2)
+                q, o = (block.part_of(t, shape) for t in (queries, result))
+                k, v = rows.index_select(0, block.seen).view(-1, block.width, shape.size).chunk(2)
                 torch.bmm(_weights(q, k, block, scratch), v, out=o)
         return result.index_select(0, plan.back).view(qkv.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (qkv,) = ctx.saved_tensors
-        heads, layout = ctx.heads, ctx.layout
-        plan = _plan_of(layout, heads, qkv)
-        rows = qkv.view(-1, heads.size)
-        queries = rows.index_select(0, plan.queries).mul_(heads.scale)
-        given = gradients[0].reshape(-1, heads.size).index_select(0, plan.given)
+        shape, layout = ctx.shape, ctx.layout
+        plan = _plan_of(layout, shape, qkv)
+        rows = qkv.view(-1, shape.size)
+        queries = rows.index_select(0, plan.queries).mul_(shape.scale)
+        given = gradients[0].reshape(-1, shape.size).index_select(0, plan.given)
         given.index_fill_(0, plan.empty, 0)
         dqkv, dqueries = torch.empty_like(qkv), torch.empty_like(queries)
         scratch, dscratch = qkv.new_empty(plan.scores), qkv.new_empty(plan.scores)
-        split = heads.query * heads.size
-        dkv = dqkv[:, split:].unflatten(1, (-1, heads.size)).transpose(0, 1)
+        split = shape.query * shape.size
+        dkv = dqkv[:, split:].unflatten(1, (-1, shape.size)).transpose(0, 1)
         for place in plan.places:
-            dseen = qkv.new_zeros(2 * heads.key, place.width, heads.size)
+            dseen = qkv.new_zeros(2 * shape.key, place.width, shape.size)
             for block in place.blocks:
-                q, g, dq = (block.part_of(t, heads) for t in (queries, given, dqueries))
-                seen = rows.index_select(0, block.seen).view(-1, block.width, heads.size)
+                q, g, dq = (block.part_of(t, shape) for t in (queries, given, dqueries))
+                seen = rows.index_select(0, block.seen).view(-1, block.width, shape.size)
                 k, v = seen.chunk(2)
                 weights = _weights(q, k, block, scratch)
                 dweights = torch.bmm(g, v.transpose(1, 2), out=block.scores_of(dscratch, k))
                 dboth = torch.empty_like(seen)
-                torch.bmm(weights.transpose(1, 2), g, out=dboth[heads.key :])
+                torch.bmm(weights.transpose(1, 2), g, out=dboth[shape.key :])
                 dscores = torch.ops.aten._softmax_backward_data.out(
                     dweights, weights, -1, weights.dtype, grad_input=dweights
                 )
-                torch.bmm(dscores.transpose(1, 2), q, out=dboth[: heads.key])
+                torch.bmm(dscores.transpose(1, 2), q, out=dboth[: shape.key])
                 torch.bmm(dscores, k, out=dq)
                 dseen[:, block.columns] += dboth
             place.give_back(dkv, dseen)
-        dqueries.mul_(heads.scale)
+        dqueries.mul_(shape.scale)
         dqkv[:, :split] = dqueries.index_select(0, plan.back).view(-1, split)
         return dqkv, None, None
 
@@ -109,8 +106,8 @@ class _Block:
     """Some rows of a segment, filled up to whole steps: products come in few shapes, and the
     library makes and keeps a program for each.
 
-    rows: where they lie among all blocks' rows, the heads of a block below each other. high: how
-    many. seen: int64 (2 K s,), the rows of qkv's heads that are their keys and values, which end
+    rows: where they lie among all blocks' rows, the shape of a block below each other. high: how
+    many. seen: int64 (2 K s,), the rows of qkv's shape that are their keys and values, which end
     whole steps too. columns: where those lie in the segment's place. mask: (t, s'), the summand of
     the scores, 0 or -inf, in the last columns.
     """
@@ -126,10 +123,10 @@ class _Block:
         """s: how many rows of keys."""
         return self.columns.stop - self.columns.start
 
-    def part_of(self, x: Tensor, heads: Heads) -> Tensor:
-        """Its part of what lies block by block, heads that share keys below each other:
+    def part_of(self, x: Tensor, shape: AttentionShape) -> Tensor:
+        """Its part of what lies block by block, shape that share keys below each other:
         (K, G t, D)."""
-        return x[self.rows].view(heads.key, -1, heads.size)
+        return x[self.rows].view(shape.key, -1, shape.size)
 
     def scores_of(self, scratch: Tensor, k: Tensor) -> Tensor:
         """Room for its scores: (K, G t, s)."""
@@ -163,8 +160,8 @@ class _Place:
 class _Plan:
     """How the rows of a pack are laid into blocks; the same for all layers with one window.
 
-    queries: int64, for each row of the blocks the row of qkv's heads (T (H + 2 K), D). given: the
-    same of the result's heads (T H, D). empty: rows of the blocks that are filling. back: int64
+    queries: int64, for each row of the blocks the row of qkv's shape (T (H + 2 K), D). given: the
+    same of the result's shape (T H, D). empty: rows of the blocks that are filling. back: int64
     (T H,), where each row of the result lies in the blocks. scores: of the largest block.
     """
 
@@ -176,16 +173,16 @@ class _Plan:
     places: list[_Place]
 
 
-def _plan_of(layout: Layout, heads: Heads, like: Tensor) -> _Plan:
+def _plan_of(layout: PackLayout, shape: AttentionShape, like: Tensor) -> _Plan:
     plan: _Plan = layout.cached(
-        ("blocks", heads.window), lambda: _make_plan(layout.segments, heads, like)
+        ("blocks", shape.window), lambda: _make_plan(layout.segments, shape, like)
     )
     return plan
 
 
-def _make_plan(segments: Sequence[Segment], heads: Heads, like: Tensor) -> _Plan:
-    every = heads.query + 2 * heads.key
-    own_heads, seen_heads = np.arange(heads.query), np.arange(heads.query, every)
+def _make_plan(segments: Sequence[Segment], shape: AttentionShape, like: Tensor) -> _Plan:
+    every = shape.query + 2 * shape.key
+    own_heads, seen_heads = np.arange(shape.query), np.arange(shape.query, every)
     masks: dict[Any, Tensor] = {}
     places, laid, filling = [], [], []
     done = 0
@@ -199,22 +196,22 @@ def _make_plan(segments: Sequence[Segment], heads: Heads, like: Tensor) -> _Plan
         for start in range(above, above + s.stop - s.start, BLOCK):
             count = min(BLOCK, above + s.stop - s.start - start)
             high = _whole(count)
-            first = 0 if heads.window is None else max(0, start - heads.window + 1)
+            first = 0 if shape.window is None else max(0, start - shape.window + 1)
             columns = slice(first, first + _whole(start + count - first))
             seen = rows[columns] * every + seen_heads[:, None]
-            place = slice(done, done + heads.query * high)
+            place = slice(done, done + shape.query * high)
             done = place.stop
-            mask = _mask(start - first, high, columns.stop - first, heads.window, like, masks)
+            mask = _mask(start - first, high, columns.stop - first, shape.window, like, masks)
             blocks.append(_Block(place, high, _index(seen, like), columns, mask))
-            laid.append((rows[start : start + high] * heads.query + own_heads[:, None]).ravel())
-            filling.append(np.broadcast_to(np.arange(high) >= count, (heads.query, high)).ravel())
+            laid.append((rows[start : start + high] * shape.query + own_heads[:, None]).ravel())
+            filling.append(np.broadcast_to(np.arange(high) >= count, (shape.query, high)).ravel())
         width = max(block.columns.stop for block in blocks)
         places.append(_Place(ranges, width, blocks))
     given, empty = np.concatenate(laid), np.concatenate(filling)
-    row, head = np.divmod(given, heads.query)
-    back = np.empty(segments[-1].stop * heads.query, np.int64)
+    row, head = np.divmod(given, shape.query)
+    back = np.empty(segments[-1].stop * shape.query, np.int64)
     back[given[~empty]] = np.flatnonzero(~empty)
-    scores = max(heads.query * b.high * b.width for place in places for b in place.blocks)
+    scores = max(shape.query * b.high * b.width for place in places for b in place.blocks)
     queries, empty_rows = row * every + head, np.flatnonzero(empty)
     return _Plan(
         _index(queries, like), _index(given, like), _index(empty_rows, like), _index(back, like),
@@ -267,39 +264,39 @@ class FlashSegments(torch.autograd.Function):
     """Each segment as one call of the fused kernel, called directly."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: Heads, layout: Layout) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
         rows = qkv.shape[0]
-        out = qkv.new_empty(rows, heads.query, heads.size)
+        out = qkv.new_empty(rows, shape.query, shape.size)
         lses = []
-        q, k, v = _views(qkv, heads)
+        q, k, v = _views(qkv, shape)
         for s in layout.segments:
-            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            mask, causal = _mask_of(s, shape.window, layout, qkv)
             o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q[:, :, s.start : s.stop], _gather(k, s), _gather(v, s), 0.0, causal,
-                attn_mask=mask, scale=heads.scale,
+                attn_mask=mask, scale=shape.scale,
             )  # fmt: skip
             out[s.start : s.stop] = o[0].transpose(0, 1)
             lses.append(lse)
-        ctx.heads, ctx.layout = heads, layout
+        ctx.shape, ctx.layout = shape, layout
         ctx.save_for_backward(qkv, out, *lses)
         return out.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         qkv, out, *lses = ctx.saved_tensors
-        heads, layout = ctx.heads, ctx.layout
-        given = gradients[0].unflatten(1, (heads.query, heads.size)).transpose(0, 1)[None]
+        shape, layout = ctx.shape, ctx.layout
+        given = gradients[0].unflatten(1, (shape.query, shape.size)).transpose(0, 1)[None]
         result = out.transpose(0, 1)[None]
         shared = any(s.above for s in layout.segments)
         dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
-        q, k, v = _views(qkv, heads)
-        dq, dk, dv = _views(dqkv, heads)
+        q, k, v = _views(qkv, shape)
+        dq, dk, dv = _views(dqkv, shape)
         for s, lse in zip(layout.segments, lses):
             own = slice(s.start, s.stop)
-            mask, causal = _mask_of(s, heads.window, layout, qkv)
+            mask, causal = _mask_of(s, shape.window, layout, qkv)
             gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
-                lse, 0.0, causal, attn_mask=mask, scale=heads.scale,
+                lse, 0.0, causal, attn_mask=mask, scale=shape.scale,
             )  # fmt: skip
             dq[:, :, own] = gq
             for total, part in ((dk, gk), (dv, gv)):
@@ -314,11 +311,11 @@ class FlashSegments(torch.autograd.Function):
         return dqkv, None, None
 
 
-def _views(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+def _views(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """q (1, H, T, D), k and v (1, K, T, D) as views of one buffer."""
-    split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)[None]
-    stop = heads.query + heads.key
-    return split[:, : heads.query], split[:, heads.query : stop], split[:, stop:]
+    split = qkv.unflatten(1, (-1, shape.size)).transpose(0, 1)[None]
+    stop = shape.query + shape.key
+    return split[:, : shape.query], split[:, shape.query : stop], split[:, stop:]
 
 
 def _gather(x: Tensor, s: Segment) -> Tensor:
@@ -329,11 +326,11 @@ def _gather(x: Tensor, s: Segment) -> Tensor:
 
 
 def _mask_of(
-    s: Segment, window: int | None, layout: Layout, like: Tensor
+    s: Segment, window: int | None, layout: PackLayout, like: Tensor
 ) -> tuple[Tensor | None, bool]:
     """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
     own = s.stop - s.start
     above = sum(b - a for a, b in s.above)
     if above == 0 and (window is None or own <= window):
         return None, True
-    return layout.additive(above, own, window, like), False
+    return layout.additive_mask(above, own, window, like), False

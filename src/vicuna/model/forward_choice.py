@@ -18,7 +18,7 @@ from torch import nn
 from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.pack import MIN_SHARED, Pack, build_packs
 from vicuna.errors import UserError
-from vicuna.model import decoder_view, self_check
+from vicuna.model import llama, self_check
 from vicuna.model.dropout import PrefixDropout
 from vicuna.model.llama import Decoder
 from vicuna.model.out_of_memory import is_memory
@@ -84,10 +84,8 @@ def _by_length(trainable: TrainableModel) -> str:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and longest > chunk:
         return f"its attention goes by chunks of {chunk:,} tokens"
-    reaches = [
-        r for m in trainable.causal.modules() if (r := decoder_view.rotary_reach(m)) is not None
-    ]
-    return decoder_view.ROTARY if any(longest > reach for reach in reaches) else ""
+    reaches = [r for m in trainable.causal.modules() if (r := llama.rotary_reach(m)) is not None]
+    return llama.LENGTH_DEPENDENT_ROTARY if any(longest > reach for reach in reaches) else ""
 
 
 class _Probe:
@@ -118,10 +116,10 @@ class _Probe:
         try:
             far = max(self._furthest(self._packs(share=True)), self._far_away())
             with self_check.narrow(causal):
-                found = decoder_view.find(causal, longest=trainable.longest)
+                found = llama.view_of(causal, longest=trainable.longest)
                 if isinstance(found, str):
                     return math.inf
-                trainable.llama = Decoder(found, kernels=trainable.kernels)
+                trainable.llama = Decoder(found)
                 wanted = [self_check.scores_of(causal, text) for text in self.texts]
                 return max(far, self._furthest(self._packs(share=True), wanted))
         except Exception as e:  # a model that only looks like one of the family

@@ -116,9 +116,9 @@ def load_base(
 
 
 def _keep_layout(model: Any) -> None:
-    """bitsandbytes lays 4-bit weights out anew for CPUs with AVX-512 bf16, at the first forward
-    without gradients. `frozen.dense` reads them as they were quantised; and widths that are not
-    whole blocks cannot be laid out so."""
+    """Keep 4-bit weights as they were quantised, which is how `linear.dequantized_weight` reads
+    them. On CPUs with AVX-512 bf16 bitsandbytes would repack them at the first forward without
+    gradients, and cannot do so for widths that are not whole blocks."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vicuna.errors import UserError
-from vicuna.model import dequantize
+from vicuna.model.linear import is_supported
 
 # Model types whose out_proj PEFT refuses: their fused kernels use its weight alone.
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
@@ -83,7 +83,7 @@ def _linear(causal: Any) -> list[tuple[str, nn.Module]]:
     head = causal.get_output_embeddings()
     found = []
     for name, module in causal.named_modules():
-        linear = isinstance(module, nn.Linear | Conv1D) or dequantize.known(module)
+        linear = isinstance(module, nn.Linear | Conv1D) or is_supported(module)
         # Inside PEFT's layers around them are linear layers that are the adapter's.
         if linear and module is not head and ".lora_" not in name:
             found.append((name.removesuffix(".base_layer"), module))
@@ -96,7 +96,7 @@ def _odd(module: Any) -> bool:
     choices; groups): then nothing can be added to it. Asked of zeros."""
     if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
         return False
-    if dequantize.known(module):
+    if is_supported(module):
         return False
     try:
         out = module(module.weight.new_zeros(1, 2, module.in_features))

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from vicuna.data.pack import Pack, filled
 from vicuna.errors import UserError
-from vicuna.model import attention, decoder_view, loss
+from vicuna.model import attention, loss
+from vicuna.model.attention_layout import PackLayout
 from vicuna.model.dropout import DropoutState
-from vicuna.model.elementwise import PLAIN, Kernels
-from vicuna.model.llama import Checkpointing, Decoder
+from vicuna.model.llama import Checkpointing, Decoder, view_of
 
 # Packs are filled up to whole steps of rows where oneDNN computes the products, which it does for
 # short types on a CPU: it makes a program for each shape, and keeps it.
@@ -50,7 +50,7 @@ class TrainableModel:
     """A causal language model with an adapter, and how to get a loss from it.
 
     model: a PEFT model (or a bare causal LM for evaluation).
-    checkpointing: what backward computes again. kernels: the arithmetic on elements. way: how much
+    checkpointing: what backward computes again. way: how much
     of the model is known to be right (`ways.settle` finds out). longest: tokens of the longest
     example, 0 where that is not known. logits: memory for them that packs share, on a CPU.
     """
@@ -59,14 +59,13 @@ class TrainableModel:
     device: torch.device
     dropout: DropoutState = field(default_factory=DropoutState)
     checkpointing: Checkpointing = "none"
-    kernels: Kernels = PLAIN
     way: Way = "packed"
     longest: int = 0
 
     def __post_init__(self) -> None:
         get_base = getattr(self.model, "get_base_model", None)
         self.causal = causal = get_base() if get_base else self.model
-        found = decoder_view.find(causal, longest=self.longest)
+        found = view_of(causal, longest=self.longest)
         # Our own forward where the model is of the family we know, else transformers' with PEFT's
         # layers; why is for the user to see.
         self.llama: Decoder | None = None
@@ -74,7 +73,7 @@ class TrainableModel:
         if isinstance(found, str):
             self.use_fallback(found)
         else:
-            self.llama = Decoder(found, self.checkpointing, self.kernels)
+            self.llama = Decoder(found, self.checkpointing)
             self.llama.copy_out_of_mmap(causal)
         self.decoder = causal.get_decoder()
         if not hasattr(self.decoder, "config"):  # ModernBERT's "decoder" is its output matrix
@@ -127,7 +126,7 @@ class TrainableModel:
         ids = torch.from_numpy(pack.ids).to(self.device)
         positions = torch.from_numpy(pack.positions).to(self.device)
         rows = torch.from_numpy(pack.target_rows).to(self.device)
-        layout = attention.Layout(pack.segments)
+        layout = PackLayout(pack.segments)
         hashes = torch.from_numpy(pack.prefix_hashes).to(self.device)
         if self.llama is not None:
             self._check_frozen()

@@ -14,7 +14,7 @@ from vicuna.config import TrainSettings
 from vicuna.errors import UserError
 from vicuna.memory.devices import GIB, at_hand
 from vicuna.memory.search import ROWS, Choice, choose
-from vicuna.model import decoder_view, load
+from vicuna.model import llama, load
 from vicuna.model.config_files import load_config
 from vicuna.model.load import Chosen
 from vicuna.model.loss import CHUNK
@@ -93,7 +93,7 @@ def _rough(config: Any, rows: int) -> int | None:
     weights in fp32, and twice what the layers keep of so many rows. None for other families, whose
     attention may keep more.
     """
-    if config.model_type not in decoder_view.FAMILY:
+    if config.model_type not in llama.MODEL_TYPES:
         return None
     hidden, inner = config.hidden_size, config.intermediate_size
     weights = config.num_hidden_layers * (4 * hidden * hidden + 3 * hidden * inner)

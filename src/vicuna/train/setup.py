@@ -325,13 +325,11 @@ def _trainable(
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
-    chosen_kernels = elementwise.choose(settings.kernels, device, chosen.dtype, inner)
-    if chosen_kernels is not elementwise.PLAIN:
-        screen.say(f"kernels: {chosen_kernels.reason}")
+    if reason := elementwise.choose(settings.kernels, device, chosen.dtype, inner):
+        screen.say(f"kernels: {reason}")
     trainable = TrainableModel(
-        peft, device, checkpointing=settings.gradient_checkpointing, kernels=chosen_kernels,
-        longest=longest,
-    )  # fmt: skip
+        peft, device, checkpointing=settings.gradient_checkpointing, longest=longest
+    )
     trainable.dropout.seed = settings.seed
     with screen.working("trying the base on a few tokens"):
         for line in forward_choice.settle(trainable):

@@ -1,6 +1,6 @@
 """The PyTorch engine: our own forward pass over a tree of tokens, a LoRA unmerged.
 
-For models of the family that `model.parts` knows, on any device and in any precision the trainer
+For models of the family that `model.llama` knows, on any device and in any precision the trainer
 loads; `torch_plain` serves the others. What a further turn of a chat has in common with the tree is
 not computed again, also after `/undo` and along the answer of a beam.
 """
@@ -22,10 +22,11 @@ from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.switching import CHUNK, MAX_ROWS, Switching, causal_of
-from vicuna.model import decoder_view, device_map, elementwise, inference, onednn_linear, self_check
-from vicuna.model.decoder_view import Heads
-from vicuna.model.linear import Group, give_up
-from vicuna.model.llama import Layer
+from vicuna.model import device_map, linear, self_check
+from vicuna.model.attention_layout import AttentionShape
+from vicuna.model.layers import infer_norm, signed_sin
+from vicuna.model.linear import LinearGroup, release_weight
+from vicuna.model.llama import DecoderView, Layer, view_of
 from vicuna.model.out_of_memory import is_memory
 
 # Rotary angles are made for so many positions at a time.
@@ -45,7 +46,7 @@ def open_engine(
     from vicuna.generate.engines.torch_plain import PlainEngine
 
     device_map.check_present(model)
-    found: Any = decoder_view.find(causal_of(model), training=False)
+    found: Any = view_of(causal_of(model), training=False)
     if not isinstance(found, str):
         found = _differs(model)
     if not found:
@@ -122,28 +123,28 @@ class TorchEngine(Switching):
         self.context_length = context_length
         self.cache_type: CacheType = cache_type
         causal = causal_of(model)
-        found = decoder_view.find(causal, training=False)
+        found = view_of(causal, training=False)
         if isinstance(found, str):
             raise ValueError(found)
         self._build(found)
         head = causal.get_output_embeddings()
         self._head, self._head_bias = head.weight, head.bias
         self._places = [layer.mlp.norm.device for layer in self._layers]
-        self._windows = {layer.heads.window for layer in self._layers}
+        self._windows = {layer.shape.window for layer in self._layers}
         if alone:
             self._pack(head)
         self._angles = _Angles(found)
         self.computed = 0  # positions that went through the model so far
         self.refresh()
 
-    def _build(self, found: decoder_view.Parts) -> None:
-        self._parts = found
-        self._layers = [Layer(block, found.eps) for block in found.blocks]
+    def _build(self, found: DecoderView) -> None:
+        self._view = found
+        self._layers = [Layer(layer, found.eps) for layer in found.layers]
         # Its weight lies in `_head`; of this only the adapters are used.
-        self._head_group = Group([found.causal.get_output_embeddings()])
+        self._head_group = LinearGroup([found.causal.get_output_embeddings()])
 
     @property
-    def _groups(self) -> list[Group]:
+    def _groups(self) -> list[LinearGroup]:
         return [*(g for layer in self._layers for g in layer.groups), self._head_group]
 
     def _pack(self, head: Any) -> None:
@@ -153,17 +154,17 @@ class TorchEngine(Switching):
             for group in layer.groups:
                 group.pack()
         base = getattr(head, "base_layer", head)
-        if (laid := getattr(base, "laid_out", None)) is not None:
+        if (laid := getattr(base, "packed_weight", None)) is not None:
             self._head, _ = laid
             return
-        packed = onednn_linear.packed(self._head)
+        packed = linear.pack_weight(self._head)
         if packed is None:
             return
         self._head = packed
-        base.laid_out = packed, self._head_bias
-        if base.weight is not getattr(self._parts.embed, "weight", None):
-            give_up(base)
-        self._head_group = Group([head])
+        base.packed_weight = packed, self._head_bias
+        if base.weight is not getattr(self._view.embed, "weight", None):
+            release_weight(base)
+        self._head_group = LinearGroup([head])
 
     def refresh(self) -> None:
         """Take the adapters as they are now; needed where they were trained."""
@@ -175,13 +176,13 @@ class TorchEngine(Switching):
     def _hold(self) -> None:
         for layer in self._layers:
             for group in layer.groups:
-                group.hold(layer.mlp.norm.dtype)
-        self._head_group.hold(self._parts.norm.dtype)
+                group.cache_adapters(layer.mlp.norm.dtype)
+        self._head_group.cache_adapters(self._view.norm.dtype)
 
     def _take(self, model: Any) -> None:
         """Compute with the same base, with other adapters around it, from now on. Weights that were
         laid out for answering stay so."""
-        found = decoder_view.find(causal_of(model), training=False)
+        found = view_of(causal_of(model), training=False)
         assert not isinstance(found, str), found
         self.model = model
         self._build(found)
@@ -189,8 +190,8 @@ class TorchEngine(Switching):
 
     def _follow(self) -> bool:
         """Compute as PEFT's switches stand now; whether they stand otherwise than they did."""
-        if self._parts.stale or self._head_group.layers[0] is not self._output():
-            self._build(self._parts.again())
+        if self._view.is_stale or self._head_group.layers[0] is not self._output():
+            self._build(self._view.renewed())
             changed = True
         else:
             changed = sum(group.follow() for group in self._groups) > 0
@@ -199,11 +200,11 @@ class TorchEngine(Switching):
         return changed
 
     def _output(self) -> Any:
-        return self._parts.causal.get_output_embeddings()
+        return self._view.causal.get_output_embeddings()
 
     def forget(self) -> None:
         """See `Engine.forget`."""
-        heads = self._layers[0].heads
+        heads = self._layers[0].shape
         dtype = self._layers[0].mlp.norm.dtype
         self._mixed = False
         self.tree = Tree(self._places, heads.key, heads.size, dtype, self.cache_type)
@@ -239,10 +240,10 @@ class TorchEngine(Switching):
             x, cos, sin = self._embed(list(token_ids), [position] * rows)
             for number, layer in enumerate(self._layers):
                 x, cos, sin = self._moved(number, x, cos, sin)
-                qkv = inference.attention_inputs(layer, x, cos, sin)
-                self._write(number, qkv, layer.heads, start)
-                attended = self._look(number, qkv, layer.heads, sights[layer.heads.window])
-                x = inference.rest(layer, attended, x)
+                qkv = layer.infer_qkv(x, cos, sin)
+                self._write(number, qkv, layer.shape, start)
+                attended = self._look(number, qkv, layer.shape, sights[layer.shape.window])
+                x = layer.infer_output(attended, x)
             return self._scores(x)
 
     # -- one forward -------------------------------------------------------------------------------
@@ -256,17 +257,17 @@ class TorchEngine(Switching):
         x, cos, sin = self._embed(ids, list(range(start, stop)))
         for number, layer in enumerate(self._layers):
             x, cos, sin = self._moved(number, x, cos, sin)
-            qkv = inference.attention_inputs(layer, x, cos, sin)
-            self._write(number, qkv, layer.heads, start)
-            attended = self._over_trunk(number, qkv, layer.heads, start, stop)
+            qkv = layer.infer_qkv(x, cos, sin)
+            self._write(number, qkv, layer.shape, start)
+            attended = self._over_trunk(number, qkv, layer.shape, start, stop)
             if number == len(self._layers) - 1:
                 attended, x = attended[-1:], x[-1:]
-            x = inference.rest(layer, attended, x)
+            x = layer.infer_output(attended, x)
         tree.extend(ids)
         return x
 
     def _embed(self, ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        x = self._parts.embed(torch.tensor(ids, device=self._parts.embed_device))
+        x = self._view.embed(torch.tensor(ids, device=self._view.embed_device))
         return (x, *self._angles.at(positions, x))
 
     def _moved(self, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -276,12 +277,14 @@ class TorchEngine(Switching):
             return tensors
         return tuple(t.to(place) for t in tensors)
 
-    def _write(self, number: int, qkv: Tensor, heads: Heads, start: int) -> None:
+    def _write(self, number: int, qkv: Tensor, heads: AttentionShape, start: int) -> None:
         """Put the keys and values of new rows into their slots."""
         split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
         self.tree.layers[number].write(start, split[heads.query :])
 
-    def _over_trunk(self, number: int, qkv: Tensor, heads: Heads, start: int, stop: int) -> Tensor:
+    def _over_trunk(
+        self, number: int, qkv: Tensor, heads: AttentionShape, start: int, stop: int
+    ) -> Tensor:
         """Attention of new rows of the trunk, (t, H D): causal over all of it."""
         q = qkv[:, : heads.query * heads.size].unflatten(1, (heads.query, heads.size))
         first = 0 if heads.window is None else max(0, start - heads.window + 1)
@@ -305,11 +308,11 @@ class TorchEngine(Switching):
         first = 0 if window is None else max(0, position - window + 1)
         first = min(first, len(self.tree.trunk))
         mask = self.tree.mask(window, first)
-        heads = self._layers[0].heads
+        heads = self._layers[0].shape
         return first, None if mask is None else mask.repeat(heads.query // heads.key, 1)
 
     def _look(
-        self, number: int, qkv: Tensor, heads: Heads, sight: tuple[int, Tensor | None]
+        self, number: int, qkv: Tensor, heads: AttentionShape, sight: tuple[int, Tensor | None]
     ) -> Tensor:
         """Attention of the live rows over trunk and branches: (n, H D)."""
         rows, groups, (first, mask) = qkv.shape[0], heads.query // heads.key, sight
@@ -321,14 +324,14 @@ class TorchEngine(Switching):
         return out.permute(2, 0, 1, 3).reshape(rows, heads.query * heads.size)
 
     def _scores(self, x: Tensor) -> Tensor:
-        norm = self._parts.norm
+        norm = self._view.norm
         x = x.to(norm.device)
-        h = inference.normalised(elementwise.PLAIN, x, norm, self._parts.eps)
+        h = infer_norm(x, norm, self._view.eps)
         h = h.to(self._head.device)
-        y = onednn_linear.product(h, self._head, self._head_bias)
-        low, high = self._head_group.adapters(h.dtype)
-        if low is not None and high is not None:
-            y.addmm_(h @ low.t(), high.t())
+        y = linear.onednn_linear(h, self._head, self._head_bias)
+        a, b = self._head_group.lora_matrices(h.dtype)
+        if a is not None and b is not None:
+            y.addmm_(h @ a.t(), b.t())
         return y.float()
 
     @contextmanager
@@ -351,16 +354,16 @@ class TorchEngine(Switching):
 class _Angles:
     """The rotary angles of positions: made once for each, not once for each step."""
 
-    def __init__(self, found: decoder_view.Parts) -> None:
+    def __init__(self, found: DecoderView) -> None:
         self._rotary, self._made = found.rotary, 0
         self._cos = self._sin = torch.empty(0)
 
     def at(self, positions: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (t, D), as `answering.rotate` takes them, in type and place of `like`."""
+        """cos and sin (t, D), as `Layer.infer_qkv` takes them, in type and place of `like`."""
         if max(positions) >= self._made or self._cos.dtype != like.dtype:
             self._made = -(-(max(positions) + 1) // ANGLES) * ANGLES
             every = torch.arange(self._made, device=like.device)
             cos, sin = self._rotary(like[None], every[None])
-            self._cos, self._sin = cos[0], inference.signed(sin[0])
+            self._cos, self._sin = cos[0], signed_sin(sin[0])
         index = torch.tensor(positions, device=like.device)
         return self._cos[index], self._sin[index]
