@@ -3,7 +3,7 @@
     python bench/startup.py [--check]
 
 CPU time, not wall time: it hardly depends on what else the machine does. With --check, exit code 1
-where the median is above the limit.
+if the median is above the limit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LIMIT_SECONDS = 0.3
+LIMIT_SECONDS = 0.2
 COMMAND = str(Path(sys.executable).with_name("vicuna"))
 
 

@@ -1,24 +1,85 @@
-"""The hubs: what lies in a repository, and fetching it. Both libraries resume and work in parallel.
+"""The one door to the hubs: what a hub id is, what a repository holds, and fetching it.
 
-Environment variables mean what they mean to the libraries: HF_ENDPOINT (a mirror), HF_HUB_OFFLINE,
-HF_HOME, HF_TOKEN; MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN.
+Environment variables mean what they mean to the hub libraries: HF_ENDPOINT (a mirror),
+HF_HUB_OFFLINE, HF_HOME, HF_TOKEN; MODELSCOPE_CACHE, MODELSCOPE_API_TOKEN. Both libraries resume an
+interrupted download and fetch files in parallel.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
 from vicuna.errors import UserError
+from vicuna.system_errors import install_extra
+
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form OWNER/NAME of a hub id. A relative path may have it, too."""
+    return _ID.fullmatch(text) is not None
+
+
+def must_be_hub_id(text: str) -> bool:
+    """Whether a text is a hub id and cannot be meant as a path: its first part is no folder here.
+
+    `runs/typo` is not looked for on the hub if there is a folder `runs`.
+    """
+    return is_hub_id(text) and not Path(text).parent.exists()
+
+
+# -- into the Hugging Face library's cache ----
+
+
+def snapshot(
+    repository: str,
+    patterns: Sequence[str] | None = None,
+    *,
+    kind: str = "model",
+    where: str = "",
+    **options: Any,
+) -> Path:
+    """The folder of a Hugging Face repository in the library's cache, fetched if need be.
+
+    Args:
+        patterns: of the files to fetch; None for all.
+        kind: `model` or `dataset`.
+        where: the setting that names it, for the error.
+        options: such as `revision`.
+
+    Raises: UserError if there is no such repository, or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+
+    allow = None if patterns is None else list(patterns)
+    with _hub_errors("huggingface", where or repository):
+        return Path(snapshot_download(repository, repo_type=kind, allow_patterns=allow, **options))
+
+
+def file_names(repository: str, folder: Path, where: str) -> list[str]:
+    """The names of a model repository's files; offline, of those in its snapshot.
+
+    Raises: UserError if the hub cannot be reached.
+    """
+    from huggingface_hub import constants, list_repo_files
+
+    if constants.HF_HUB_OFFLINE:
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+    with _hub_errors("huggingface", where):
+        return list(list_repo_files(repository))
+
+
+# -- vicuna download ----
 
 
 @dataclass(frozen=True)
-class Listed:
+class RemoteFile:
     """A file of a repository: its size, and its SHA-256 or, of small files, git's hash of it."""
 
     path: str
@@ -28,8 +89,8 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked for. kind: `model` or `dataset`. folder: None for the library's cache."""
+class Download:
+    """What to download. kind: `model` or `dataset`. folder: None for the library's cache."""
 
     repository: str
     kind: str
@@ -39,7 +100,7 @@ class Wanted:
 
 
 class Hub(Protocol):
-    """A place that models come from."""
+    """A hub with models and data sets."""
 
     name: str
 
@@ -47,16 +108,16 @@ class Hub(Protocol):
         """Whether only what was fetched before may be used."""
         ...
 
-    def listed(self, wanted: Wanted) -> list[Listed]:
+    def list_files(self, download: Download) -> list[RemoteFile]:
         """All files of the repository. Raises: UserError."""
         ...
 
-    def fetch(self, wanted: Wanted, files: Sequence[str] | None) -> Path:
-        """Fetch files (None: all that the cache has); the folder they lie in. Raises: UserError."""
+    def fetch(self, download: Download, files: Sequence[str] | None) -> Path:
+        """Fetch files (None: all that the cache has); their folder. Raises: UserError."""
         ...
 
     def cache(self) -> Path:
-        """Where files go that no folder is named for."""
+        """The folder of downloads that name no folder."""
         ...
 
 
@@ -75,28 +136,31 @@ class HuggingFace:
 
         return Path(constants.HF_HUB_CACHE)
 
-    def listed(self, wanted: Wanted) -> list[Listed]:
+    def list_files(self, download: Download) -> list[RemoteFile]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        with _told(self.name, wanted.repository):
+        with _download_errors(self.name, download):
             tree = HfApi(endpoint=_endpoint()).list_repo_tree(
-                wanted.repository, recursive=True, revision=wanted.revision, repo_type=wanted.kind
+                download.repository,
+                recursive=True,
+                revision=download.revision,
+                repo_type=download.kind,
             )
             return [_of_hugging_face(f) for f in tree if isinstance(f, RepoFile)]
 
-    def fetch(self, wanted: Wanted, files: Sequence[str] | None) -> Path:
+    def fetch(self, download: Download, files: Sequence[str] | None) -> Path:
         from huggingface_hub import snapshot_download
 
-        with _told(self.name, wanted.repository):
+        with _download_errors(self.name, download):
             return Path(
                 snapshot_download(
-                    wanted.repository,
-                    repo_type=wanted.kind,
-                    revision=wanted.revision,
-                    local_dir=wanted.folder,
+                    download.repository,
+                    repo_type=download.kind,
+                    revision=download.revision,
+                    local_dir=download.folder,
                     allow_patterns=None if files is None else [_literal(f) for f in files],
-                    max_workers=wanted.workers,
+                    max_workers=download.workers,
                     endpoint=_endpoint(),
                     local_files_only=files is None,
                 )
@@ -107,9 +171,9 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _of_hugging_face(file: Any) -> Listed:
+def _of_hugging_face(file: Any) -> RemoteFile:
     sha256 = file.lfs.sha256 if file.lfs else ""
-    return Listed(file.path, int(file.size), sha256, "" if sha256 else str(file.blob_id or ""))
+    return RemoteFile(file.path, int(file.size), sha256, "" if sha256 else str(file.blob_id or ""))
 
 
 def _literal(name: str) -> str:
@@ -129,27 +193,27 @@ class ModelScope:
         root = os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope"
         return Path(root).expanduser()
 
-    def listed(self, wanted: Wanted) -> list[Listed]:
-        with _told(self.name, wanted.repository):
+    def list_files(self, download: Download) -> list[RemoteFile]:
+        with _download_errors(self.name, download):
             files = _modelscope().list_repo_files(
-                wanted.repository, wanted.kind, revision=wanted.revision
+                download.repository, download.kind, revision=download.revision
             )
             return [
-                Listed(f.path, int(f.size or 0), getattr(f, "sha256", None) or "")
+                RemoteFile(f.path, int(f.size or 0), getattr(f, "sha256", None) or "")
                 for f in files
                 if getattr(f, "type", "blob") != "tree"
             ]
 
-    def fetch(self, wanted: Wanted, files: Sequence[str] | None) -> Path:
-        with _told(self.name, wanted.repository):
+    def fetch(self, download: Download, files: Sequence[str] | None) -> Path:
+        with _download_errors(self.name, download):
             return Path(
                 _modelscope().download_repo(
-                    wanted.repository,
-                    wanted.kind,
-                    revision=wanted.revision,
-                    local_dir=wanted.folder,
+                    download.repository,
+                    download.kind,
+                    revision=download.revision,
+                    local_dir=download.folder,
                     allow_patterns=None if files is None else [_literal(f) for f in files],
-                    max_workers=wanted.workers,
+                    max_workers=download.workers,
                     local_files_only=files is None,
                 )
             )
@@ -162,7 +226,7 @@ def _modelscope() -> Any:
         raise UserError(
             "ModelScope's client is not installed",
             where="source modelscope",
-            fix="pip install 'chinese-vicuna[modelscope]'",
+            fix=install_extra("modelscope"),
         ) from e
     return HubApi()
 
@@ -170,53 +234,84 @@ def _modelscope() -> Any:
 HUBS: dict[str, Hub] = {"huggingface": HuggingFace(), "modelscope": ModelScope()}
 
 
-def chosen(files: Sequence[Listed], include: Sequence[str], exclude: Sequence[str]) -> list[Listed]:
-    """The files that match a pattern to include (all, where there is none) and none to exclude."""
+def matching(
+    files: Sequence[RemoteFile], include: Sequence[str], exclude: Sequence[str]
+) -> list[RemoteFile]:
+    """The files that match a pattern to include (all, if there is none) and none to exclude."""
+    from huggingface_hub.utils import filter_repo_objects
 
-    def matches(path: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch(path, p) or (p.endswith("/") and path.startswith(p)) for p in patterns)
+    return list(
+        filter_repo_objects(
+            files,
+            allow_patterns=list(include) or None,
+            ignore_patterns=list(exclude) or None,
+            key=lambda file: file.path,
+        )
+    )
 
-    return [
-        f
-        for f in files
-        if (not include or matches(f.path, include)) and not matches(f.path, exclude)
-    ]
+
+# -- the libraries' errors in words ----
+
+_GATED = ("GatedRepoError", "PermissionDeniedError")
+_MISSING = ("RepositoryNotFoundError", "NotExistError", "HFValidationError")
+_NO_REVISION = ("RevisionNotFoundError", "RevisionResolutionError")
+# The login of each hub; `--kind` and `--source` are settings of vicuna download.
+_LOGIN = {"huggingface": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}
 
 
 @contextmanager
-def _told(hub: str, repository: str) -> Iterator[None]:
-    """A library's error in words. It has a dozen kinds, which differ from version to version."""
+def _hub_errors(hub: str, where: str, more: str = "") -> Iterator[None]:
+    """Turn a hub library's error into words. They have a dozen kinds, other ones in each version.
+
+    Args:
+        more: a way out of a wrong name, besides the usual ones.
+
+    Raises: UserError.
+    """
     try:
         yield
-    except UserError:
-        raise
-    except KeyboardInterrupt:
+    except (UserError, KeyboardInterrupt):
         raise
     except Exception as e:
-        what, fix = _words(type(e).__name__, hub)
+        name, login = type(e).__name__, _LOGIN[hub]
         lines = str(e).strip().splitlines()
-        detail = f" ({lines[0][:200]})" if lines else f" ({type(e).__name__})"
-        raise UserError(what + detail, where=f"{hub} {repository}", fix=fix) from e
+        why = lines[0][:200] if lines else name
+        if name in _GATED:
+            raise UserError(
+                "this is a gated repository",
+                where=where,
+                fix=f"Accept its terms on its page on the hub, then set {login}.",
+            ) from e
+        if name in _MISSING:
+            raise UserError(
+                f"the hub has no such repository, or it needs a login ({why})",
+                where=where,
+                fix=f"Check the name; a private repository needs {login}.{more}",
+            ) from e
+        if name in _NO_REVISION:
+            raise UserError(
+                f"no such revision ({why})",
+                where=where,
+                fix="A revision is a branch, a tag or a commit.",
+            ) from e
+        if name == "OSError":
+            raise UserError(
+                f"the download cannot be written ({why})",
+                where=where,
+                fix="Free some space, or choose another folder.",
+            ) from e
+        raise UserError(
+            f"the hub cannot be reached, and this repository is not in its cache ({why})",
+            where=where,
+            fix="Run it again: what was downloaded is kept."
+            if hub == "modelscope"
+            else "Run it again (what was downloaded is kept), set HF_ENDPOINT to a mirror, or give "
+            "a local folder; HF_HUB_OFFLINE=1 uses only what was downloaded before.",
+        ) from e
 
 
-def _words(kind: str, hub: str) -> tuple[str, str]:
-    """(what happened, the way out) for a kind of error."""
-    mirror = "HF_ENDPOINT sets a mirror; " if hub == "huggingface" else ""
-    login = "HF_TOKEN" if hub == "huggingface" else "MODELSCOPE_API_TOKEN"
-    if kind in ("GatedRepoError", "PermissionDeniedError"):
-        return "it asks for consent first", f"Accept its terms on its page, then set {login}."
-    if kind in ("RepositoryNotFoundError", "NotExistError", "HFValidationError"):
-        return "no such repository", (
-            f"Check the name and --kind; a private one needs {login}. The other hub has names of "
-            "its own: --source."
-        )
-    if kind in ("RevisionNotFoundError", "RevisionResolutionError"):
-        return "no such revision", "Check --revision: a branch, a tag or a commit."
-    if kind == "OSError":
-        return "it cannot be written", "Free some space, or choose another --output_dir."
-    return "the hub cannot be reached, or the connection broke", (
-        f"Run it again: what was fetched is kept. {mirror}an offline copy is found with "
-        "HF_HUB_OFFLINE=1."
-        if hub == "huggingface"
-        else "Run it again: what was fetched is kept."
-    )
+@contextmanager
+def _download_errors(hub: str, download: Download) -> Iterator[None]:
+    more = " Check --kind, too; another hub may have it under another name: --source."
+    with _hub_errors(hub, f"{hub} {download.repository}", more):
+        yield

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 _FULL = "Free some space, or choose a folder on another disk."
 # errno: (what happened, the way out).
@@ -56,6 +57,11 @@ _NUMBER = re.compile(r"\(os error (\d+)\)")
 _UNWRITTEN = re.compile(
     r"PytorchStreamWriter failed|inline_container.* unexpected pos|\d+ requested and \d+ written"
 )
+
+
+def install_extra(extra: str) -> Message:
+    """How to install an optional part of this project, which is on no package index."""
+    return Message("In the clone of this project: pip install -e '.[{extra}]'", extra=extra)
 
 
 def explain(error: BaseException) -> UserError | None:

@@ -292,7 +292,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_wheel_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     library.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'chinese-vicuna\[cpp\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[cpp\]'"):
         library.library()
 
 

@@ -85,7 +85,7 @@ def test_what_is_missing_is_said_with_the_way_out(
     settings = build(TrainSettings, {"optimizer": "paged_adamw_8bit"})
     monkeypatch.setattr(optimizers, "find_spec", lambda _: None)
     (missing,) = optimizers.mistakes(settings, torch.device("cuda"))
-    assert "pip install 'chinese-vicuna[gpu]'" in missing
+    assert "pip install -e '.[gpu]'" in missing
 
 
 @pytest.mark.usefixtures("paged_on_cpu")

@@ -17,6 +17,7 @@ from vicuna.data import dataset
 from vicuna.data.records.read_file import read
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
+from vicuna.hub import snapshot
 
 SAMPLE = "sample"
 # Plain text that papers calibrate and measure on: the hub's repository, the file in it, its column.
@@ -100,15 +101,7 @@ def _plain(source: str, renderer: Renderer, count: int, longest: int, seed: int)
 
 
 def _fetch(source: str) -> tuple[Path, str]:
-    from huggingface_hub import hf_hub_download
-
     repository, name, revision, column = _PLAIN[source]
-    try:
-        found = hf_hub_download(repository, name, repo_type="dataset", revision=revision)
-    except Exception as e:  # network, name, login, disk: the hub library has a dozen kinds
-        raise UserError(
-            f"{source} cannot be fetched from the hub ({type(e).__name__})",
-            where=f"calibration {source}",
-            fix="Give a data file of your own, or sample; HF_ENDPOINT sets a mirror.",
-        ) from e
-    return Path(found), column
+    where = f"calibration {source}"
+    folder = snapshot(repository, [name], kind="dataset", where=where, revision=revision)
+    return folder / name, column

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.hub import is_hub_id
 
 # model_type of config.json -> architecture in GGUF.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -22,7 +23,6 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 # apart.
 _INTERLEAVED = frozenset({"llama"})
 _ROTATED = re.compile(r"\.attn_([qk])\.(weight|bias)$")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Buffers that old checkpoints saved among their weights.
 _COMPUTED = re.compile(r"\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
 
@@ -139,7 +139,7 @@ def add_base_model(writer: Any, base: str) -> None:
         return
     writer.add_base_model_count(1)
     owner, _, name = base.partition("/")
-    if _HUB_ID.fullmatch(base) and not Path(base).exists():
+    if is_hub_id(base) and not Path(base).exists():
         writer.add_base_model_organization(0, owner)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     else:

@@ -5,7 +5,7 @@ scores. But the shared object inside it exports the C interface of llama.cpp (`l
 both, and LoRA adapters beside the base. It is called here through ctypes; nothing is built.
 
 Structures of `llama.h` change from version to version, so the wheel's version is pinned
-(`chinese-vicuna[cpp]`), and the layout is checked against known defaults before anything is passed.
+(the extra `cpp`), and the layout is checked against known defaults before anything is passed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any
 from vicuna.errors import UserError
 from vicuna.llamacpp import build
 from vicuna.llamacpp.build import VERSION
+from vicuna.system_errors import install_extra
 
 # Names a libllama of the same version that was built otherwise; "wheel": the wheel's in any case.
 OWN_BUILD = "VICUNA_LIBLLAMA"
 WHEEL = "wheel"
-INSTALL = "pip install 'chinese-vicuna[cpp]'"
+INSTALL = install_extra("cpp")
 TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type, of the cache
 # On the CPU its flash attention sums in 16 bits, which shows beside a cache of 32; a quantised
 # cache works with no other. For f16 llama.cpp decides.

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 from vicuna.errors import UserError
+from vicuna.hub import is_hub_id
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.paths import user_path
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _OF_4_BITS = re.compile(r"(-unsloth)?-bnb-4bit$|-(GPTQ|AWQ)(-\w+)?$", re.IGNORECASE)
 
 
@@ -31,7 +31,7 @@ def named_base(files: AdapterFiles) -> str:
         return name
     if found := _on_this_machine(name, files.path):
         return str(found)
-    if not _HUB_ID.fullmatch(name):
+    if not is_hub_id(name):
         raise _not_here(files, name, "which is not on this machine")
     try:
         locate(name, weights=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from vicuna.errors import UserError
+from vicuna.hub import must_be_hub_id, snapshot
 from vicuna.model import adapter_kinds
 from vicuna.model.lora_config import CONFIG
 from vicuna.paths import given_path
@@ -21,7 +21,7 @@ def locate_adapter(adapter: str) -> Path:
         return path
     if path.is_file():
         _refuse_file(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", adapter) and not path.parent.is_dir():
+    if must_be_hub_id(adapter):
         return _from_hub(adapter)
     raise UserError(
         "no such adapter",
@@ -36,14 +36,5 @@ def _refuse_file(path: Path) -> None:
 
 
 def _from_hub(adapter: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "adapter_model.*", "adapters.safetensors", "pytorch_model.bin"]
-        return Path(snapshot_download(adapter, allow_patterns=wanted))
-    except Exception as e:  # network, name, login: the hub library has a dozen kinds
-        raise UserError(
-            f"the hub has no such adapter or cannot be reached ({type(e).__name__})",
-            where=f"adapter {adapter}",
-            fix="Check the name; HF_ENDPOINT sets a mirror, HF_HUB_OFFLINE=1 uses the local cache.",
-        ) from e
+    patterns = ["*.json", "adapter_model.*", "adapters.safetensors", "pytorch_model.bin"]
+    return snapshot(adapter, patterns, where=f"adapter {adapter}")

@@ -11,7 +11,6 @@ import difflib
 import importlib.util
 import io
 import json
-import re
 import subprocess
 import sys
 import zipfile
@@ -22,6 +21,7 @@ from vicuna.files import cache_dir, file_hash, scratch_folder, whole_folder
 from vicuna.gguf.folder import vocabulary_folder
 from vicuna.gguf.read import read_fields
 from vicuna.gguf.tokenizer import write_tokenizer
+from vicuna.hub import file_names, is_hub_id, snapshot
 from vicuna.json_yaml import read_json
 from vicuna.model.config_files import check_folder
 from vicuna.paths import given_path, shell_word
@@ -36,7 +36,6 @@ _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # Counts up when the conversion changes, so that older results are made anew.
 _CONVERSION = "3"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(model: str, weights: bool = True) -> Path:
@@ -62,7 +61,7 @@ def locate(model: str, weights: bool = True) -> Path:
                 fix="Give the folder that holds config.json.",
             )
         return _from_gguf(path, file_hash(path))
-    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+    if is_hub_id(model):
         return _from_hub(model, weights)
     raise UserError(f"no such model{_nearest(path)}", where=f"model {model}", fix=_WAYS)
 
@@ -243,46 +242,12 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 
 
 def _from_hub(model: str, weights: bool) -> Path:
-    """A snapshot of a hub repository in the hub library's own cache.
-
-    HF_ENDPOINT (mirrors), HF_HUB_OFFLINE, HF_HOME and HF_TOKEN mean what they mean to that library.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
+    """A snapshot of a hub repository in the hub library's own cache."""
     small = ["*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "*.tiktoken"]
     where = f"model {model}"
-    try:
-        folder = Path(snapshot_download(model, allow_patterns=small))
-        if weights:
-            kinds = ["*.safetensors"] if _has_safetensors(model, folder) else ["*.bin"]
-            folder = Path(snapshot_download(model, allow_patterns=[*small, *kinds]))
-        return _folder(folder)
-    except RepositoryNotFoundError as e:
-        raise UserError(
-            "the hub has no such model, or it needs a login",
-            where=where,
-            fix="Check the name; for a gated model accept its licence there and set HF_TOKEN.",
-        ) from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as e:
-        raise UserError(
-            f"the hub cannot be reached and the model is not in its cache ({type(e).__name__})",
-            where=where,
-            fix="Give a local folder or --model smollm2-135m; behind a slow line set HF_ENDPOINT "
-            "to a mirror; HF_HUB_OFFLINE=1 uses only what was downloaded before.",
-        ) from e
-
-
-def _has_safetensors(model: str, folder: Path) -> bool:
-    if (folder / "model.safetensors.index.json").is_file():
-        return True
-    from huggingface_hub import constants, list_repo_files
-
-    if constants.HF_HUB_OFFLINE:
-        return any(folder.glob("*.safetensors"))
-    return any(f.endswith(".safetensors") for f in list_repo_files(model))
+    folder = snapshot(model, small, where=where)
+    if weights:
+        names = file_names(model, folder, where)
+        ending = "*.safetensors" if any(n.endswith(".safetensors") for n in names) else "*.bin"
+        folder = snapshot(model, [*small, ending], where=where)
+    return _folder(folder)

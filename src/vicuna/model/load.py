@@ -12,6 +12,7 @@ from vicuna.errors import UserError
 from vicuna.model import attention
 from vicuna.model.base import quiet_transformers
 from vicuna.model.config_files import library_error
+from vicuna.system_errors import install_extra
 from vicuna.weights.read import check_weights
 
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
@@ -133,7 +134,7 @@ def _quantization(chosen: Chosen) -> Any:
         raise UserError(
             "bitsandbytes is not installed",
             where=f"precision {chosen.precision}",
-            fix="pip install 'chinese-vicuna[gpu]', or choose bf16, fp16 or fp32.",
+            fix=f"{install_extra('gpu')}. Or choose bf16, fp16 or fp32.",
         )
     if chosen.precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vicuna.config import TrainSettings
+from vicuna.system_errors import install_extra
 
 # Where bitsandbytes pages its moments; on a CPU it leaves them where they are.
 PAGED_ON = ("cuda",)
@@ -28,8 +29,8 @@ def mistakes(settings: TrainSettings, device: torch.device) -> list[str]:
         )
     if find_spec("bitsandbytes") is None:
         found.append(
-            f"optimizer {settings.optimizer} needs bitsandbytes: pip install "
-            "'chinese-vicuna[gpu]', or use adamw"
+            f"optimizer {settings.optimizer} needs bitsandbytes; adamw does not. "
+            f"{install_extra('gpu')}"
         )
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
+from vicuna.system_errors import install_extra
 from vicuna.train.run_folder import RunFolder
 
 _NUMBERS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib", "perplexity")
@@ -34,7 +35,7 @@ class Reporters:
             raise UserError(
                 f"{name} is not installed",
                 where="report_to",
-                fix="pip install 'chinese-vicuna[report]', or leave out --report_to.",
+                fix=f"{install_extra('report')}. Or leave out --report_to.",
             ) from e
         if name == "tensorboard":
             writer = library.SummaryWriter(str(run.path / "tensorboard"))

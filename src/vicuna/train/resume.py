@@ -19,6 +19,7 @@ from vicuna.data import dataset as datasets
 from vicuna.data.tokenizer import Vocabulary
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import sweep
+from vicuna.hub import must_be_hub_id, snapshot
 from vicuna.json_yaml import read_yaml
 from vicuna.model import adapter as adapters
 from vicuna.model import load
@@ -200,17 +201,8 @@ def _must_be_run(run: Path) -> None:
 def _run_and_checkpoint(place: str) -> tuple[Path, Path]:
     """(run, checkpoint) of a run folder, a checkpoint folder, or a hub id that holds a run."""
     path = Path(place)
-    if not path.exists() and place.count("/") == 1 and not path.parent.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            path = Path(snapshot_download(place))
-        except Exception as e:  # network, name, login
-            raise UserError(
-                f"neither a folder nor reachable on the hub ({type(e).__name__})",
-                where=f"resume {place}",
-                fix="Give a run folder or one of its checkpoints.",
-            ) from e
+    if not path.exists() and must_be_hub_id(place):
+        path = snapshot(place, where=f"resume {place}")
     if (path / "state.json").is_file():
         run = path.resolve().parent.parent
         _must_be_run(run)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vicuna import config
 from vicuna.errors import UserError
+from vicuna.system_errors import install_extra
 from vicuna.terminal import say
 
 
@@ -15,7 +16,7 @@ def run(words: Sequence[str]) -> int:
     try:
         import gradio  # noqa: F401
     except ImportError as e:
-        raise UserError("the page needs gradio", fix="pip install 'chinese-vicuna[web]'") from e
+        raise UserError("the page needs gradio", fix=install_extra("web")) from e
     from vicuna.web.server import serve
     from vicuna.web.state import App
 

@@ -16,12 +16,12 @@ from vicuna.data.records import find_files
 from vicuna.data.templates.registry import builtin
 from vicuna.errors import UserError
 from vicuna.files import file_hash, whole_file
+from vicuna.hub import is_hub_id
 from vicuna.model.base import EMBEDDED
 from vicuna.system_errors import cannot_write
 from vicuna.web.state import App
 
 LISTED = 500  # files offered at once
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SEARCHED = 20_000  # files looked at for that: a data folder may hold anything
 _MAGIC = re.compile(r"[*?\[]")
 DEEP = 2  # times that a pattern may search all folders below: each multiplies the search
@@ -122,7 +122,7 @@ def allowed_model(app: App, model: str) -> str:
     model = model.strip()
     if not model or model in models(app):
         return model or EMBEDDED
-    if app.exists(model) or not _HUB_ID.fullmatch(model):
+    if app.exists(model) or not is_hub_id(model):
         app.inside(model)
         return model
     may_fetch(app, model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from vicuna.errors import UserError
 from vicuna.files import file_hash
+from vicuna.hub import must_be_hub_id, snapshot
 from vicuna.paths import given_path
 
 _PACKED = tuple(
@@ -155,9 +156,7 @@ def _literal_as_far(pattern: Path) -> str:
 
 def is_hub_id(source: str) -> bool:
     """Whether this is `owner/name` and cannot be meant as a path: no file name, no folder here."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
-        return False
-    return not source.lower().endswith(ENDINGS) and not Path(source).parent.exists()
+    return must_be_hub_id(source) and not source.lower().endswith(ENDINGS)
 
 
 def _missing(path: Path, source: str) -> UserError:
@@ -180,35 +179,9 @@ def _missing(path: Path, source: str) -> UserError:
     return UserError("no such file or folder", where=source, fix=fix)
 
 
-def _download(repo: str) -> Path:
+def _download(repository: str) -> Path:
     """The hub's data set in the local cache, its readable files alone."""
-    from huggingface_hub import errors, snapshot_download
-
-    wanted = [f"*{ending}" for ending in ENDINGS]
     try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=wanted))
-    except errors.GatedRepoError as e:
-        raise UserError(
-            "this data set asks for consent first",
-            where=repo,
-            fix=f"Accept its terms at https://huggingface.co/datasets/{repo} and `hf auth login`.",
-        ) from e
-    except errors.RepositoryNotFoundError as e:
-        raise UserError(
-            "no such path here, and no such data set on the hub",
-            where=repo,
-            fix="Check the spelling; a private data set needs `hf auth login`.",
-        ) from e
-    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as e:
-        raise UserError(
-            "no such path here, and the hub cannot be reached",
-            where=repo,
-            fix="Download the files elsewhere and give their folder; or unset HF_HUB_OFFLINE; "
-            "or set HF_ENDPOINT to a mirror (https://hf-mirror.com).",
-        ) from e
-    except Exception as e:  # disk, id, server, or one of the HTTP library's own kinds
-        raise UserError(
-            f"download failed: {str(e).splitlines()[0] if str(e) else type(e).__name__}",
-            where=repo,
-            fix="Try again (what was loaded is kept), or give a folder with the files.",
-        ) from e
+        return snapshot(repository, [f"*{ending}" for ending in ENDINGS], kind="dataset")
+    except UserError as e:
+        raise UserError(f"{e.what}; no such path here either", where=repository, fix=e.fix) from e
