@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from vicuna.convert.llama3_tokenizer import control_tokens, is_llama3, read_ranks
 from vicuna.convert.tokenizers import bring_tokenizer
 from vicuna.errors import UserError
-from vicuna.weights.output_folder import write_json
+from vicuna.json_yaml import write_json
 
 # Merged in the order of their ranks, each from two that came before.
 PAIRS = ["he", "ll", "llo", "hello", " w", "or", "ld", " wor", " world", "12", "123", "你"]
