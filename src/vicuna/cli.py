@@ -87,7 +87,7 @@ COMMANDS = [
     Command("merge", "commands.merge:run", "MergeSettings",
             "--adapter RUN --output_dir FOLDER",
             "Merge adapters into their base: one model that needs no adapter."),
-    Command("convert", "commands.convert:run", "ConvertModelSettings",
+    Command("convert", "commands.convert:run", "ConvertSettings",
             "--model MODEL --to hf | meta --output_dir FOLDER",
             "Convert a model to Hugging Face's format, or to Meta's original checkpoint format."),
     Command("demo", "commands.demo:run", "DemoSettings",
@@ -96,16 +96,16 @@ COMMANDS = [
     Command("doctor", "commands.doctor:run", "DoctorSettings",
             "MODEL",
             "Check a model's tokenizer and template, and what this machine has."),
-    Command("data check", "commands.data:check", "DataCommandSettings",
+    Command("data check", "commands.data:check", "DataCheckSettings",
             "FILE ... [--json]",
             "Read files and report what is wrong with which record."),
-    Command("data stats", "commands.data:stats", "DataCommandSettings",
+    Command("data stats", "commands.data:stats", "DataCheckSettings",
             "FILE ... [--json]",
             "Token lengths, and what each cutoff_len would lose."),
-    Command("data preview", "commands.data:preview", "PreviewSettings",
+    Command("data preview", "commands.data:preview", "DataPreviewSettings",
             "FILE [--number 3]",
             "Show examples as the model will see them, with trained tokens in colour."),
-    Command("data convert", "commands.data_convert:convert", "ConvertSettings",
+    Command("data convert", "commands.data_convert:convert", "DataConvertSettings",
             "FILE --to messages --output F",
             "Convert any data format to another."),
     Command("export gguf", "commands.export:run", "ExportSettings",
@@ -120,10 +120,10 @@ COMMANDS = [
     Command("quantize bnb", "commands.quantize:bnb", "QuantizeSettings",
             "--model M [--adapter RUN] --bits 4 --output_dir D",
             "Quantize to int8 or nf4 for bitsandbytes; needs no calibration."),
-    Command("adapter inspect", "commands.adapter:inspect", "InspectSettings",
+    Command("adapter inspect", "commands.adapter:inspect", "AdapterInspectSettings",
             "ADAPTER [--json]",
             "Describe an adapter, and check that it is sound."),
-    Command("adapter upgrade", "commands.adapter:upgrade", "UpgradeSettings",
+    Command("adapter upgrade", "commands.adapter:upgrade", "AdapterUpgradeSettings",
             "ADAPTER --output_dir FOLDER",
             "Convert an adapter of any age to today's PEFT format; the original stays as it is."),
 ]
@@ -161,8 +161,10 @@ def route(argv: Sequence[str]) -> int:
 def _no_such_command(name: str) -> UserError:
     import difflib
 
-    names = [*GROUPS, *(c.name for c in COMMANDS)]
-    near = " or ".join(difflib.get_close_matches(name, names, n=3))
+    # `gguf` alone is near `export gguf`, too.
+    names = {c.name.split()[-1]: c.name for c in COMMANDS}
+    names |= {n: n for n in [*GROUPS, *(c.name for c in COMMANDS)]}
+    near = " or ".join(names[n] for n in difflib.get_close_matches(name, names, n=2))
     fix = f"Did you mean {near}?" if near else "vicuna --help lists the commands."
     return UserError(f"no such command: {name}", fix=fix)
 

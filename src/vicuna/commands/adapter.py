@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vicuna import config
-from vicuna.config import InspectSettings, UpgradeSettings
+from vicuna.config import AdapterInspectSettings, AdapterUpgradeSettings
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.files import whole_folder
 from vicuna.model.adapter import AdapterFiles, read_adapter, save_files
@@ -22,7 +22,7 @@ from vicuna.weights.output_folder import check_space, result_folder
 _LISTED = 3  # names of tensors or modules that a line shows
 
 
-def _named(settings: InspectSettings | UpgradeSettings, free: Sequence[str]) -> str:
+def _named(settings: AdapterInspectSettings | AdapterUpgradeSettings, free: Sequence[str]) -> str:
     """The adapter of the command line: behind the command, or --adapter."""
     names = [*free, *([settings.adapter] if settings.adapter else [])]
     if len(names) != 1:
@@ -36,7 +36,7 @@ def _named(settings: InspectSettings | UpgradeSettings, free: Sequence[str]) -> 
 def inspect(words: Sequence[str]) -> int:
     """Print what an adapter is; exit code 2 where it cannot be used as it is."""
     free: list[str] = []
-    settings, _ = config.parse(InspectSettings, words, free=free)
+    settings, _ = config.parse(AdapterInspectSettings, words, free=free)
     files = read_adapter(_named(settings, free), checked=False)
     found = facts(files)
     if settings.json_output:
@@ -146,7 +146,7 @@ def _verdicts(found: dict[str, Any]) -> list[tuple[str, str]]:
 def upgrade(words: Sequence[str]) -> int:
     """Write a sound PEFT adapter into a new place; the source stays as it is."""
     free: list[str] = []
-    settings, _ = config.parse(UpgradeSettings, words, free=free)
+    settings, _ = config.parse(AdapterUpgradeSettings, words, free=free)
     files = read_adapter(_named(settings, free))
     target = result_folder(settings.output_dir, settings.force, [files.path])
     notes = list(files.notes)

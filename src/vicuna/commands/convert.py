@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna import config
-from vicuna.config import ConvertModelSettings
+from vicuna.config import ConvertSettings
 from vicuna.convert import meta
 from vicuna.convert.tokenizers import bring_tokenizer
 from vicuna.data.tokenizer import Encoder
@@ -59,7 +59,7 @@ class _Source:
 
 def run(words: Sequence[str]) -> int:
     """Convert, compare, report."""
-    settings, given = config.parse(ConvertModelSettings, words)
+    settings, given = config.parse(ConvertSettings, words)
     if not settings.model:
         raise SettingsError(["model: which one? Give --model FOLDER, a .gguf file or a hub id"])
     if settings.to == "hf" and "num_shards" in given:
@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> int:
     return 0
 
 
-def _about(settings: ConvertModelSettings, source: _Source) -> dict[str, Any]:
+def _about(settings: ConvertSettings, source: _Source) -> dict[str, Any]:
     about = {"model": settings.model, "from": source.layout, "to": settings.to}
     return about | ({"num_shards": settings.num_shards} if settings.to == "meta" else {})
 
@@ -90,7 +90,7 @@ def _about(settings: ConvertModelSettings, source: _Source) -> dict[str, Any]:
 # -- reading ----
 
 
-def _open(settings: ConvertModelSettings) -> _Source:
+def _open(settings: ConvertSettings) -> _Source:
     """The model, whatever layout it is in.
 
     Raises: UserError where there is none, or it cannot be read.
@@ -113,7 +113,7 @@ def _open(settings: ConvertModelSettings) -> _Source:
     return _Source(folder, "gguf", base, weights, size_of(gguf), kind, gguf, notes)
 
 
-def _open_meta(folder: Path, settings: ConvertModelSettings) -> _Source:
+def _open_meta(folder: Path, settings: ConvertSettings) -> _Source:
     weights = meta.MetaWeights(folder)
     base = meta.config_of(weights.params, weights, settings.max_position_embeddings)
     notes = []
@@ -132,9 +132,7 @@ def _open_meta(folder: Path, settings: ConvertModelSettings) -> _Source:
 # -- writing ----
 
 
-def _write_hf(
-    source: _Source, folder: Path, settings: ConvertModelSettings, largest: int
-) -> list[str]:
+def _write_hf(source: _Source, folder: Path, settings: ConvertSettings, largest: int) -> list[str]:
     copy_side_files(source.folder, folder)
     (folder / meta.HF_CONFIG).unlink(missing_ok=True)
     (folder / meta.PARAMS).unlink(missing_ok=True)
@@ -145,7 +143,7 @@ def _write_hf(
     return []
 
 
-def _write_meta(source: _Source, folder: Path, settings: ConvertModelSettings, _: int) -> list[str]:
+def _write_meta(source: _Source, folder: Path, settings: ConvertSettings, _: int) -> list[str]:
     copy_side_files(source.folder, folder)
     (folder / "config.json").unlink(missing_ok=True)
     write_json(folder / meta.HF_CONFIG, source.config)
@@ -175,7 +173,7 @@ def _scorer(source: _Source, stack: ExitStack) -> Callable[[], Scorer]:
     return open_before
 
 
-def _opener(folder: Path, settings: ConvertModelSettings, stack: ExitStack) -> Callable[[], Scorer]:
+def _opener(folder: Path, settings: ConvertSettings, stack: ExitStack) -> Callable[[], Scorer]:
     """What was written, read again."""
     if settings.to == "meta":
         return lambda: _in_meta(folder, stack)

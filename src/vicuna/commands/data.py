@@ -54,7 +54,7 @@ def _reading() -> Iterator[dataset.Say]:
 
 def check(words: Sequence[str]) -> int:
     """Exit code 0 where every file has usable records, 2 where one has none."""
-    settings, files = _parse(config.DataCommandSettings, words)
+    settings, files = _parse(config.DataCheckSettings, words)
     entries = config.dataset_entries(files)
     renderer = renderer_for(settings)
     with _reading() as say:
@@ -73,7 +73,7 @@ def check(words: Sequence[str]) -> int:
 
 def stats(words: Sequence[str]) -> int:
     """Token lengths of each file, and what each cutoff would lose."""
-    settings, files = _parse(config.DataCommandSettings, words)
+    settings, files = _parse(config.DataCheckSettings, words)
     renderer = renderer_for(settings)
     # Every length counts here, so nothing is dropped for being long.
     whole = settings.model_copy(update={"cutoff_len": 1 << 30, "overlong": "drop"})
@@ -160,7 +160,7 @@ def _print_stats(results: Sequence[dict[str, Any]], settings: DataSettings) -> N
 
 def preview(words: Sequence[str]) -> int:
     """Print examples token by token: green is learned, reversed is a control token."""
-    settings, files = _parse(config.PreviewSettings, words)
+    settings, files = _parse(config.DataPreviewSettings, words)
     renderer = renderer_for(settings)
     entries = config.dataset_entries(files)
     with _reading() as say:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vicuna import config
-from vicuna.config import ConvertSettings, DatasetEntry
+from vicuna.config import DataConvertSettings, DatasetEntry
 from vicuna.data import duplicates
 from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.dataset import check_sources
@@ -28,7 +28,7 @@ from vicuna.terminal import say
 def convert(words: Sequence[str]) -> int:
     """Write all usable records of the files in one format."""
     files: list[str] = []
-    settings, _ = config.parse(ConvertSettings, words, free=files)
+    settings, _ = config.parse(DataConvertSettings, words, free=files)
     if not files:
         raise SettingsError(["which file? Give files, folders, globs or hub ids"])
     if not settings.output:
@@ -79,7 +79,7 @@ def _refuse_reading(output: Path, entries: Sequence[DatasetEntry]) -> None:
 
 
 def _conversations(
-    entries: Sequence[DatasetEntry], settings: ConvertSettings, reports: list[FileReport]
+    entries: Sequence[DatasetEntry], settings: DataConvertSettings, reports: list[FileReport]
 ) -> Iterator[Conversation]:
     """The usable records of all files; what became of the others goes into `reports`."""
     for entry in entries:

@@ -8,17 +8,19 @@ A module for each kind of command holds its settings; `parse` reads them.
 
 from vicuna.config.base import DatasetEntry, Settings
 from vicuna.config.data import (
-    ConvertSettings,
-    DataCommandSettings,
+    DataCheckSettings,
+    DataConvertSettings,
+    DataPreviewSettings,
     DataSettings,
-    PreviewSettings,
 )
-from vicuna.config.decoding import AnswerSettings, GenerateSettings, ModelSettings
+from vicuna.config.decoding import AnswerSettings, GenerateSettings, ModelSettings, RunSettings
 from vicuna.config.models import (
-    ConvertModelSettings,
-    InspectSettings,
+    AdapterInspectSettings,
+    AdapterUpgradeSettings,
+    ConvertSettings,
+    ExportSettings,
     MergeSettings,
-    UpgradeSettings,
+    QuantizeSettings,
     VerifySettings,
 )
 from vicuna.config.parse import (
@@ -29,24 +31,21 @@ from vicuna.config.parse import (
     parse,
     read_recipe,
 )
-from vicuna.config.quantize import (
-    DownloadSettings,
-    ExportSettings,
-    QuantizeSettings,
-    RunSettings,
-)
 from vicuna.config.renamed import OLD_NAMES
-from vicuna.config.tools import DemoSettings, DoctorSettings
 from vicuna.config.train import PlanSettings, TrainSettings
+from vicuna.config.utilities import DemoSettings, DoctorSettings, DownloadSettings
 from vicuna.config.web import WebSettings
 
 __all__ = [
     "OLD_NAMES",
     "RUN_KEYS",
+    "AdapterInspectSettings",
+    "AdapterUpgradeSettings",
     "AnswerSettings",
-    "ConvertModelSettings",
     "ConvertSettings",
-    "DataCommandSettings",
+    "DataCheckSettings",
+    "DataConvertSettings",
+    "DataPreviewSettings",
     "DataSettings",
     "DatasetEntry",
     "DemoSettings",
@@ -54,16 +53,13 @@ __all__ = [
     "DownloadSettings",
     "ExportSettings",
     "GenerateSettings",
-    "InspectSettings",
     "MergeSettings",
     "ModelSettings",
     "PlanSettings",
-    "PreviewSettings",
     "QuantizeSettings",
     "RunSettings",
     "Settings",
     "TrainSettings",
-    "UpgradeSettings",
     "VerifySettings",
     "WebSettings",
     "build",

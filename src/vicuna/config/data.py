@@ -39,20 +39,20 @@ class DataSettings(Settings):
     encoding: str = setting("", "Data", "encoding of the files, where it is not found by itself")
 
 
-class DataCommandSettings(DataSettings):
+class DataCheckSettings(DataSettings):
     """The settings of `vicuna data check` and `stats`."""
 
     json_output: bool = setting(False, "Output", "print one JSON object (--json)")
 
 
-class PreviewSettings(DataSettings):
+class DataPreviewSettings(DataSettings):
     """The settings of `vicuna data preview`."""
 
     number: int = setting(3, "Output", "how many examples to show", ge=1)
     start: int = setting(0, "Output", "the first example to show, from 0", ge=0)
 
 
-class ConvertSettings(Settings):
+class DataConvertSettings(Settings):
     """The settings of `vicuna data convert`."""
 
     to: Literal["alpaca", "chat", "history", "sharegpt", "messages", "pair"] = setting(

@@ -104,3 +104,9 @@ class GenerateSettings(AnswerSettings):
     input: str = setting("", "Files", "a file of instructions to answer, one after another")
     output: str = setting("", "Files", "where the answers go, one JSON object a line")
     json_output: bool = setting(False, "Files", "print one JSON object (--json)")
+
+
+class RunSettings(AnswerSettings):
+    """The settings of `vicuna run`."""
+
+    engine: Literal["llama.cpp"] = setting("llama.cpp", "Model", "always llama.cpp")

@@ -1,5 +1,5 @@
-"""The settings of the commands that write a model: what they check of it, and `vicuna merge`,
-`convert` and `adapter`."""
+"""Settings of the commands that write a model: `vicuna merge`, `convert`, `export`, `quantize` and
+`adapter`, and of the comparison of its result with its source."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def _whole(value: Any) -> Any:
 
 
 Shards = Annotated[Literal[1, 2, 4, 8], BeforeValidator(_whole)]
+GgufType = Literal[
+    "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q2_k", "q3_k_s", "q3_k_m",
+    "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k",
+]  # fmt: skip
 
 
 class VerifySettings(Settings):
@@ -73,7 +77,7 @@ class MergeSettings(VerifySettings):
     force: bool = setting(False, "Result", "replace an existing folder")
 
 
-class ConvertModelSettings(VerifySettings):
+class ConvertSettings(VerifySettings):
     """The settings of `vicuna convert`."""
 
     model: str = setting(
@@ -94,14 +98,14 @@ class ConvertModelSettings(VerifySettings):
     force: bool = setting(False, "Result", "replace an existing folder")
 
 
-class InspectSettings(Settings):
+class AdapterInspectSettings(Settings):
     """The settings of `vicuna adapter inspect`."""
 
     adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
     json_output: bool = setting(False, "Output", "print one JSON object (--json)")
 
 
-class UpgradeSettings(Settings):
+class AdapterUpgradeSettings(Settings):
     """The settings of `vicuna adapter upgrade`."""
 
     adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
@@ -111,3 +115,60 @@ class UpgradeSettings(Settings):
     verify: bool = setting(True, "Result", "compare what was written with what was read")
     output_dir: str = setting("", "Result", "the folder to write")
     force: bool = setting(False, "Result", "replace an existing folder")
+
+
+class _FromModelSettings(VerifySettings):
+    """What is quantised, and on which texts its rounding is chosen."""
+
+    model: str = setting("", "Model", "the base; where not given, the one that the adapter names")
+    adapter: str = setting("", "Model", "an adapter to merge into it: a folder, a run, a hub id")
+    allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
+    template: str = setting(
+        "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
+    )
+    num_samples: int = setting(128, "Calibration", "texts to calibrate on", ge=1)
+    cutoff_len: int = setting(512, "Calibration", "longest of them in tokens", ge=16)
+    seed: int = setting(42, "Calibration", "decides which texts of a larger file are taken")
+    force: bool = setting(False, "Result", "replace an existing result")
+
+
+class ExportSettings(_FromModelSettings):
+    """The settings of `vicuna export gguf`."""
+
+    adapter_only: bool = setting(
+        False, "Result", "write the adapter alone, as a GGUF LoRA to be loaded beside its base"
+    )
+    type: GgufType = setting(
+        "f16", "Result", "type of the weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q2_k, "
+        "q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k"
+    )  # fmt: skip
+    output: str = setting("", "Result", "the file to write")
+    imatrix: str = setting(
+        "", "Calibration", "an importance matrix of llama.cpp's; or data to compute one with: a "
+        "file, sample, wikitext2, ptb, c4"
+    )  # fmt: skip
+    modelfile: bool = setting(False, "Result", "write an Ollama Modelfile beside it")
+
+
+class QuantizeSettings(_FromModelSettings):
+    """The settings of `vicuna quantize gptq`, `awq` and `bnb`."""
+
+    bits: int = setting(4, "Quantising", "bits a weight: 2, 3, 4, 8", ge=2, le=8)
+    group_size: int = setting(
+        128, "Quantising", "weights that share a scale; -1: a whole row (gptq, awq)", ge=-1
+    )
+    act_order: bool = setting(
+        False, "Quantising", "round the columns that matter first (gptq): better, slower to run"
+    )
+    damp: float | None = setting(
+        None, "Quantising", "share of the mean diagonal added to it (gptq); else the library's own",
+        gt=0, lt=1,
+    )  # fmt: skip
+    calibration: str = setting(
+        "sample", "Calibration", "texts to calibrate on: a data file, sample, wikitext2, ptb, c4"
+    )
+    output_dir: str = setting("", "Result", "the folder to write")
+    environment: str = setting(
+        "", "Quantising", "an environment that has gptqmodel; where not given, one is made once in "
+        "the cache"
+    )  # fmt: skip
