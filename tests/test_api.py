@@ -303,7 +303,7 @@ def test_adapters_are_loaded_later_mixed_and_dropped(
     place: Path, tmp_path: Path, engine: str
 ) -> None:
     from vicuna.model.adapter import read_adapter, save
-    from vicuna.model.concatenate import save_mix
+    from vicuna.model.lora_delta import save_weighted_sum
 
     base = tiny_llama(340, eos_token_id=3)  # the seed of `place`, other adapters
     chatml = {"template": find("chatml", vocabulary(byte_level())).to_dict()}
@@ -313,7 +313,7 @@ def test_adapters_are_loaded_later_mixed_and_dropped(
         n: read_adapter(str(p))
         for n, p in (("one", place / "adapter"), ("two", tmp_path / "other"))
     }
-    save_mix({"one": (parts["one"], 0.5), "two": (parts["two"], 0.8)}, tmp_path / "mix")
+    save_weighted_sum({"one": (parts["one"], 0.5), "two": (parts["two"], 0.8)}, tmp_path / "mix")
 
     def ask(model: vicuna.Model) -> str:
         return model.generate(QUESTION, max_new_tokens=8).text

@@ -334,12 +334,12 @@ def test_a_result_that_misses_the_gate_is_not_there(
 ) -> None:
     from vicuna.model import lora_delta
 
-    right = lora_delta.Addition.to
+    right = lora_delta.LoraDelta.apply
 
     def wrong(self: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
         return weight + 2 * (right(self, name, weight) - weight)
 
-    monkeypatch.setattr(lora_delta.Addition, "to", wrong)
+    monkeypatch.setattr(lora_delta.LoraDelta, "apply", wrong)
     refused(tmp_path / "m", "--adapter", made[1], match="too far from what was read")
     with pytest.raises(UserError, match="it was kept"):
         merged(tmp_path / "m", "--adapter", made[1], "--keep_failed")

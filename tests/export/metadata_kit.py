@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer  # noqa: E402
 
 from gguf_kit import save_base  # noqa: E402
 from kit import tiny_model  # noqa: E402
-from vicuna.gguf import pretokenizers  # noqa: E402
+from vicuna.gguf import tokenizer as gguf_tokenizer  # noqa: E402
 from vicuna.gguf.read import read_fields  # noqa: E402
 
 # Not special in the tokenizer; some are by their spelling.
@@ -90,9 +90,9 @@ def make_base(name: str, folder: Path) -> None:
 
 def _tokenizer(family: str) -> Tokenizer:
     spec = json.loads(byte_level().to_str())
-    rule = pretokenizers.by_name(family)
+    rule = gguf_tokenizer.family_by_name(family)
     assert rule
-    spec["pre_tokenizer"] = pretokenizers.rule(rule)
+    spec["pre_tokenizer"] = gguf_tokenizer.pre_tokenizer_of(rule)
     spec["model"]["ignore_merges"] = rule.ignore_merges
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TEXT_TOKENS])

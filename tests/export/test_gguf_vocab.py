@@ -20,7 +20,7 @@ from kit import metaspace, save_tokenizer, tiny_model
 from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.export.gguf_writer import write_base
-from vicuna.gguf import pretokenizers
+from vicuna.gguf import tokenizer as gguf_tokenizer
 from vicuna.gguf.folder import vocabulary_folder
 from vicuna.gguf.read import read_fields
 from vicuna.model.vocabulary import load_vocabulary
@@ -49,9 +49,9 @@ def ruled(name: str) -> Tokenizer:
     """`byte_level()` as a family cuts text."""
     tokenizer = byte_level()
     spec = json.loads(tokenizer.to_str())
-    family = pretokenizers.by_name(name)
+    family = gguf_tokenizer.family_by_name(name)
     assert family
-    spec["pre_tokenizer"] = pretokenizers.rule(family)
+    spec["pre_tokenizer"] = gguf_tokenizer.pre_tokenizer_of(family)
     spec["model"]["ignore_merges"] = family.ignore_merges
     return Tokenizer.from_str(json.dumps(spec))
 
@@ -64,7 +64,7 @@ def written(folder: Path, tokenizer: Tokenizer, **words: Any) -> tuple[Encoder, 
 
 
 @needs_llamacpp
-@pytest.mark.parametrize("name", [f.name for f in pretokenizers.FAMILIES])
+@pytest.mark.parametrize("name", [f.name for f in gguf_tokenizer.FAMILIES])
 def test_llamacpp_encodes_as_the_tokenizer_does(tmp_path: Path, name: str) -> None:
     encoder, path = written(tmp_path, ruled(name))
     with engine_of(path) as engine:
@@ -103,7 +103,7 @@ def test_sentencepiece_comes_back(tmp_path: Path) -> None:
         assert back.decode(back.text(text, first=True)).strip(" ") == text.strip(" ")
 
 
-@pytest.mark.parametrize("name", [f.name for f in pretokenizers.FAMILIES])
+@pytest.mark.parametrize("name", [f.name for f in gguf_tokenizer.FAMILIES])
 def test_the_tokenizer_of_a_gguf_file_comes_back(tmp_path: Path, name: str) -> None:
     encoder, path = written(tmp_path, ruled(name))
     back = Encoder(load_vocabulary(vocabulary_folder(path)))

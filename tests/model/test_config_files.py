@@ -22,8 +22,7 @@ from vicuna.data.tokenizer import Encoder
 from vicuna.errors import UserError
 from vicuna.model import load
 from vicuna.model.config_files import check_folder, load_config
-from vicuna.model.missing_embeddings import without_row
-from vicuna.model.vocabulary import load_vocabulary
+from vicuna.model.vocabulary import load_vocabulary, tokens_without_row
 
 
 def base(folder: Path, added: Sequence[AddedToken] = (), **names: str) -> Path:
@@ -149,7 +148,7 @@ def test_a_token_that_nothing_produces_does_no_harm(tmp_path: Path) -> None:
     vocabulary = load_vocabulary(folder)
     renderer = Renderer(find("alpaca", vocabulary), Encoder(vocabulary))
     assert renderer.encoder.vocab_size > ROWS
-    assert without_row(renderer, ROWS) == {}
+    assert tokens_without_row(renderer, ROWS) == {}
     assert not any(f.level == "error" for f in doctor.examine(folder, "alpaca")[1])
 
 

@@ -19,7 +19,7 @@ from vicuna.model import lora_config
 from vicuna.model.adapter import attach_saved, even, read_adapter, save_files
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.adapter_fit import notes_on
-from vicuna.model.lora_delta import Addition
+from vicuna.model.lora_delta import LoraDelta
 
 IDS = torch.arange(3, 40)[None]
 TARGET = ["q_proj", "v_proj", "down_proj"]
@@ -156,10 +156,10 @@ def patch(folder: Path, **setting: Any) -> None:
 def merged(files: AdapterFiles) -> torch.Tensor:
     """The logits of a base with the adapter in its weights, as merge and export compute them."""
     model = base()
-    addition = Addition(files)
+    delta = LoraDelta(files)
     held = {n: p for n, p in model.state_dict().items() if n.endswith(".weight")}
-    addition.check({n: tuple(p.shape) for n, p in held.items()}, tied=False)
-    model.load_state_dict({n: addition.to(n, p) for n, p in held.items()}, strict=False)
+    delta.check({n: tuple(p.shape) for n, p in held.items()}, tied=False)
+    model.load_state_dict({n: delta.apply(n, p) for n, p in held.items()}, strict=False)
     return logits(model)
 
 

@@ -11,7 +11,7 @@ from kit import tiny_model, with_adapter
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import TorchEngine
 from vicuna.model.adapter import read_adapter, save
-from vicuna.model.concatenate import save_mix
+from vicuna.model.lora_delta import save_weighted_sum
 
 PROMPT = [5, 6, 7, 8]
 
@@ -42,7 +42,7 @@ def test_the_merged_adapter_adds_what_its_parts_add(folder: Path, tmp_path: Path
     both = engine.prefill(PROMPT)
     assert (both - base).abs().max() > 0.01
 
-    save_mix({"law": (law, 0.7), "poems": (poems, -0.4)}, tmp_path / "mix")
+    save_weighted_sum({"law": (law, 0.7), "poems": (poems, -0.4)}, tmp_path / "mix")
     merged = read_adapter(str(tmp_path / "mix"))
     assert merged.lora.rank == 6
     assert merged.meta["template"] == {"name": "law"}  # the heaviest one's
@@ -59,14 +59,14 @@ def test_the_merged_adapter_adds_what_its_parts_add(folder: Path, tmp_path: Path
 def test_what_is_there_stays_and_shapes_must_match(folder: Path, tmp_path: Path) -> None:
     law = read_adapter(str(folder / "law"))
     with pytest.raises(UserError, match="exists already"):
-        save_mix({"law": (law, 1.0)}, folder / "poems")
+        save_weighted_sum({"law": (law, 1.0)}, folder / "poems")
     (tmp_path / "wide").mkdir()
     wide = with_adapter(tiny_model("llama", hidden_size=64), 1, rank=4)
     save(wide, tmp_path / "wide", {})
     with pytest.raises(UserError, match="different shapes"):
-        save_mix(
+        save_weighted_sum(
             {"a": (law, 1.0), "b": (read_adapter(str(tmp_path / "wide")), 1.0)}, tmp_path / "x"
         )
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="nothing to merge"):
-        save_mix({}, tmp_path / "x")
+        save_weighted_sum({}, tmp_path / "x")

@@ -25,7 +25,7 @@ MET = (
     "app/*.py", "generate/load.py", "generate/engine_loading.py", "generate/hypotheses.py",
     "generate/together.py", "generate/chat.py", "generate/decode.py", "data/records/find_files.py",
     "data/templates/*.py", "data/dataset.py", "data/records/columns.py", "data/records/text_stream.py", "model/base.py",
-    "model/adapter*.py", "model/config_files.py", "model/missing_embeddings.py", "train/*.py",
+    "model/adapter*.py", "model/config_files.py", "model/vocabulary.py", "train/*.py",
     "memory/*.py", "faults.py", "tables.py",
 )  # fmt: skip
 # What is said before a page is open, or in a terminal alone.

@@ -35,7 +35,7 @@ from vicuna.model import (
     adapter_base,
     adapter_fit,
     base,
-    concatenate,
+    lora_delta,
     lora_targets,
     self_check,
 )
@@ -134,9 +134,9 @@ def of_adapters(say: Heard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     parts: Any = [
         (SimpleNamespace(pairs=lambda s=s: s, lora=SimpleNamespace(largest=1)), 1) for s in shapes
     ]
-    say(concatenate.mixed, parts)
-    say(concatenate.save_mix, {}, folder)
-    say(concatenate.save_mix, {}, folder / "new")
+    say(lora_delta.weighted_sum, parts)
+    say(lora_delta.save_weighted_sum, {}, folder)
+    say(lora_delta.save_weighted_sum, {}, folder / "new")
     _adapter(folder / "outside" / "a", '"r": 1')
     mine_only = AdapterRegistry([folder / "runs"])
     say(mine_only.get, "gone")

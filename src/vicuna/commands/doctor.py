@@ -14,8 +14,7 @@ from vicuna.data.tokenizer import Encoder
 from vicuna.errors import EXIT_MISTAKE, UserError
 from vicuna.model.base import locate_vocabulary
 from vicuna.model.config_files import read_config
-from vicuna.model.missing_embeddings import check_rows
-from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
+from vicuna.model.vocabulary import Finding, check_embedding_rows, check_up, load_vocabulary
 from vicuna.terminal import say_json
 
 
@@ -34,7 +33,7 @@ def examine(folder: Path, template: str) -> tuple[Template, list[Finding]]:
     text_config = inner if isinstance(inner, dict) else config
     found = check_up(encoder, chosen, text_config.get("vocab_size"), text_config)
     try:
-        check_rows(Renderer(chosen, encoder), config, folder)
+        check_embedding_rows(Renderer(chosen, encoder), config, folder)
     except UserError as e:
         found.append(Finding("error", e.what))
     try:

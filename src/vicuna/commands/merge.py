@@ -25,7 +25,7 @@ from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate
-from vicuna.model.lora_delta import Addition
+from vicuna.model.lora_delta import LoraDelta
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.verify.report import Report, size_of
 from vicuna.verify.scorers import FolderScorer
@@ -140,7 +140,7 @@ def _merge(settings: MergeSettings, inputs: _Inputs, target: Path, largest: int)
     if len(weighted) > 1 and settings.method != "linear":
         method = Method(settings.method, settings.density, settings.combined_rank, settings.seed)
         weighted = [(combine(weighted, method), 1.0)]
-    merge = Merge(inputs.config, inputs.weights, Addition(weighted), _TYPES.get(settings.dtype))
+    merge = Merge(inputs.config, inputs.weights, LoraDelta(weighted), _TYPES.get(settings.dtype))
     check_space(target, merge.size)
     full = all(p.dtype == torch.float32 for p in merge.tensors)
     gate = "32bit" if full else "16bit"

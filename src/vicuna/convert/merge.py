@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vicuna.json_yaml import write_json
-from vicuna.model.lora_delta import Addition
+from vicuna.model.lora_delta import LoraDelta
 from vicuna.weights.output_folder import copy_side_files
 from vicuna.weights.read import Weights, shapes
 from vicuna.weights.safetensors_writer import Planned, Read, copies, rounded, write_sharded
@@ -43,7 +43,7 @@ class Merge:
         self,
         config: dict[str, Any],
         weights: Weights,
-        delta: Addition,
+        delta: LoraDelta,
         dtype: torch.dtype | None = None,
     ) -> None:
         self._config, self._weights, self._delta = config, weights, delta
@@ -73,7 +73,7 @@ class Merge:
     def _reader(self, name: str, source: str, dtype: torch.dtype) -> Read:
         def read(rows: slice) -> Tensor:
             weight = self._weights.read(source, rows)
-            merged = rounded(name, self._delta.of_rows(rows).to(name, weight), dtype)
+            merged = rounded(name, self._delta.of_rows(rows).apply(name, weight), dtype)
             changed = int(torch.count_nonzero(merged != weight.to(dtype)))
             with self._lock:
                 self.touched += merged.numel()

@@ -12,7 +12,7 @@ from typing import Any
 
 from vicuna.data.tokenizer import Vocabulary
 from vicuna.errors import UserError
-from vicuna.gguf import pretokenizers
+from vicuna.gguf import tokenizer as gguf_tokenizer
 from vicuna.gguf.tokenizer import (
     BYTE,
     CONTROL,
@@ -184,9 +184,9 @@ def _written(text: str, added: dict[str, Any] | None, kind: str) -> str:
 
 
 def _byte_level(spec: dict[str, Any], folder: Path) -> Tokens:
-    family = pretokenizers.by_rule(spec)
+    family = gguf_tokenizer.family_by_rule(spec)
     if family is None:
-        known = ", ".join(f.name for f in pretokenizers.FAMILIES)
+        known = ", ".join(f.name for f in gguf_tokenizer.FAMILIES)
         rule = json.dumps(spec.get("pre_tokenizer"), ensure_ascii=False)
         raise UserError(
             f"a tokenizer of no known family; it cuts text by {rule[:400]}",

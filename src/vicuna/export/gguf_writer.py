@@ -28,7 +28,7 @@ from vicuna.files import whole_file
 from vicuna.llamacpp.library import INSTALL
 from vicuna.model.adapter import even
 from vicuna.model.config_files import read_config
-from vicuna.model.lora_delta import Addition
+from vicuna.model.lora_delta import LoraDelta
 from vicuna.weights.chunks import Pieces, rows_of
 from vicuna.weights.output_folder import check_space
 from vicuna.weights.read import Weights, open_weights, shape_of, shapes
@@ -132,16 +132,16 @@ def _plan_base(
     shape = names.shape
     model = Model(shape.arch, shape.layers, shape.heads // shape.kv_heads, shape.tied)
     weights = open_weights(folder)
-    addition = Addition(adapter) if adapter else None
-    if addition:
-        addition.check(shapes(weights), shape.tied)
+    delta = LoraDelta(adapter) if adapter else None
+    if delta:
+        delta.check(shapes(weights), shape.tied)
     columns: Mapping[str, np.ndarray] = importance.means if importance else {}
     plan = []
     for source in weights.names():
         name, size = names.of(source), weights.shape(source)
         if name is None:
             continue
-        read = partial(_read, weights, source, addition, names, name)
+        read = partial(_read, weights, source, delta, names, name)
         kind_here = kind_of(name, size, kind, model)
         unit = names.unit(name, size[0]) if weights.by_rows else 0
         plan.append(_Planned(name, kind_here, size, read, unit, _columns(columns, name, size)))
@@ -149,11 +149,11 @@ def _plan_base(
 
 
 def _read(
-    weights: Weights, source: str, addition: Addition | None, names: Names, name: str, rows: slice
+    weights: Weights, source: str, delta: LoraDelta | None, names: Names, name: str, rows: slice
 ) -> Tensor:
     """Rows as they are written: with what the adapter adds, in llama.cpp's order."""
     tensor = weights.read(source, rows)
-    return names.reorder(name, addition.of_rows(rows).to(source, tensor) if addition else tensor)
+    return names.reorder(name, delta.of_rows(rows).apply(source, tensor) if delta else tensor)
 
 
 def _columns(

@@ -20,8 +20,7 @@ from vicuna.model.adapter import AdapterFiles
 from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate_vocabulary
 from vicuna.model.config_files import read_config
-from vicuna.model.missing_embeddings import check_rows
-from vicuna.model.vocabulary import load_vocabulary
+from vicuna.model.vocabulary import check_embedding_rows, load_vocabulary
 
 FIRST = adapters.FIRST  # the name of the adapter that a model is opened with
 
@@ -216,7 +215,7 @@ def _check_rows(settings: AnswerSettings, base: str, files: adapters.AdapterFile
     folder = locate_vocabulary(base)
     vocabulary = load_vocabulary(folder)
     template = template_of(settings.template, files, vocabulary)
-    check_rows(Renderer(template, Encoder(vocabulary)), read_config(folder), folder)
+    check_embedding_rows(Renderer(template, Encoder(vocabulary)), read_config(folder), folder)
 
 
 def base_of(files: adapters.AdapterFiles | None) -> str:

@@ -1,17 +1,18 @@
 """The tokenizer in a GGUF file's metadata as a tokenizer.json.
 
-Built here and not by transformers, which knows one rule of cutting text where GGUF names several:
-the embedded base's digits, for one, would be merged into numbers that it never saw in training.
+Built here and not by transformers, whose conversion lacks the rule of the embedded base (digits by
+themselves: it would merge them into numbers never seen in training), Qwen's NFC, and Llama 3's
+`ignore_merges`.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
-from vicuna.gguf import pretokenizers
 
 # Values of `tokenizer.ggml.token_type`.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -112,9 +113,9 @@ def _bos_first(fields: dict[str, Any]) -> dict[str, Any] | None:
 
 def _byte_level(gguf: Path, fields: dict[str, Any]) -> dict[str, Any]:
     name = fields.get("tokenizer.ggml.pre", "")
-    family = pretokenizers.by_name(name)
+    family = family_by_name(name)
     if family is None:
-        known = ", ".join(f.name for f in pretokenizers.FAMILIES)
+        known = ", ".join(f.name for f in FAMILIES)
         raise UserError(
             f"its tokenizer is of the family {name!r}, which is not known here",
             where=str(gguf),
@@ -126,7 +127,7 @@ def _byte_level(gguf: Path, fields: dict[str, Any]) -> dict[str, Any]:
         fields,
         model=_model(fields, merges, ignore_merges=family.ignore_merges),
         normalizer={"type": "NFC"} if family.composed else None,
-        pre_tokenizer=pretokenizers.rule(family),
+        pre_tokenizer=pre_tokenizer_of(family),
         decoder={
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -203,3 +204,87 @@ def _add_ends(path: Path, fields: dict[str, Any]) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+# -- how byte-level BPE families cut text before merging -------------------------------------------
+#
+# A GGUF file names only the family (`tokenizer.ggml.pre`); a tokenizer.json spells the rule out.
+# Both directions are needed: to read the tokenizer of a GGUF file, and to write one.
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _REST
+_QWEN2 = _WORDS + r"|\p{N}" + _REST
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_LETTERS[0]}*{_LETTERS[1]}+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_LETTERS[0]}+{_LETTERS[1]}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class PretokenizerFamily:
+    """A rule. steps: regular expressions text is split by, or `digits` (each digit by itself), or
+    `gpt2` (the rule built into the byte-level step). ignore_merges: a word that is a token as a
+    whole is taken at once. composed: text is brought into Unicode's form NFC first."""
+
+    name: str
+    steps: tuple[str, ...]
+    ignore_merges: bool = False
+    composed: bool = False
+
+
+FAMILIES = (
+    PretokenizerFamily("gpt-2", ("gpt2",)),
+    PretokenizerFamily("smollm", ("digits", "gpt2")),
+    PretokenizerFamily("llama-bpe", (_LLAMA3,), ignore_merges=True),
+    PretokenizerFamily("qwen2", (_QWEN2,), composed=True),
+    PretokenizerFamily("tekken", (_TEKKEN,), ignore_merges=True),
+)
+
+
+def family_by_name(name: str) -> PretokenizerFamily | None:
+    """The family that GGUF calls so, where it is known here."""
+    return next((f for f in FAMILIES if f.name == name), None)
+
+
+def family_by_rule(tokenizer: dict[str, Any]) -> PretokenizerFamily | None:
+    """The family of a tokenizer.json (parsed), where it is known here."""
+    steps = _steps(tokenizer.get("pre_tokenizer"))
+    return next((f for f in FAMILIES if f.steps == steps), None)
+
+
+def _steps(part: dict[str, Any] | None) -> tuple[str, ...]:
+    kind = (part or {}).get("type")
+    if part is None or kind is None:
+        return ()
+    if kind == "Sequence":
+        return tuple(s for inner in part["pretokenizers"] for s in _steps(inner))
+    if kind == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
+        return (str(part["pattern"].get("Regex")),)
+    if kind == "Digits" and part.get("individual_digits"):
+        return ("digits",)
+    if kind == "ByteLevel" and not part.get("add_prefix_space"):
+        return ("gpt2",) if part.get("use_regex", True) else ()
+    return (f"unknown {kind}",)
+
+
+def pre_tokenizer_of(family: PretokenizerFamily) -> dict[str, Any]:
+    """The `pre_tokenizer` of a tokenizer.json for a family."""
+    parts: list[dict[str, Any]] = []
+    for step in family.steps:
+        if step == "digits":
+            parts.append({"type": "Digits", "individual_digits": True})
+        elif step != "gpt2":
+            pattern = {"Regex": step}
+            parts.append(
+                {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            )
+    last = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": "gpt2" in family.steps,
+    }
+    return {"type": "Sequence", "pretokenizers": [*parts, last]}

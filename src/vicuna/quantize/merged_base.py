@@ -24,14 +24,14 @@ def merged_folder(source: Source) -> Iterator[Path]:
     Raises: UserError if the adapter does not fit, or the disk has no room.
     """
     from vicuna.convert.merge import Merge
-    from vicuna.model.lora_delta import Addition
+    from vicuna.model.lora_delta import LoraDelta
     from vicuna.weights.output_folder import check_space
     from vicuna.weights.read import open_weights
 
     if source.adapter is None:
         yield source.folder
         return
-    merge = Merge(source.config, open_weights(source.folder), Addition(source.adapter))
+    merge = Merge(source.config, open_weights(source.folder), LoraDelta(source.adapter))
     with scratch_folder("merged") as name:
         folder = Path(name)
         check_space(folder, merge.size)

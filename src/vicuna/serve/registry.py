@@ -18,7 +18,7 @@ from typing import Any
 from vicuna import untrusted
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json, read_yaml
-from vicuna.model.adapter_names import META, WEIGHTS
+from vicuna.model.adapter_location import META, WEIGHTS
 
 DEPTH = 3  # folders below the page's
 MOST = 300

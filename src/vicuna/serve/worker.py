@@ -21,7 +21,7 @@ from vicuna.data.templates.base import ThoughtMarks
 from vicuna.errors import UserError
 from vicuna.generate.chat import Fitted, fit
 from vicuna.generate.thoughts import Parts, ThoughtStream, split
-from vicuna.model.adapter_names import WEIGHTS
+from vicuna.model.adapter_location import WEIGHTS
 from vicuna.serve.queue import FairQueue, Job
 from vicuna.terminal import say_traceback
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.config import TrainSettings
-from vicuna.model.adapter_names import WEIGHTS
+from vicuna.model.adapter_location import WEIGHTS
 from vicuna.train.run_folder import read_log
 
 

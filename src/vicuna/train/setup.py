@@ -29,9 +29,8 @@ from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora
 from vicuna.model.adapter_files import CONFIG
 from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
-from vicuna.model.missing_embeddings import check_rows
 from vicuna.model.trainable import TrainableModel
-from vicuna.model.vocabulary import load_vocabulary
+from vicuna.model.vocabulary import check_embedding_rows, load_vocabulary
 from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
@@ -103,7 +102,7 @@ def _build(
     template = _template(settings, given, origin, encoder)
     template = template.choose(settings.thinking, settings.thinking_loss)
     renderer = Renderer(template, encoder)
-    check_rows(renderer, read_config(folder), folder)
+    check_embedding_rows(renderer, read_config(folder), folder)
     for line in differences(renderer):
         screen.say(f"template {template.name}: {line}")
     split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")

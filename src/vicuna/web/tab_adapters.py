@@ -153,7 +153,7 @@ class AdaptersTab:
     def join(self, tab: str, name: str, request: gr.Request) -> Updates:
         """Merge the mix to a new adapter in the first folder."""
         from vicuna.model.adapter import read_adapter
-        from vicuna.model.concatenate import save_mix
+        from vicuna.model.lora_delta import save_weighted_sum
 
         session = self.app.sessions.get(tab)
         name = (name or "").strip()
@@ -162,7 +162,7 @@ class AdaptersTab:
             if not _NAME.fullmatch(name):
                 raise UserError(say(request, "adapters.bad_name"))
             parts = {path: (read_adapter(path), w) for path, w in session.mix.items()}
-            save_mix(parts, self.app.adapter_folders[0] / name)
+            save_weighted_sum(parts, self.app.adapter_folders[0] / name)
         except UserError as e:
             return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
         return self._good(tab, request, "adapters.merged", name=name)

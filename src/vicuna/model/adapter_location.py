@@ -1,4 +1,7 @@
-"""What lies where an adapter is expected and is none: named for what it is, with the way out."""
+"""Where an adapter is located: a folder, a run, or a hub id. Anything else is refused by its name.
+
+Needs no PyTorch, so that a folder can be looked through quickly.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vicuna.errors import UserError
-from vicuna.model.adapter_names import WEIGHTS
+from vicuna.hub import must_be_hub_id, snapshot
 from vicuna.model.lora_config import CONFIG
-from vicuna.paths import shell_word
+from vicuna.paths import given_path, shell_word
+from vicuna.weights.headers import refuse_legacy_format
+
+META = "vicuna.json"  # what this project notes beside an adapter or a merged base
+# Today's, then those of 2023.
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_model.bin")
+
+
+def locate_adapter(adapter: str) -> Path:
+    """The folder of an adapter: a path, a run folder that holds `adapter/`, or a hub id."""
+    path = given_path(adapter)
+    if (path / "adapter").is_dir() and not (path / CONFIG).exists():
+        return path / "adapter"
+    if path.is_dir():
+        return path
+    if path.is_file():
+        refuse_legacy_format(path)
+        refuse_file(path)
+    if must_be_hub_id(adapter):
+        return _from_hub(adapter)
+    raise UserError(
+        "no such adapter",
+        where=f"adapter {adapter}",
+        fix="Give a folder with adapter_config.json, a run folder, or a hub id.",
+    )
+
+
+def _from_hub(adapter: str) -> Path:
+    patterns = ["*.json", "adapter_model.*", "adapters.safetensors", "pytorch_model.bin"]
+    return snapshot(adapter, patterns, where=f"adapter {adapter}")
+
+
+# -- what is no adapter ----------------------------------------------------------------------------
 
 _PEFT = "A PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors."
 
@@ -44,7 +79,7 @@ _FOLDERS = (
 )  # fmt: skip
 
 
-def nothing_here(folder: Path) -> UserError:
+def no_adapter_here(folder: Path) -> UserError:
     """Why a folder is no adapter, as an error."""
     refuse_model(folder)
     for pattern, what, fix in (*_FILES, *_FOLDERS):
