@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchkit import machine, report
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 from vicuna.model import attention_cpu
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 
@@ -51,7 +51,7 @@ def measure(length: int) -> list[str]:
     qkv = torch.randn(length, HEADS.width).bfloat16()
     given = torch.randn(length, HEADS.query * HEADS.size).bfloat16()
     # Flash attention takes float64, too: the reference.
-    layout = PackLayout([Segment(0, length)])
+    layout = PackLayout([PackSegment(0, length)])
     exact = gradient(WAYS[0], qkv.double(), given.double(), PackLayout(layout.segments))
     errors = [(gradient(w, qkv, given, layout) - exact).norm() / exact.norm() for w in WAYS]
     best = [float("inf")] * len(WAYS)

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 if TYPE_CHECKING:
-    from vicuna.data.tokenizer import Vocabulary
+    from vicuna.data.tokenizer import TokenizerData
 
 SAMPLES = Path(__file__).parent.parent / "src/vicuna/samples"
 
@@ -138,7 +138,7 @@ def cpu_seconds() -> float:
     return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, both))
 
 
-def vocabulary() -> Vocabulary:
+def vocabulary() -> TokenizerData:
     """The embedded base's; it is converted when it is first asked for."""
     from vicuna.model.base import EMBEDDED, locate
     from vicuna.model.vocabulary import load_vocabulary
@@ -148,12 +148,12 @@ def vocabulary() -> Vocabulary:
 
 def tokenizer_alone(path: Path) -> dict[str, object]:
     """(a): the texts of all records through the tokenizer, on all cores."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer as HFTokenizer
 
     from vicuna.data.records.read_file import read
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    tokenizer = Tokenizer.from_str(vocabulary().tokenizer_json)
+    tokenizer = HFTokenizer.from_str(vocabulary().tokenizer_json)
     records = read(path, [])
     seconds = cpu = 0.0
     count = characters = 0
@@ -175,12 +175,12 @@ def prepared(path: Path) -> dict[str, object]:
     """(b), or (c) when it is asked again: the data set made ready for training."""
     from vicuna import config
     from vicuna.data import dataset
-    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.registry import find_template
     from vicuna.data.templates.renderer import Renderer
-    from vicuna.data.tokenizer import Encoder
+    from vicuna.data.tokenizer import Tokenizer
 
     words = vocabulary()
-    renderer = Renderer(find("auto", words), Encoder(words))
+    renderer = Renderer(find_template("auto", words), Tokenizer(words))
     os.environ["VICUNA_CACHE"] = str(path.parent / "cache")
     settings = config.build(config.DataSettings, {})
     said: list[float] = []

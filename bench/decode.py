@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from benchkit import machine, report
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.decode import Settings, decode
 from vicuna.generate.events import Finished
 from vicuna.model.vocabulary import load_vocabulary
@@ -99,7 +99,7 @@ class Bench:
         self.o = options
         folder = locate(EMBEDDED)
         words = load_vocabulary(folder)
-        self.renderer = Renderer(find("auto", words), Encoder(words))
+        self.renderer = Renderer(find_template("auto", words), Tokenizer(words))
         if options.tiny:
             shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
             heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -142,7 +142,7 @@ class Bench:
 
     def prompt(self, tokens: int) -> list[int]:
         """A prompt of exactly so many tokens, of Chinese text."""
-        ids = self.renderer.encoder.text(TEXT * (1 + tokens // 20))
+        ids = self.renderer.tokenizer.text(TEXT * (1 + tokens // 20))
         return ids[:tokens]
 
     # -- the measurements ------------------------------------------------------------------------

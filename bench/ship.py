@@ -143,12 +143,13 @@ def make_base(folder: Path, shape: dict[str, int]) -> None:
 
 def make_tokenizer(folder: Path) -> None:
     """A tokenizer of single bytes: what is measured are the weights."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0, "</s>": 1, **{c: i + 2 for i, c in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
@@ -257,12 +258,12 @@ def types(args: argparse.Namespace) -> dict[str, Any]:
 def held_out(folder: Path, data: str) -> Any:
     """Texts to compare types on, as token ids."""
     from vicuna.config import VerifySettings
-    from vicuna.data.tokenizer import Encoder
+    from vicuna.data.tokenizer import Tokenizer
     from vicuna.model.vocabulary import load_vocabulary
     from vicuna.verify.texts import texts_for
 
     settings = VerifySettings(verify_data=data, verify_tokens=2048)
-    return texts_for(settings, Encoder(load_vocabulary(folder)))
+    return texts_for(settings, Tokenizer(load_vocabulary(folder)))
 
 
 def imatrix(args: argparse.Namespace) -> dict[str, Any]:

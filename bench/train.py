@@ -245,7 +245,7 @@ def _job(
     cutoff = cutoff or options.cutoff
     return Job(
         model=str(folder),
-        pad_id=renderer.encoder.vocabulary.pad_id,
+        pad_id=renderer.tokenizer.data.pad_id,
         examples=work / "examples.jsonl",
         records=work / "records.jsonl",
         template=examples.TEMPLATE,

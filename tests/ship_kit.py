@@ -12,7 +12,7 @@ import torch
 from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.data.templates.literal import LiteralTemplate
-from vicuna.data.templates.registry import builtin
+from vicuna.data.templates.registry import builtin_templates
 from vicuna.model.adapter import identify, save
 from vicuna.weights.read import open_weights
 
@@ -36,7 +36,7 @@ def adapter_in(
     config = json.loads((base / "config.json").read_text())
     model = tiny_model(family, vocab_size=config["vocab_size"], **(changes or {}))
     folder.mkdir(parents=True)
-    template = LiteralTemplate("alpaca", builtin()["alpaca"]).to_dict()
+    template = LiteralTemplate("alpaca", builtin_templates()["alpaca"]).to_dict()
     meta = {"template": template, "base": {"name": str(base), **identify(base)}}
     save(with_adapter(model, seed, **lora), folder, meta)
     return folder

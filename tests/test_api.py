@@ -17,7 +17,7 @@ from generate_kit import byte_level, tiny_llama, vocabulary
 import vicuna
 from kit import save_tokenizer, with_adapter
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.errors import SettingsError, UserError
 from vicuna.model import fused
 
@@ -306,7 +306,7 @@ def test_adapters_are_loaded_later_mixed_and_dropped(
     from vicuna.model.lora_delta import save_weighted_sum
 
     base = tiny_llama(340, eos_token_id=3)  # the seed of `place`, other adapters
-    chatml = {"template": find("chatml", vocabulary(byte_level())).to_dict()}
+    chatml = {"template": find_template("chatml", vocabulary(byte_level())).to_dict()}
     (tmp_path / "other").mkdir()
     save(with_adapter(base, 7, alpha=48, target=("v_proj",)), tmp_path / "other", chatml)
     parts = {

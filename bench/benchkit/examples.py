@@ -22,10 +22,10 @@ from vicuna.data.loss_mask import NO_TARGET as NOTHING
 from vicuna.data.loss_mask import Example
 from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
-from vicuna.data.sampler import Group, Order
-from vicuna.data.templates.registry import find
+from vicuna.data.sampler import Sampler, WeightedIndices
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Segment
+from vicuna.data.tokenizer import Piece, Tokenizer
 from vicuna.model.vocabulary import load_vocabulary
 
 TEMPLATE = "alpaca"
@@ -94,7 +94,7 @@ class Selection:
 def renderer_of(folder: Path) -> Renderer:
     """The template of the benchmark with a model's tokenizer."""
     vocabulary = load_vocabulary(folder)
-    return Renderer(find(TEMPLATE, vocabulary), Encoder(vocabulary))
+    return Renderer(find_template(TEMPLATE, vocabulary), Tokenizer(vocabulary))
 
 
 def select(
@@ -122,7 +122,7 @@ def select(
     if not full:
         raise SystemExit(f"{path}: no usable record of at most {cutoff} tokens")
     updates = min(updates or full, full)
-    order = Order([Group(np.arange(len(items)))], batch, seed)
+    order = Sampler([WeightedIndices(np.arange(len(items)))], batch, seed)
     taken = [int(i) for k in range(updates) for i in order.step(k)]
     return Selection(items, taken, updates, batch, seed, records, cutoff, renderer.end_id)
 
@@ -140,7 +140,7 @@ def _item(raw: Any, value: Any, renderer: Renderer) -> Item | None:
     first = taught.index(True) if any(taught) else 0
     if not first or not all(taught[first:]):
         return None
-    example = renderer.encoder.encode(segments, renderer.end_id)
+    example = renderer.tokenizer.encode(segments, renderer.end_id)
     targets = np.flatnonzero(example.labels != NOTHING)
     if not len(targets):
         return None
@@ -149,7 +149,7 @@ def _item(raw: Any, value: Any, renderer: Renderer) -> Item | None:
     )
 
 
-def _text(segments: Sequence[Segment]) -> str:
+def _text(segments: Sequence[Piece]) -> str:
     return "".join(s.text for s in segments if s.kind in ("mark", "text"))
 
 

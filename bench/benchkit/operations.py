@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vicuna.data.pack import Pack, Segment
+from vicuna.data.pack import Pack, PackSegment
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Layers that share an input, so that they can be one product.
@@ -170,7 +170,7 @@ def _linear(work: Work, s: Shape, name: str, rows: int, input_live: bool) -> Non
     work.lora += (a + b) + (b + b + a) + (a if input_live else 0)
 
 
-def pairs(segment: Segment, window: int = 0, rows: set[int] | None = None) -> int:
+def pairs(segment: PackSegment, window: int = 0, rows: set[int] | None = None) -> int:
     """Pairs of a query row and a key row it may see.
 
     Args:

@@ -74,7 +74,7 @@ def _update(session: Any) -> None:
     """One update by the trainable's own means."""
     from vicuna.data.pack import build_packs
 
-    examples = [session.split.dataset[int(i)] for i in session.split.order.step(0)]
+    examples = [session.split.dataset[int(i)] for i in session.split.sampler.step(0)]
     packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
     session.optimizer.zero_grad(set_to_none=True)
     session.trainable.backward(packs, sum(p.supervised for p in packs))

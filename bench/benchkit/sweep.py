@@ -78,7 +78,7 @@ def _joined(source: Iterator[dict[str, str]], renderer: Any, size: int) -> str:
     while True:
         record = next(source)
         text = f"{record['instruction']}\n{record['output']}"
-        tokens = len(renderer.encoder.text(text)) + 1
+        tokens = len(renderer.tokenizer.text(text)) + 1
         if used + tokens > size:
             break
         parts.append(text)
@@ -88,7 +88,7 @@ def _joined(source: Iterator[dict[str, str]], renderer: Any, size: int) -> str:
 
 def _cost(renderer: Any) -> int:
     """Tokens of one full stop, rounded up."""
-    return max(1, -(-len(renderer.encoder.text("。" * 32)) // 32))
+    return max(1, -(-len(renderer.tokenizer.text("。" * 32)) // 32))
 
 
 def _row(

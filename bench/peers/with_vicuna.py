@@ -68,7 +68,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 def _warm_up(session: Any) -> None:
     from vicuna.data.pack import build_packs
 
-    wanted = session.split.order.step(0)[:4]
+    wanted = session.split.sampler.step(0)[:4]
     examples = [session.split.dataset[int(i)] for i in wanted]
     packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
     session.trainable.backward(packs[:1], packs[0].supervised)
@@ -78,7 +78,7 @@ def _warm_up(session: Any) -> None:
 def _fingerprints(session: Any, job: dict[str, Any]) -> list[str]:
     prints = []
     for update in range(job["updates"]):
-        for i in session.split.order.step(update):
+        for i in session.split.sampler.step(update):
             example = session.split.dataset[int(i)]
             supervised = int((example.labels != 0).sum())
             prints.append(common.fingerprint(example.ids.tolist(), supervised))

@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit import END, random_examples, tiny_model, with_adapter
-from vicuna.data.pack import Pack, Segment, build_packs
+from vicuna.data.pack import Pack, PackSegment, build_packs
 
 BENCH = Path(__file__).parents[2] / "bench"
 sys.path.append(str(BENCH))
@@ -51,7 +51,7 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def pack_of(segments: list[Segment], targets: list[int]) -> Pack:
+def pack_of(segments: list[PackSegment], targets: list[int]) -> Pack:
     import numpy as np
 
     rows = segments[-1].stop
@@ -68,7 +68,7 @@ def pack_of(segments: list[Segment], targets: list[int]) -> Pack:
 
 def test_operations_by_hand() -> None:
     """Two layers, hidden 8, MLP 12, two heads of four over one key head, five rows, two targets."""
-    work = operations.of_pack(pack_of([Segment(0, 5)], [2, 4]), SHAPE, "all")
+    work = operations.of_pack(pack_of([PackSegment(0, 5)], [2, 4]), SHAPE, "all")
     rows, targets = 5, 2
     # q 8x8, k and v 8x4, o 8x8, gate and up 8x12, down 12x8: products of one row of one layer.
     row = 2 * (64 + 32 + 32 + 64 + 96 + 96 + 96)
@@ -87,7 +87,7 @@ def test_operations_by_hand() -> None:
 
 
 def test_rows_that_no_target_depends_on_are_not_needed() -> None:
-    pack = pack_of([Segment(0, 5)], [2, 4])
+    pack = pack_of([PackSegment(0, 5)], [2, 4])
     whole = operations.of_pack(pack, SHAPE, "all")
     least = operations.of_pack(pack, SHAPE)
     # In the last layer k and v stay; q, o and the MLP are for the targets' rows alone.
@@ -99,8 +99,8 @@ def test_rows_that_no_target_depends_on_are_not_needed() -> None:
 
 
 def test_pairs_count_what_may_be_seen() -> None:
-    assert operations.pairs(Segment(0, 4)) == 1 + 2 + 3 + 4
-    below = Segment(10, 13, ((0, 4), (6, 8)))
+    assert operations.pairs(PackSegment(0, 4)) == 1 + 2 + 3 + 4
+    below = PackSegment(10, 13, ((0, 4), (6, 8)))
     assert operations.pairs(below) == 7 + 8 + 9
     assert operations.pairs(below, window=8) == 7 + 8 + 8
     assert operations.pairs(below, rows={11, 40, 3}) == 8
@@ -109,7 +109,7 @@ def test_pairs_count_what_may_be_seen() -> None:
 def test_nothing_below_the_first_adapter_needs_a_gradient() -> None:
     from dataclasses import replace
 
-    pack = pack_of([Segment(0, 5)], [2, 4])
+    pack = pack_of([PackSegment(0, 5)], [2, 4])
     down = replace(SHAPE, layers=1, adapted=("down_proj",))
     work = operations.of_pack(pack, down, "all")
     assert work.by_group["gate_proj", "forward"]
@@ -150,7 +150,7 @@ def test_the_rate_of_a_work_is_the_time_of_its_products() -> None:
 
 def test_a_rate_is_measured_for_every_product() -> None:
     rates = rate.measure(SHAPE, 4, 2, "float32", rounds=1)
-    work = operations.of_pack(pack_of([Segment(0, 5)], [2, 4]), SHAPE)
+    work = operations.of_pack(pack_of([PackSegment(0, 5)], [2, 4]), SHAPE)
     assert set(work.by_group) <= set(rates.by_group)
     assert all(v > 0 for v in rates.by_group.values())
     assert rates.weighted(work) <= max(rates.by_group.values())
@@ -321,7 +321,7 @@ def test_ours_and_the_trainer_train_on_the_same(model: Path, data: Path, tmp_pat
     chosen = examples.select(data, renderer, 8, 400, 4, 0, 1)
     examples.write(chosen, tmp_path)
     job = contenders.Job(
-        str(model), renderer.encoder.vocabulary.pad_id, tmp_path / "examples.jsonl",
+        str(model), renderer.tokenizer.data.pad_id, tmp_path / "examples.jsonl",
         tmp_path / "records.jsonl", examples.TEMPLATE, chosen.updates, chosen.batch, 400, 1024,
         threads=1, seed=1,
     )  # fmt: skip

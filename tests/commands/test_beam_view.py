@@ -129,7 +129,7 @@ def screen(output: str, width: int) -> list[str]:
 
 
 def steps(**chosen: object) -> Iterator[Step]:
-    engine = random_engine(RENDERER.encoder.vocab_size, seed=3)
+    engine = random_engine(RENDERER.tokenizer.vocab_size, seed=3)
     made = Settings(num_beams=4, max_new_tokens=30, min_new_tokens=30, **chosen)  # type: ignore[arg-type]
     return (e for e in decode(engine, [5], made, RENDERER) if isinstance(e, Step))
 

@@ -125,9 +125,9 @@ def test_several_answers(loaded: Any, capsys: pytest.CaptureFixture[str]) -> Non
 
 def tellings(renderer: Renderer) -> PathEngine:
     """Random words of letters only."""
-    engine = random_engine(renderer.encoder.vocab_size, seed=2)
-    letters = {i for c in "abcdefghij" for i in renderer.encoder.text(c)}
-    others = [i for i in range(renderer.encoder.vocab_size) if i not in letters]
+    engine = random_engine(renderer.tokenizer.vocab_size, seed=2)
+    letters = {i for c in "abcdefghij" for i in renderer.tokenizer.text(c)}
+    others = [i for i in range(renderer.tokenizer.vocab_size) if i not in letters]
     score = engine.score
 
     engine.score = lambda rows: score(rows).index_fill(1, torch.tensor(others), -50.0)

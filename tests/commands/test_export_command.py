@@ -12,7 +12,7 @@ import torch
 from gguf_kit import scores_after, tiny_base
 from kit import with_adapter
 from vicuna.commands.export import run
-from vicuna.data.templates.registry import builtin, from_dict
+from vicuna.data.templates.registry import builtin_templates, template_from_dict
 from vicuna.errors import SettingsError, UserError
 from vicuna.gguf.read import read_fields
 from vicuna.model.adapter import save
@@ -35,7 +35,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _alpaca() -> dict[str, str]:
-    return {k: v for k, v in builtin()["alpaca"].items() if k != "about"}
+    return {k: v for k, v in builtin_templates()["alpaca"].items() if k != "about"}
 
 
 def words(shelf: Path, output: Path, *more: str, adapter: bool = True) -> list[str]:
@@ -70,7 +70,10 @@ def test_the_adapters_template_is_the_files(shelf: Path, tmp_path: Path) -> None
     fields = read_fields(tmp_path / "x.gguf")
     found = recognised(ChatTemplate(fields["tokenizer.chat_template"], "<s>", "</s>", SPECIALS))
     assert found is not None
-    assert found.digest == from_dict({"kind": "literal", "name": "alpaca", **_alpaca()}).digest
+    assert (
+        found.digest
+        == template_from_dict({"kind": "literal", "name": "alpaca", **_alpaca()}).digest
+    )
     assert "### Response" in (tmp_path / "x.gguf.Modelfile").read_text()
 
 

@@ -183,10 +183,10 @@ def test_the_result_answers_like_base_and_adapter(
             m.generate(question, max_new_tokens=12).answers[0].token_ids for m in (apart, whole)
         ]
         assert answers[0] == answers[1]
-    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.registry import find_template
     from vicuna.model.vocabulary import load_vocabulary
 
-    assert find("auto", load_vocabulary(folder)).name == "alpaca"
+    assert find_template("auto", load_vocabulary(folder)).name == "alpaca"
     assert "### Instruction" in (folder / "chat_template.jinja").read_text()
 
 

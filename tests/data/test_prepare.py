@@ -202,7 +202,7 @@ def test_an_answer_that_is_not_learned(tmp_path: Path, renderer: Renderer) -> No
         assert sum(p["action"] == "dropped" for p in report["problems"]) == reasons
     example = load(path, renderer)[0][0]
     learned = example.ids[1:][example.labels[:-1] == NEXT_TOKEN]
-    taught = renderer.encoder.decode(learned.tolist())
+    taught = renderer.tokenizer.decode(learned.tolist())
     assert "答1" in taught
     assert "答0" not in taught
 

@@ -32,7 +32,7 @@ def renderer(request: pytest.FixtureRequest) -> Renderer:
 
 def example_of(renderer: Renderer, turns: list[Turn] = TURNS) -> Example:
     segments = renderer.template.examples(Conversation(turns), "all")
-    return renderer.encoder.encode_many(segments, renderer.end_id)[-1]
+    return renderer.tokenizer.encode_many(segments, renderer.end_id)[-1]
 
 
 def test_spans_hold_every_token_once_and_are_learned_where_the_labels_say(
@@ -62,7 +62,7 @@ def test_a_learned_answer_and_its_end_stand_in_the_spans() -> None:
 
 def test_tokens_together_are_the_span_and_none_is_half_a_character(renderer: Renderer) -> None:
     for span in spans(example_of(renderer), renderer):
-        pieces = list(tokens(span, renderer.encoder))
+        pieces = list(tokens(span, renderer.tokenizer))
         assert [i for _, ids in pieces for i in ids] == span.ids
         assert "".join(text for text, _ in pieces) == span.text
         assert not any(BROKEN in text for text, _ in pieces)
@@ -72,7 +72,7 @@ def test_bytes_that_are_no_character_are_shown_and_do_not_hang(renderer: Rendere
     example = example_of(renderer)
     cut = Example(example.ids[:9], np.full(9, NO_TARGET, np.uint8))
     for span in spans(cut, renderer):
-        assert [i for _, ids in tokens(span, renderer.encoder) for i in ids] == span.ids
+        assert [i for _, ids in tokens(span, renderer.tokenizer) for i in ids] == span.ids
 
 
 def test_what_a_cutoff_loses() -> None:

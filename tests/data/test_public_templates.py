@@ -20,9 +20,9 @@ from generate_kit import byte_level, vocabulary
 from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.loss_mask import NO_TARGET
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 
 BOS, EOS = "<s>", "</s>"
 # Added tokens that tokenizers do not mark special.
@@ -71,7 +71,7 @@ def renderer(path: Path, thinking: Any = "auto") -> Renderer:
         if t["special"]
     }
     known = replace(known, chat_template=path.read_text("utf-8"), special_tokens=special)
-    return Renderer(find("auto", known).choose(thinking), Encoder(known))
+    return Renderer(find_template("auto", known).choose(thinking), Tokenizer(known))
 
 
 def messages(turns: list[Turn], in_parts: bool) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def reference(template: ChatTemplate, turns: list[Turn], **options: Any) -> list
 
 
 def taught(r: Renderer, turns: list[Turn]) -> list[Any]:
-    return r.encoder.encode_many(r.template.examples(Conversation(turns)), r.end_id)
+    return r.tokenizer.encode_many(r.template.examples(Conversation(turns)), r.end_id)
 
 
 @every
@@ -149,7 +149,7 @@ def test_thoughts_are_taught_as_transformers_renders_them(path: Path, case: str)
     flags = [{}, {"enable_thinking": True, "thinking": True}]
     wanted = [reference(r.template, turns, **flag) for flag in flags]
     learned = example.ids[1:][example.labels[:-1] != NO_TARGET].tolist()
-    assert "七加一是八。" in r.encoder.decode(learned)
+    assert "七加一是八。" in r.tokenizer.decode(learned)
     if example.ids.tolist() not in wanted:
         assert r.template.notes, (
             tokenizer().decode(example.ids.tolist()),

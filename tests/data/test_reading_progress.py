@@ -17,8 +17,8 @@ from generate_kit import byte_level, vocabulary
 
 from vicuna import console
 from vicuna.data import prepare
-from vicuna.data.prepare import Pace
-from vicuna.data.templates.registry import find
+from vicuna.data.prepare import ReadingProgress
+from vicuna.data.templates.registry import find_template
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_words_tell_records_speed_and_time_left(
 ) -> None:
     clock = iter([5.0, 5.0 + seconds])
     said: list[str] = []
-    Pace("a.jsonl", said.append, lambda: next(clock))(records, share)
+    ReadingProgress("a.jsonl", said.append, lambda: next(clock))(records, share)
     assert len(said) == 1
     assert words in said[0]
 
@@ -78,9 +78,9 @@ def test_the_share_of_a_file_grows_to_the_whole(
     ]
     write_rows(path, rows)
     words = vocabulary(byte_level())
-    recipe = prepare.Recipe(words, find("alpaca", words).to_dict())
+    spec = prepare.PreparationSpec(words, find_template("alpaca", words).to_dict())
     told: list[tuple[int, float]] = []
-    prepare.prepare_file(path, recipe, lambda records, share: told.append((records, share)))
+    prepare.prepare_file(path, spec, lambda records, share: told.append((records, share)))
     records, shares = zip(*told)
     assert records[-1] == len(rows)
     assert list(records) == sorted(records)

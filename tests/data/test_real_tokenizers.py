@@ -18,9 +18,9 @@ from test_template import CHATML, LLAMA2, VICUNA
 from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.templates.chat_template import ChatTemplate
 from vicuna.data.templates.compare_with_original import differences
-from vicuna.data.templates.registry import builtin, find
+from vicuna.data.templates.registry import builtin_templates, find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.model.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]
@@ -41,12 +41,12 @@ def reference(folder: Path) -> Any:
 
 
 @lru_cache
-def encoder(folder: Path) -> Encoder:
-    return Encoder(load_vocabulary(folder))
+def encoder(folder: Path) -> Tokenizer:
+    return Tokenizer(load_vocabulary(folder))
 
 
 def renderer(folder: Path, name: str) -> Renderer:
-    return Renderer(find(name, encoder(folder).vocabulary), encoder(folder))
+    return Renderer(find_template(name, encoder(folder).data), encoder(folder))
 
 
 ANSWERS = [
@@ -70,14 +70,14 @@ CASES = {
 @every
 @pytest.mark.parametrize("case", list(CASES))
 def test_built_in_templates_are_encoded_in_one_call(folder: Path, case: str) -> None:
-    for name in builtin():
+    for name in builtin_templates():
         r, turns = renderer(folder, name), CASES[case]
         segments = r.template.examples(Conversation(turns))[-1]
-        ids = r.encoder.encode(segments, r.end_id).ids.tolist()
+        ids = r.tokenizer.encode(segments, r.end_id).ids.tolist()
         text = r.spelled(segments)
         whole = reference(folder)(text, add_special_tokens=False)["input_ids"]
         if name in SILENT and len(turns) > 2:
-            assert r.encoder.spelled(ids) == r.encoder.spelled(whole), name
+            assert r.tokenizer.spelled(ids) == r.tokenizer.spelled(whole), name
         else:
             assert ids == whole, name
 
@@ -87,7 +87,7 @@ def test_built_in_templates_are_encoded_in_one_call(folder: Path, case: str) -> 
 def test_the_tokenizers_own_template_is_encoded_as_transformers_does(
     folder: Path, case: str
 ) -> None:
-    if not encoder(folder).vocabulary.chat_template:
+    if not encoder(folder).data.chat_template:
         return
     r, turns = renderer(folder, "auto"), CASES[case]
     assert isinstance(r.template, ChatTemplate)
@@ -95,7 +95,7 @@ def test_the_tokenizers_own_template_is_encoded_as_transformers_does(
         {"role": t.role, "content": f"{t.text}\n{t.input}" if t.input else t.text} for t in turns
     ]
     segments = r.template.examples(Conversation(turns))[-1]
-    ids = r.encoder.encode(segments, r.end_id).ids.tolist()
+    ids = r.tokenizer.encode(segments, r.end_id).ids.tolist()
     wanted = reference(folder).apply_chat_template(messages, return_dict=False)
     assert ids == wanted or r.template.notes
 
@@ -116,24 +116,24 @@ def test_other_templates_are_encoded_as_transformers_does(
     """Also those that put a space at the border of a mark, or no control token behind an answer."""
     if "bos_token" in OTHERS[name] and reference(folder).bos_token is None:
         return  # transformers refuses it
-    known = replace(encoder(folder).vocabulary, chat_template=OTHERS[name])
-    r = Renderer(find("auto", known), encoder(folder))
+    known = replace(encoder(folder).data, chat_template=OTHERS[name])
+    r = Renderer(find_template("auto", known), encoder(folder))
     turns = CASES[case]
     segments = r.template.examples(Conversation(turns))[-1]
-    ids = r.encoder.encode(segments, r.end_id).ids.tolist()
+    ids = r.tokenizer.encode(segments, r.end_id).ids.tolist()
     wanted = reference(folder).apply_chat_template(
         [{"role": t.role, "content": t.text} for t in turns],
         chat_template=OTHERS[name],
         return_dict=False,
     )
     if any(s.kind == "silent_end" for s in segments):
-        assert r.encoder.spelled(ids) == r.encoder.spelled(wanted)
+        assert r.tokenizer.spelled(ids) == r.tokenizer.spelled(wanted)
     else:
         assert ids == wanted
 
 
 @every
-@pytest.mark.parametrize("name", [*builtin(), "auto"])
+@pytest.mark.parametrize("name", [*builtin_templates(), "auto"])
 def test_a_sequence_begins_once_and_only_if_the_tokenizer_begins_it(
     folder: Path, name: str
 ) -> None:
@@ -143,7 +143,7 @@ def test_a_sequence_begins_once_and_only_if_the_tokenizer_begins_it(
     if isinstance(r.template, ChatTemplate):
         assert ids[:2].count(bos) <= 1
         return
-    begins = reference(folder)("a")["input_ids"][0] == bos and "{bos}" in builtin()[
+    begins = reference(folder)("a")["input_ids"][0] == bos and "{bos}" in builtin_templates()[
         r.template.name
     ].get("start", "")
     assert ids.count(bos) == begins
@@ -155,7 +155,7 @@ def test_a_word_behind_a_mark_is_one_token_in_sentencepiece() -> None:
         pytest.skip("no llama2 tokenizer")
     for name in ("llama2", "mistral"):
         r = renderer(folder, name)
-        spelled = [r.encoder.token(i) for i in r.prompt([Turn("user", "How are you?")])]
+        spelled = [r.tokenizer.token(i) for i in r.prompt([Turn("user", "How are you?")])]
         assert spelled[:6] == ["<s>", "▁[", "INST", "]", "▁How", "▁are"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.sampler import Group, Order, mix, permutation, split_validation
+from vicuna.data.sampler import Sampler, WeightedIndices, mix, permutation, split_validation
 
 sizes = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([0.1, 0.5, 1.0, 1.5, 3.0])),
@@ -20,16 +20,16 @@ GOLDEN_STEP = [9, 7, 4, 0, 1]
 GOLDEN_HASHES = ["0xe220a8397b1dcdaf", "0x910a2dec89025cc1", "0xe4d971771b652c20"]
 
 
-def groups_of(shapes: list[tuple[int, float]]) -> list[Group]:
+def groups_of(shapes: list[tuple[int, float]]) -> list[WeightedIndices]:
     groups, start = [], 0
     for n, weight in shapes:
-        groups.append(Group(np.arange(start, start + n), weight))
+        groups.append(WeightedIndices(np.arange(start, start + n), weight))
         start += n
     return groups
 
 
-def order_of(*shapes: tuple[int, float], batch_size: int = 4, seed: int = 7) -> Order:
-    return Order(groups_of(list(shapes)), batch_size, seed)
+def order_of(*shapes: tuple[int, float], batch_size: int = 4, seed: int = 7) -> Sampler:
+    return Sampler(groups_of(list(shapes)), batch_size, seed)
 
 
 @settings(max_examples=40, deadline=None)
@@ -37,10 +37,10 @@ def order_of(*shapes: tuple[int, float], batch_size: int = 4, seed: int = 7) -> 
 def test_a_step_is_the_same_in_whatever_order_it_is_asked_for(
     shapes: list[tuple[int, float]], batch_size: int, seed: int, calls: list[int]
 ) -> None:
-    one = Order(groups_of(shapes), batch_size, seed)
+    one = Sampler(groups_of(shapes), batch_size, seed)
     found = {k: one.step(k) for k in calls}
     for k in range(12):
-        assert np.array_equal(found[k], Order(groups_of(shapes), batch_size, seed).step(k))
+        assert np.array_equal(found[k], Sampler(groups_of(shapes), batch_size, seed).step(k))
         assert len(found[k]) == batch_size
 
 
@@ -74,7 +74,7 @@ def test_the_batch_size_does_not_change_the_sequence() -> None:
 @given(sizes, st.integers(0, 1000))
 def test_weights_are_honoured_over_epochs(shapes: list[tuple[int, float]], seed: int) -> None:
     groups = groups_of(shapes)
-    order = Order(groups, 1, seed)
+    order = Sampler(groups, 1, seed)
     epochs = 10
     seen = np.array([order.step(k)[0] for k in range(epochs * order.epoch_size)])
     for g in groups:

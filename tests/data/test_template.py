@@ -13,16 +13,16 @@ import pytest
 from generate_kit import SPECIALS, byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, Example
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.chat_template import ChatTemplate
 from vicuna.data.templates.literal import LiteralTemplate
-from vicuna.data.templates.registry import builtin, find, from_dict
+from vicuna.data.templates.registry import builtin_templates, find_template, template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
+from vicuna.data.tokenizer import Piece, Tokenizer, TokenizerData
 from vicuna.errors import UserError
 
 ROLES = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
@@ -98,14 +98,14 @@ assistant: " {text}{end}\\n"
 end: "<|im_end|>"
 """
 OWNS = {"own": OWN, "own-unstable": OWN_TURNS}
-NAMES = [*builtin(), *OWNS, *JINJA]
+NAMES = [*builtin_templates(), *OWNS, *JINJA]
 UNSTABLE = {"vicuna-instruct", "vicuna-interaction", "vicuna-chitchat", "own-unstable", "qwen3"}
 KINDS = {"bytes": byte_level, "sentencepiece": sentencepiece}
 
 
 @lru_cache
-def words(kind: str, source: str | None = None) -> Vocabulary:
-    tokenizer: Tokenizer = KINDS[kind]()
+def words(kind: str, source: str | None = None) -> TokenizerData:
+    tokenizer: HFTokenizer = KINDS[kind]()
     tokenizer.add_special_tokens(CONTROLS)
     return replace(vocabulary(tokenizer), chat_template=source)
 
@@ -119,8 +119,8 @@ def renderer(name: str, kind: str = "bytes") -> Renderer:
 
         template = LiteralTemplate(name, yaml.safe_load(OWNS[name]))
     else:
-        template = find("auto" if name in JINJA else name, known).choose("off")
-    return Renderer(template, Encoder(known))
+        template = find_template("auto" if name in JINJA else name, known).choose("off")
+    return Renderer(template, Tokenizer(known))
 
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -169,7 +169,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 
 def examples(r: Renderer, c: Conversation, taught: Any = "all") -> list[Example]:
-    return r.encoder.encode_many(r.template.examples(c, taught), r.end_id)
+    return r.tokenizer.encode_many(r.template.examples(c, taught), r.end_id)
 
 
 def answered(c: Conversation) -> list[int]:
@@ -237,7 +237,7 @@ def test_targets_are_the_answers_and_their_ends(name: str, kind: str, c: Convers
         for at, (_, run) in zip(wanted, runs):
             assert run[-1] == r.end_id
             assert run[-1] in r.stop_ids
-            said = r.encoder.decode(run[:-1])
+            said = r.tokenizer.decode(run[:-1])
             assert _plain(said) == _plain(r.template.harmless(c.turns[at].text))
 
 
@@ -262,8 +262,8 @@ def test_unstable_templates_give_an_example_an_answer(name: str) -> None:
 def test_plain_text_is_taught_whole_with_its_end() -> None:
     r = renderer("alpaca")
     (e,) = examples(r, Conversation([Turn("assistant", "床前明月光")], kind="text"))
-    bos = r.encoder.vocabulary.bos_id
-    assert e.ids.tolist() == [bos, *r.encoder.text("床前明月光"), r.end_id]
+    bos = r.tokenizer.data.bos_id
+    assert e.ids.tolist() == [bos, *r.tokenizer.text("床前明月光"), r.end_id]
     assert e.labels.tolist() == [1] * (len(e.ids) - 1) + [0]
 
 
@@ -271,7 +271,7 @@ def test_plain_text_is_taught_whole_with_its_end() -> None:
 
 
 def control_counts(r: Renderer, turns: list[Turn]) -> list[int]:
-    return sorted(i for i in r.prompt(turns) if i in r.encoder.control_ids)
+    return sorted(i for i in r.prompt(turns) if i in r.tokenizer.control_ids)
 
 
 OWN_MARKS = {
@@ -342,7 +342,7 @@ def test_role_marks_that_are_no_special_tokens_cannot_be_forged_either() -> None
     tokenizer = byte_level()
     tokenizer.add_tokens(["<|user|>", "<|assistant|>", "<tool_call>"])
     known = replace(known, tokenizer_json=tokenizer.to_str(), chat_template=source)
-    r = Renderer(find("auto", known), Encoder(known))
+    r = Renderer(find_template("auto", known), Tokenizer(known))
     mark = tokenizer.token_to_id("<|assistant|>")
     for text in ("甲", "甲<|assistant|>乙", "<|assistant|>"):
         assert r.prompt([Turn("user", text)]).count(mark) == 1
@@ -359,7 +359,7 @@ def test_a_saved_template_renders_alike(name: str, c: Conversation) -> None:
     import json
 
     r = renderer(name)
-    again = from_dict(json.loads(json.dumps(r.template.to_dict())))
+    again = template_from_dict(json.loads(json.dumps(r.template.to_dict())))
     assert again.digest == r.template.digest
     assert again.end_token == r.template.end_token
     assert again.examples(c) == r.template.examples(c)
@@ -369,7 +369,7 @@ def test_a_saved_template_renders_alike(name: str, c: Conversation) -> None:
 def test_a_template_of_the_users_own_is_read_from_its_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(OWN, encoding="utf-8")
-    mine = find(str(path), words("bytes"))
+    mine = find_template(str(path), words("bytes"))
     assert mine.name == "mine"
     rendered = text_of(mine.prompt([Turn("user", "甲", "乙")]))
     assert rendered == "<bos>规则：认真回答。\n问：\n甲\n材料：\n乙\n答：\n"
@@ -390,17 +390,20 @@ def test_a_template_with_a_mistake_is_refused(spec: dict[str, str], said: str) -
 
 def test_an_unknown_template_is_refused_and_the_known_ones_named() -> None:
     with pytest.raises(UserError, match="vicuna-chat"):
-        find("alpacca", words("bytes"))
+        find_template("alpacca", words("bytes"))
 
 
 def test_auto_is_alpaca_where_the_tokenizer_has_no_chat_template() -> None:
-    assert find("auto", words("bytes")).to_dict() == find("alpaca", words("bytes")).to_dict()
+    assert (
+        find_template("auto", words("bytes")).to_dict()
+        == find_template("alpaca", words("bytes")).to_dict()
+    )
 
 
 # -- the prompts of 2023, from the notes on that project's code ----
 
 
-def text_of(segments: list[Segment]) -> str:
+def text_of(segments: list[Piece]) -> str:
     spelled = {"bos": "<bos>", "end": "<end>", "silent_end": ""}
     return "".join(spelled.get(s.kind, s.text) for s in segments)
 
@@ -453,7 +456,7 @@ CASES = {"one": ONE, "input": WITH_INPUT, "two": TWO}
 
 @pytest.mark.parametrize(("name", "case"), list(PAST))
 def test_the_2023_prompts_letter_by_letter(name: str, case: str) -> None:
-    template, turns = find(name, words("bytes")), CASES[case]
+    template, turns = find_template(name, words("bytes")), CASES[case]
     wanted = "<bos>" + PAST[name, case]
     assert text_of(template.prompt(turns[:-1])) == wanted
     whole = template.examples(Conversation(turns))[-1]
@@ -529,7 +532,7 @@ def test_a_system_prompt_without_a_place_goes_before_the_question() -> None:
 def test_the_end_of_an_answer_is_found_in_the_chat_template(name: str, end: str) -> None:
     r = renderer(name)
     assert r.template.end_token == end
-    assert r.encoder.token(r.end_id) == ("</s>" if end == "eos" else end)
+    assert r.tokenizer.token(r.end_id) == ("</s>" if end == "eos" else end)
 
 
 def test_a_chat_template_that_does_not_parse_is_refused_with_the_way_out() -> None:
@@ -545,6 +548,6 @@ def test_a_chat_template_cannot_reach_out_of_its_sandbox() -> None:
 
 def test_an_end_the_vocabulary_lacks_becomes_the_tokenizers_own() -> None:
     known = vocabulary(byte_level())
-    r = Renderer(find("llama3", known), Encoder(known))
+    r = Renderer(find_template("llama3", known), Tokenizer(known))
     assert r.end_id == known.eos_id
     assert np.isin(r.end_id, list(r.stop_ids))

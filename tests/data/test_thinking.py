@@ -15,9 +15,9 @@ from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.loss_mask import NO_TARGET
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences, lines_for, share_of_thoughts
-from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.registry import find_template, template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Vocabulary
+from vicuna.data.tokenizer import Tokenizer, TokenizerData
 
 HEAD = "{%- for m in messages -%}{%- set c = m.content -%}"
 OPEN = "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
@@ -53,7 +53,7 @@ TEMPLATES = {
 
 
 @lru_cache
-def words(special: bool = False) -> Vocabulary:
+def words(special: bool = False) -> TokenizerData:
     tokenizer = byte_level()
     marks = ["<think>", "</think>"]
     if special:
@@ -67,16 +67,16 @@ def words(special: bool = False) -> Vocabulary:
 
 def renderer(name: str, special: bool = False, **chosen: Any) -> Renderer:
     known = replace(words(special), chat_template=TEMPLATES.get(name))
-    template = find("auto" if name in TEMPLATES else name, known)
-    return Renderer(template.choose(**chosen), Encoder(known))
+    template = find_template("auto" if name in TEMPLATES else name, known)
+    return Renderer(template.choose(**chosen), Tokenizer(known))
 
 
 def rendered(r: Renderer, turns: list[Turn]) -> tuple[str, str]:
     """(what is given, what is learned) of the last example of a conversation."""
     segments = r.template.examples(Conversation(turns), "last")[-1]
-    e = r.encoder.encode(segments, r.end_id)
+    e = r.tokenizer.encode(segments, r.end_id)
     first = int((e.labels != NO_TARGET).argmax()) + 1
-    return r.encoder.spelled(e.ids[:first]), r.encoder.spelled(e.ids[first:])
+    return r.tokenizer.spelled(e.ids[:first]), r.tokenizer.spelled(e.ids[first:])
 
 
 INLINE = Turn("assistant", "<think>\n想一想\n</think>\n\n好")
@@ -120,7 +120,7 @@ def test_off_leaves_thoughts_out(name: str, answer: Turn) -> None:
     given, learned = rendered(r, [ASKED, answer])
     assert "想" not in given + learned
     assert rendered(r, [ASKED, PLAIN]) == (given, learned)
-    assert r.encoder.spelled(r.prompt([ASKED])) == given
+    assert r.tokenizer.spelled(r.prompt([ASKED])) == given
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "chatml", "alpaca"])
@@ -128,7 +128,7 @@ def test_off_leaves_thoughts_out(name: str, answer: Turn) -> None:
 def test_on_asks_as_answers_with_a_thought_were_taught(name: str, answer: Turn) -> None:
     r = renderer(name, thinking="on")
     given, learned = rendered(r, [ASKED, answer])
-    assert r.encoder.spelled(r.prompt([ASKED])) == given
+    assert r.tokenizer.spelled(r.prompt([ASKED])) == given
     assert "想一想" in learned
 
 
@@ -162,7 +162,7 @@ def test_a_prompt_is_a_prefix_of_what_was_taught_with_it(name: str, thinking: An
     turns = [Turn("system", "短"), ASKED, BESIDE, ASKED, INLINE if thinking == "on" else PLAIN]
     prompt = r.prompt(turns[:-1])
     (segments,) = r.template.examples(Conversation(turns), "last")
-    ids = r.encoder.encode(segments, r.end_id).ids.tolist()
+    ids = r.tokenizer.encode(segments, r.end_id).ids.tolist()
     wanted = thinking != "auto" or name not in ("drops", "opens", "says")
     assert not wanted or ids[: len(prompt)] == prompt
 
@@ -174,7 +174,7 @@ def test_a_prompt_is_a_prefix_of_what_was_taught_with_it(name: str, thinking: An
 @pytest.mark.parametrize("thinking", ["auto", "on", "off"])
 def test_a_saved_template_asks_alike(name: str, thinking: Any) -> None:
     r = renderer(name, thinking=thinking, thinking_loss=False)
-    again = from_dict(json.loads(json.dumps(r.template.to_dict())))
+    again = template_from_dict(json.loads(json.dumps(r.template.to_dict())))
     assert (again.thinking, again.thinking_loss) == (thinking, False)
     assert again.digest == renderer(name).template.digest
     assert again.prompt([ASKED]) == r.template.prompt([ASKED])
@@ -184,7 +184,7 @@ def test_a_template_saved_by_an_older_version_asks_as_it_did() -> None:
     """It was always asked with `enable_thinking` false."""
     saved = renderer("drops").template.to_dict()
     saved.pop("thinking")
-    old: Template = from_dict(saved)
+    old: Template = template_from_dict(saved)
     assert renderer("drops").spelled(old.prompt([ASKED])) == ASK + EMPTY
     assert old.digest == renderer("drops").template.digest
 
@@ -192,7 +192,7 @@ def test_a_template_saved_by_an_older_version_asks_as_it_did() -> None:
 def test_the_base_alone_is_asked_as_its_template_has_it() -> None:
     for name, wanted in (("drops", ASK), ("keeps", ASK + EMPTY), ("opens", ASK + "<think>\n")):
         r = renderer(name)
-        assert r.encoder.spelled(r.prompt([ASKED])) == wanted
+        assert r.tokenizer.spelled(r.prompt([ASKED])) == wanted
 
 
 def test_the_marks_are_those_of_the_template() -> None:
@@ -209,7 +209,7 @@ def test_the_marks_are_those_of_the_template() -> None:
 
 def encoded(r: Renderer, *answers: Turn) -> list[Any]:
     rows = [s for a in answers for s in r.template.examples(Conversation([ASKED, a]))]
-    return r.encoder.encode_many(rows, r.end_id)
+    return r.tokenizer.encode_many(rows, r.end_id)
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
@@ -237,7 +237,7 @@ def test_a_system_prompt_in_the_last_question_is_taught_and_said() -> None:
         " + m.content + '<|im_end|>' }}{%- endfor -%}"
     )
     known = replace(words(), chat_template=source)
-    r = Renderer(find("auto", known), Encoder(known))
+    r = Renderer(find_template("auto", known), Tokenizer(known))
     turns = [Turn("system", "短"), ASKED, PLAIN]
     assert rendered(r, turns)[0].startswith("<|im_start|>短你好<|im_end|>")
     assert any("follows the prompt" in note for note in r.template.notes)
@@ -264,12 +264,12 @@ def test_the_day_is_kept_with_the_template(monkeypatch: pytest.MonkeyPatch) -> N
     import datetime
 
     known = replace(words(), chat_template=DAY)
-    template = find("auto", known)
+    template = find_template("auto", known)
     assert template.date == datetime.date.today().isoformat()
     saved = {**template.to_dict(), "date": "2024-02-29"}
-    later = from_dict(saved)
+    later = template_from_dict(saved)
     assert later.to_dict()["date"] == "2024-02-29"
-    assert "29 February 2024" in Renderer(later, Encoder(known)).spelled(later.prompt([ASKED]))
+    assert "29 February 2024" in Renderer(later, Tokenizer(known)).spelled(later.prompt([ASKED]))
     assert later.digest == template.digest
     assert "date" not in renderer("drops").template.to_dict()
 
@@ -278,5 +278,5 @@ def test_generation_marks_change_nothing() -> None:
     marked = re.sub(r"\{\{ c \+", "{% generation %}{{ c +", TEMPLATES["words"])
     marked = marked.replace("<|im_end|>\n' }}", "<|im_end|>\n' }}{% endgeneration %}", 1)
     known = replace(words(), chat_template=marked)
-    r = Renderer(find("auto", known), Encoder(known))
+    r = Renderer(find_template("auto", known), Tokenizer(known))
     assert rendered(r, [ASKED, PLAIN]) == CASES["words", "plain"]

@@ -11,34 +11,34 @@ import pytest
 from generate_kit import SPECIALS, byte_level, sentencepiece, vocabulary
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from kit import metaspace
 from vicuna.data.loss_mask import END_TOKEN, NEXT_TOKEN, NO_TARGET
-from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
+from vicuna.data.tokenizer import Piece, Tokenizer, TokenizerData
 
-KINDS: dict[str, Callable[[], Tokenizer]] = {
+KINDS: dict[str, Callable[[], HFTokenizer]] = {
     "bytes": byte_level,
     "prepend": sentencepiece,
     "metaspace": metaspace,
 }
-ENCODERS = {name: Encoder(vocabulary(make())) for name, make in KINDS.items()}
+ENCODERS = {name: Tokenizer(vocabulary(make())) for name, make in KINDS.items()}
 dummy = pytest.mark.parametrize("kind", ["prepend", "metaspace"])
 every = pytest.mark.parametrize("kind", list(KINDS))
 
-BOS, END = Segment("bos"), Segment("end", "", True)
+BOS, END = Piece("bos"), Piece("end", "", True)
 
 
-def mark(text: str, supervised: bool = False) -> Segment:
-    return Segment("mark", text, supervised)
+def mark(text: str, supervised: bool = False) -> Piece:
+    return Piece("mark", text, supervised)
 
 
-def said(text: str, supervised: bool = False) -> Segment:
-    return Segment("text", text, supervised)
+def said(text: str, supervised: bool = False) -> Piece:
+    return Piece("text", text, supervised)
 
 
-def spelled(encoder: Encoder, segments: Sequence[Segment]) -> list[str]:
-    e = encoder.encode(segments, encoder.vocabulary.eos_id)
+def spelled(encoder: Tokenizer, segments: Sequence[Piece]) -> list[str]:
+    e = encoder.encode(segments, encoder.data.eos_id)
     return [encoder.token(i) for i in e.ids]
 
 
@@ -47,7 +47,7 @@ def spelled(encoder: Encoder, segments: Sequence[Segment]) -> list[str]:
 
 @dummy
 @pytest.mark.parametrize("before", [[], [BOS], [mark("")], [BOS, mark(""), said("")]])
-def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -> None:
+def test_the_first_words_get_the_dummy_space(kind: str, before: list[Piece]) -> None:
     bos = ["<s>"] if BOS in before else []
     for piece in (mark("a"), said("a")):
         assert spelled(ENCODERS[kind], [*before, piece]) == [*bos, "▁a"]
@@ -55,7 +55,7 @@ def test_the_first_words_get_the_dummy_space(kind: str, before: list[Segment]) -
 
 @dummy
 @pytest.mark.parametrize("before", [mark("好"), said("好")])
-def test_later_words_do_not(kind: str, before: Segment) -> None:
+def test_later_words_do_not(kind: str, before: Piece) -> None:
     for piece in (mark("ab"), said("ab")):
         cut = piece._replace(cut=True)
         assert spelled(ENCODERS[kind], [BOS, before, cut, said("ab")]) == [
@@ -92,7 +92,7 @@ def test_a_rendering_is_encoded_as_its_whole_text(kind: str, parts: list[tuple[A
     parts = [
         (k, t if k == "mark" or (t not in SPECIALS and "<" not in t) else "") for k, t in parts
     ]
-    ids = encoder.encode([Segment(k, t) for k, t in parts], 1).ids.tolist()
+    ids = encoder.encode([Piece(k, t) for k, t in parts], 1).ids.tolist()
     assert ids == encoder.reference("".join(t for _, t in parts))
 
 
@@ -123,7 +123,7 @@ def test_control_tokens_in_marks_are_parsed(kind: str) -> None:
 
 
 def test_bos_is_nothing_where_the_tokenizer_puts_none() -> None:
-    encoder = Encoder(replace(vocabulary(byte_level()), bos_id=None))
+    encoder = Tokenizer(replace(vocabulary(byte_level()), bos_id=None))
     assert encoder.encode([BOS, said("ab")], 1).ids.tolist() == encoder.text("ab")
 
 
@@ -131,7 +131,7 @@ def test_bos_is_nothing_where_the_tokenizer_puts_none() -> None:
 def test_bos_stands_once_in_front(kind: str) -> None:
     encoder = ENCODERS[kind]
     ids = encoder.encode([BOS, said("<s>好")], 1).ids.tolist()
-    assert ids[0] == encoder.vocabulary.bos_id
+    assert ids[0] == encoder.data.bos_id
     assert ids.count(ids[0]) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_post_processor_adds_nothing() -> None:
     tokenizer = byte_level()
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    encoder = Encoder(vocabulary(tokenizer))
+    encoder = Tokenizer(vocabulary(tokenizer))
     assert encoder.text("好") == ENCODERS["bytes"].text("好")
     assert encoder.mark("好") == ENCODERS["bytes"].mark("好")
 
@@ -150,7 +150,7 @@ def test_saved_truncation_and_padding_do_nothing() -> None:
     tokenizer = byte_level()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
-    encoder = Encoder(vocabulary(tokenizer))
+    encoder = Tokenizer(vocabulary(tokenizer))
     assert encoder.text("好" * 20) == ENCODERS["bytes"].text("好" * 20)
 
 
@@ -198,15 +198,13 @@ def test_many_at_once_are_as_one_by_one(kind: str, texts: list[list[str]]) -> No
 segments_of_all_kinds = st.lists(
     st.one_of(
         st.builds(
-            Segment,
+            Piece,
             st.sampled_from(["mark", "text"]),
             st.sampled_from(["", "a", "ab好", " a", "b\n", "<s>", "a\n\nb:\n", "</s>ab"]),
             st.booleans(),
             st.booleans(),
         ),
-        st.builds(
-            Segment, st.sampled_from(["end", "silent_end", "bos"]), st.just(""), st.booleans()
-        ),
+        st.builds(Piece, st.sampled_from(["end", "silent_end", "bos"]), st.just(""), st.booleans()),
     ),
     max_size=6,
 )
@@ -215,15 +213,15 @@ segments_of_all_kinds = st.lists(
 @every
 @settings(max_examples=15, deadline=None)
 @given(rows=st.lists(segments_of_all_kinds, min_size=1, max_size=4))
-def test_what_was_encoded_before_changes_nothing(kind: str, rows: list[list[Segment]]) -> None:
+def test_what_was_encoded_before_changes_nothing(kind: str, rows: list[list[Piece]]) -> None:
     """A plan is kept for all conversations of its shape: it must hold nothing of the first."""
     others = [
         [s._replace(text="好b") if s.kind == "text" and s.text else s for s in r] for r in rows
     ]
-    used = Encoder(vocabulary(KINDS[kind]()))
+    used = Tokenizer(vocabulary(KINDS[kind]()))
     used.encode_many(others, 1)
     for row, e in zip(rows, used.encode_many(rows, 1), strict=True):
-        fresh = Encoder(vocabulary(KINDS[kind]())).encode(row, 1)
+        fresh = Tokenizer(vocabulary(KINDS[kind]())).encode(row, 1)
         assert (e.ids.tolist(), e.labels.tolist()) == (fresh.ids.tolist(), fresh.labels.tolist())
 
 
@@ -240,7 +238,7 @@ def test_what_stands_before_a_cut_is_encoded_alone(kind: str) -> None:
 def test_added_words_that_are_no_control_tokens_stay_whole() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens(["小羊驼"])
-    encoder = Encoder(vocabulary(tokenizer))
+    encoder = Tokenizer(vocabulary(tokenizer))
     assert len(encoder.text("小羊驼")) == 1
 
 
@@ -249,7 +247,7 @@ def test_added_words_that_are_not_special_are_text(word: str) -> None:
     """Whatever they look like: what counts is what the tokenizer says."""
     tokenizer = byte_level()
     tokenizer.add_tokens([word])
-    encoder = Encoder(vocabulary_of(tokenizer))
+    encoder = Tokenizer(vocabulary_of(tokenizer))
     token_id = tokenizer.token_to_id(word)
     assert token_id not in encoder.control_ids
     assert token_id in encoder.mark(word)
@@ -257,7 +255,7 @@ def test_added_words_that_are_not_special_are_text(word: str) -> None:
     assert encoder.decode(encoder.text(f"好{word}你")) == f"好{word}你"
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+def vocabulary_of(tokenizer: HFTokenizer) -> TokenizerData:
     """With the special tokens alone among the special ones, as a tokenizer is read."""
     special = {
         t["content"]: t["id"]
@@ -287,7 +285,7 @@ def test_answers_are_decoded_as_transformers_decodes_them(
     tokenizer = KINDS[kind]()
     tokenizer.add_special_tokens([w for w, special in added if special])
     tokenizer.add_tokens([w for w, special in added if not special])
-    encoder = Encoder(vocabulary_of(tokenizer))
+    encoder = Tokenizer(vocabulary_of(tokenizer))
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -316,9 +314,9 @@ def test_decoding_leaves_control_tokens_out() -> None:
 # -- labels ----
 
 
-def labelled(*segments: Segment) -> list[tuple[str, int]]:
+def labelled(*segments: Piece) -> list[tuple[str, int]]:
     encoder = ENCODERS["prepend"]
-    e = encoder.encode(segments, encoder.vocabulary.eos_id)
+    e = encoder.encode(segments, encoder.data.eos_id)
     return [(encoder.token(i), int(label)) for i, label in zip(e.ids, e.labels)]
 
 
@@ -334,7 +332,7 @@ def test_the_position_before_a_taught_token_predicts_it() -> None:
 
 
 def test_a_silent_end_is_learned_where_the_answer_ends_and_stands_nowhere() -> None:
-    assert labelled(mark("好"), said("你", True), Segment("silent_end", "", True), mark("天")) == [
+    assert labelled(mark("好"), said("你", True), Piece("silent_end", "", True), mark("天")) == [
         ("▁", NO_TARGET),
         ("好", NEXT_TOKEN),
         ("你", END_TOKEN),
@@ -344,12 +342,12 @@ def test_a_silent_end_is_learned_where_the_answer_ends_and_stands_nowhere() -> N
 
 def test_a_silent_end_that_is_not_taught_does_nothing() -> None:
     plain = labelled(mark("好"), said("你"), mark("天"))
-    assert labelled(mark("好"), said("你"), Segment("silent_end"), mark("天")) == plain
+    assert labelled(mark("好"), said("你"), Piece("silent_end"), mark("天")) == plain
 
 
 def test_an_empty_answer_teaches_its_end_alone() -> None:
     assert [n for _, n in labelled(mark("好"), said("", True), END)] == [0, NEXT_TOKEN, 0]
-    silent = labelled(mark("好"), said("", True), Segment("silent_end", "", True))
+    silent = labelled(mark("好"), said("", True), Piece("silent_end", "", True))
     assert [n for _, n in silent] == [0, END_TOKEN]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from vicuna.data import duplicates
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.duplicates import find_duplicates, question_hash, sketches
+from vicuna.data.duplicates import find_duplicates, fingerprints, question_hash
 from vicuna.data.records import reasons as why
 from vicuna.data.records.text_warnings import warnings
 
@@ -108,28 +108,28 @@ def texts(n: int, length: int, seed: int = 0) -> list[str]:
 
 
 def repeats(conversations: list[Conversation]) -> tuple[np.ndarray, np.ndarray]:
-    return find_duplicates(*sketches(conversations))
+    return find_duplicates(*fingerprints(conversations))
 
 
 def test_a_sketch_does_not_depend_on_its_neighbours() -> None:
     long = "很长的文字 abc，" * 4000
     some = [talk("甲", "乙"), talk(long, "🙂" * 900), talk("", "。"), talk("什么", long[:3000])]
-    exact, near = sketches(some)
+    exact, near = fingerprints(some)
     for i, conversation in enumerate(some):
-        alone = sketches([conversation])
+        alone = fingerprints([conversation])
         assert alone[0][0] == exact[i]
         np.testing.assert_array_equal(alone[1][0], near[i])
-    assert sketches([])[1].shape == (0, duplicates.SIGNATURE)
+    assert fingerprints([])[1].shape == (0, duplicates.SIGNATURE)
 
 
 def test_hashes_have_their_shapes_and_do_not_depend_on_the_process() -> None:
-    exact, near = sketches([talk("鸭子会飞吗？", "会。")])
+    exact, near = fingerprints([talk("鸭子会飞吗？", "会。")])
     assert (exact.dtype, exact.shape) == (np.uint64, (1,))
     assert (near.dtype, near.shape) == (np.uint32, (1, duplicates.SIGNATURE))
     code = (
         "from vicuna.data.duplicates import *; from vicuna.data.conversation import *;"
         "c = Conversation([Turn('user', '鸭子会飞吗？'), Turn('assistant', '会。')]);"
-        "print(sketches([c])[0][0], sketches([c])[1][0].tolist(), question_hash(c))"
+        "print(fingerprints([c])[0][0], fingerprints([c])[1][0].tolist(), question_hash(c))"
     )
     again = subprocess.run(
         [sys.executable, "-X", "utf8", "-c", code], capture_output=True, text=True, check=True
@@ -140,7 +140,7 @@ def test_hashes_have_their_shapes_and_do_not_depend_on_the_process() -> None:
 
 def test_exact_hash_sees_roles_and_question_hash_only_the_question() -> None:
     some = [talk("甲", "乙"), talk("乙", "甲"), talk("甲", "乙", "丙"), talk("甲乙", "")]
-    assert len(set(sketches(some)[0].tolist())) == len(some)
+    assert len(set(fingerprints(some)[0].tolist())) == len(some)
     assert question_hash(talk("甲  乙", "一")) == question_hash(talk("甲 乙\n", "二"))
     assert question_hash(talk("甲", "一", "丙")) != question_hash(talk("甲", "一"))
     assert question_hash(Conversation([Turn("assistant", "甲")], kind="text")) >= 0

@@ -12,7 +12,7 @@ import torch
 
 from gguf_kit import save_base, scores_after, tiny_base, tiny_gguf
 from kit import save_tokenizer, tiny_model
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import Names, Shape
 from vicuna.export.gguf_types import PLAIN
@@ -210,7 +210,7 @@ def test_the_embedded_base_answers_as_in_transformers(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from vicuna.data.conversation import Turn
-    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.registry import find_template
     from vicuna.data.templates.renderer import Renderer
     from vicuna.model.base import EMBEDDED, locate, locate_vocabulary
 
@@ -219,11 +219,11 @@ def test_the_embedded_base_answers_as_in_transformers(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     vocabulary = load_vocabulary(folder)
     assert load_vocabulary(locate_vocabulary(EMBEDDED)) == vocabulary
-    renderer = Renderer(find("auto", vocabulary), Encoder(vocabulary))
+    renderer = Renderer(find_template("auto", vocabulary), Tokenizer(vocabulary))
     with engine_of(tmp_path / "f16.gguf") as engine:
         for question in ("What is the capital of France?", "用一句话介绍北京。", "Count: 1, 2, 3"):
             prompt = renderer.prompt([Turn("user", question)])
-            assert engine.tokenize(question) == renderer.encoder.text(question, first=True)
+            assert engine.tokenize(question) == renderer.tokenizer.text(question, first=True)
             wanted = scores_after(model, prompt)
             scores = engine.prefill(prompt)
             assert (scores - wanted).abs().max() < 0.1

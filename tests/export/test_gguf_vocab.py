@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from generate_kit import CORPUS, byte_level, sentencepiece
 from metadata_kit import lines, train_sentencepiece
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from gguf_kit import save_base, vary
 from kit import metaspace, save_tokenizer, tiny_model
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.export.gguf_writer import write_base
 from vicuna.gguf import tokenizer as gguf_tokenizer
@@ -45,7 +45,7 @@ def engine_of(path: Path) -> Iterator[Any]:
         yield engine
 
 
-def ruled(name: str) -> Tokenizer:
+def ruled(name: str) -> HFTokenizer:
     """`byte_level()` as a family cuts text."""
     tokenizer = byte_level()
     spec = json.loads(tokenizer.to_str())
@@ -53,14 +53,14 @@ def ruled(name: str) -> Tokenizer:
     assert family
     spec["pre_tokenizer"] = gguf_tokenizer.pre_tokenizer_of(family)
     spec["model"]["ignore_merges"] = family.ignore_merges
-    return Tokenizer.from_str(json.dumps(spec))
+    return HFTokenizer.from_str(json.dumps(spec))
 
 
-def written(folder: Path, tokenizer: Tokenizer, **words: Any) -> tuple[Encoder, Path]:
+def written(folder: Path, tokenizer: HFTokenizer, **words: Any) -> tuple[Tokenizer, Path]:
     size = tokenizer.get_vocab_size() + 12  # more rows than tokens, as many models have
     save_base(folder, vary(tiny_model("llama", vocab_size=size)), tokenizer, **words)
     write_base(folder, folder / "x.gguf", "f16")
-    return Encoder(load_vocabulary(folder)), folder / "x.gguf"
+    return Tokenizer(load_vocabulary(folder)), folder / "x.gguf"
 
 
 @needs_llamacpp
@@ -72,11 +72,11 @@ def test_llamacpp_encodes_as_the_tokenizer_does(tmp_path: Path, name: str) -> No
             assert engine.tokenize(text) == encoder.text(text, first=True)
 
 
-def with_all_merges(tokenizer: Tokenizer) -> Tokenizer:
+def with_all_merges(tokenizer: HFTokenizer) -> HFTokenizer:
     """As real conversions are: whatever makes a piece is a merge."""
     spec = json.loads(tokenizer.to_str())
     spec["model"]["merges"].append(["▁", "ab"])
-    return Tokenizer.from_str(json.dumps(spec))
+    return HFTokenizer.from_str(json.dumps(spec))
 
 
 @needs_llamacpp
@@ -96,7 +96,7 @@ def test_llamacpp_encodes_sentencepiece_as_the_tokenizer_does(tmp_path: Path, ma
 
 def test_sentencepiece_comes_back(tmp_path: Path) -> None:
     encoder, path = written(tmp_path, with_all_merges(sentencepiece()), unk_token="<unk>")
-    back = Encoder(load_vocabulary(vocabulary_folder(path)))
+    back = Tokenizer(load_vocabulary(vocabulary_folder(path)))
     for text in [*TEXTS, "ab a b aab  ab", " ab"]:
         for first in (True, False):
             assert back.text(text, first=first) == encoder.text(text, first=first)
@@ -106,10 +106,10 @@ def test_sentencepiece_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [f.name for f in gguf_tokenizer.FAMILIES])
 def test_the_tokenizer_of_a_gguf_file_comes_back(tmp_path: Path, name: str) -> None:
     encoder, path = written(tmp_path, ruled(name))
-    back = Encoder(load_vocabulary(vocabulary_folder(path)))
+    back = Tokenizer(load_vocabulary(vocabulary_folder(path)))
     for text in TEXTS:
         assert back.text(text) == encoder.text(text)
-    assert back.vocabulary.eos_id == encoder.vocabulary.eos_id
+    assert back.data.eos_id == encoder.data.eos_id
     assert back.control_ids >= encoder.control_ids
 
 
@@ -159,12 +159,12 @@ def test_a_sentencepiece_model_is_the_same_everywhere(tmp_path: Path) -> None:
 
     train_sentencepiece(tmp_path)
     theirs = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    ours = Encoder(load_vocabulary(tmp_path))
+    ours = Tokenizer(load_vocabulary(tmp_path))
     write_base(tmp_path, tmp_path / "x.gguf")
-    back = Encoder(load_vocabulary(vocabulary_folder(tmp_path / "x.gguf")))
+    back = Tokenizer(load_vocabulary(vocabulary_folder(tmp_path / "x.gguf")))
     scores = read_fields(tmp_path / "x.gguf")["tokenizer.ggml.scores"]
     assert scores == [theirs.get_score(i) for i in range(2200)]
-    assert back.vocabulary.bos_id == ours.vocabulary.bos_id == 1
+    assert back.data.bos_id == ours.data.bos_id == 1
     with engine_of(tmp_path / "x.gguf") as engine:
         for text in [*TEXTS[:-1], *lines("heldout_zh.jsonl")]:
             wanted = theirs.encode(text)

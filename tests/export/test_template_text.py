@@ -10,15 +10,15 @@ from generate_kit import SPECIALS, byte_level, vocabulary
 
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.registry import builtin, find
+from vicuna.data.templates.registry import builtin_templates, find_template
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.templates.sandbox import Program
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.export.modelfile import modelfile
 from vicuna.export.template_text import default_system, go, jinja, recognised
 
 WORDS = vocabulary(byte_level())
-ENCODER = Encoder(WORDS)
+ENCODER = Tokenizer(WORDS)
 TALKS = [
     [Turn("user", "你好")],
     [Turn("system", "be kind"), Turn("user", "hi")],
@@ -29,10 +29,10 @@ TALKS = [
 
 
 def renderer(name: str) -> Renderer:
-    return Renderer(find(name, WORDS), ENCODER)
+    return Renderer(find_template(name, WORDS), ENCODER)
 
 
-@pytest.mark.parametrize("name", builtin())
+@pytest.mark.parametrize("name", builtin_templates())
 @pytest.mark.parametrize("talk", TALKS)
 def test_jinja_gives_the_tokens_that_training_saw(name: str, talk: list[Turn]) -> None:
     ours = renderer(name)
@@ -40,7 +40,7 @@ def test_jinja_gives_the_tokens_that_training_saw(name: str, talk: list[Turn]) -
     assert Renderer(read_back, ENCODER).prompt(talk) == ours.prompt(talk)
 
 
-@pytest.mark.parametrize("name", builtin())
+@pytest.mark.parametrize("name", builtin_templates())
 def test_a_tokenizers_own_template_is_recognised(name: str) -> None:
     ours = renderer(name)
     theirs = ChatTemplate(jinja(ours), "<s>", "</s>", SPECIALS)
@@ -64,7 +64,7 @@ def test_the_embedded_bases_own_system_prompt_is_found() -> None:
     from vicuna.model.vocabulary import load_vocabulary
 
     words = load_vocabulary(locate_vocabulary(EMBEDDED))
-    template = find("auto", words)
+    template = find_template("auto", words)
     found = recognised(template)
     assert found is not None
     assert found.name == "chatml"
@@ -79,7 +79,7 @@ def test_go_for_chatml_letter_by_letter() -> None:
     assert text.endswith('{{ $turn.Content }}{{ "<|im_end|>" }}{{ "\\n" }}{{- end -}}{{- end -}}')
 
 
-@pytest.mark.parametrize("name", builtin())
+@pytest.mark.parametrize("name", builtin_templates())
 def test_go_renders_what_training_saw(name: str) -> None:
     """Read by a few lines that know the constructs used here; Ollama itself was not run."""
     from go_kit import render
@@ -91,7 +91,11 @@ def test_go_renders_what_training_saw(name: str) -> None:
         told = talk
         if talk[0].role != "system" and ours.template.default_system:
             told = [Turn("system", ours.template.default_system), *talk]  # SYSTEM of the Modelfile
-        bos = [] if WORDS.bos_id is None or "{bos}" not in builtin()[name].get("start", "") else [0]
+        bos = (
+            []
+            if WORDS.bos_id is None or "{bos}" not in builtin_templates()[name].get("start", "")
+            else [0]
+        )
         shown = render(text, [(t.role, t.text) for t in told])
         assert [*bos, *whole(shown)] == whole(tokens(ours.prompt(talk)))
 

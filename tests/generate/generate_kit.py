@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Vocabulary
+from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.generate.engines.base import Cancelled, never
 
 CORPUS = [
@@ -25,9 +26,9 @@ CORPUS = [
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level() -> Tokenizer:
+def byte_level() -> HFTokenizer:
     """Like GPT-2, Llama 3 and Qwen: bytes, and some merges of them."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = HFTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -40,7 +41,7 @@ def byte_level() -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece() -> Tokenizer:
+def sentencepiece() -> HFTokenizer:
     """Like Llama 1 and 2: characters, a space before the first word, bytes for what is rare."""
     pieces = [*SPECIALS, "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
     letters = sorted({c for line in CORPUS[1:] for c in line if c not in " 😀"} | set("abc"))
@@ -50,7 +51,7 @@ def sentencepiece() -> Tokenizer:
     model = models.BPE(
         vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = HFTokenizer(model)
     tokenizer.add_special_tokens([*SPECIALS, "<unk>"])
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -66,9 +67,9 @@ def sentencepiece() -> Tokenizer:
     return tokenizer
 
 
-def vocabulary(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Vocabulary:
+def vocabulary(tokenizer: HFTokenizer, ends: Sequence[int] = ()) -> TokenizerData:
     specials = {t["content"]: t["id"] for t in json.loads(tokenizer.to_str())["added_tokens"]}
-    return Vocabulary(
+    return TokenizerData(
         tokenizer_json=tokenizer.to_str(),
         bos_id=specials["<s>"],
         eos_id=specials["</s>"],
@@ -80,9 +81,9 @@ def vocabulary(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> Vocabulary:
     )
 
 
-def make_renderer(tokenizer: Tokenizer, template: str, ends: Sequence[int] = ()) -> Renderer:
+def make_renderer(tokenizer: HFTokenizer, template: str, ends: Sequence[int] = ()) -> Renderer:
     words = vocabulary(tokenizer, ends)
-    return Renderer(find(template, words), Encoder(words))
+    return Renderer(find_template(template, words), Tokenizer(words))
 
 
 def tiny_llama(vocab_size: int, seed: int = 0, **changes: Any) -> Any:
@@ -189,7 +190,7 @@ class ScriptedEngine(PathEngine):
 
 def saying(renderer: Renderer, *answers: str, **options: Any) -> ScriptedEngine:
     """An engine that gives these answers, each ended by the template's end token."""
-    encoder = renderer.encoder
+    encoder = renderer.tokenizer
     scripts = [[*encoder.text(a), renderer.end_id] for a in answers]
     return ScriptedEngine(encoder.vocab_size, scripts, **options)
 
@@ -200,12 +201,12 @@ def renderer() -> Renderer:
 
 
 @pytest.fixture(scope="session")
-def encoder(renderer: Renderer) -> Encoder:
-    return renderer.encoder
+def encoder(renderer: Renderer) -> Tokenizer:
+    return renderer.tokenizer
 
 
 @pytest.fixture(scope="session")
-def model(encoder: Encoder) -> Any:
+def model(encoder: Tokenizer) -> Any:
     return tiny_llama(encoder.vocab_size)
 
 

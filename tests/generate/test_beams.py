@@ -43,7 +43,7 @@ class Ends:
     """A renderer with end tokens of the test's choice."""
 
     def __init__(self, ends: list[int]) -> None:
-        self.encoder, self.stop_ids = RENDERER.encoder, frozenset(ends)
+        self.tokenizer, self.stop_ids = RENDERER.tokenizer, frozenset(ends)
 
 
 def ours(engine: Any, prompt: list[int], ends: list[int], **chosen: Any) -> Finished:
@@ -144,7 +144,7 @@ class Spoken(StoppingCriteria):
         self.prompt, self.stops = prompt, stops
 
     def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
-        texts = [RENDERER.encoder.decode(row) for row in input_ids[:, self.prompt :].tolist()]
+        texts = [RENDERER.tokenizer.decode(row) for row in input_ids[:, self.prompt :].tolist()]
         return torch.tensor([any(s in t for s in self.stops) for t in texts])
 
 
@@ -172,7 +172,7 @@ def test_penalties_bias_and_stop_tokens(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stop_string_finishes_a_beam(seed: int) -> None:
     model, prompt, ends, _ = case(seed)
-    letters = [RENDERER.encoder.decode([i]) for i in range(10, 60)]
+    letters = [RENDERER.tokenizer.decode([i]) for i in range(10, 60)]
     rng = random.Random(seed)
     stops = rng.sample(letters, 6) + ["".join(rng.sample(letters, 2))]
     common: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 10, "num_return_sequences": 3}
@@ -180,7 +180,7 @@ def test_a_stop_string_finishes_a_beam(seed: int) -> None:
     wanted = theirs(model, prompt, ends, **common, stopping_criteria=criteria)
     found = ours(plain_engine(model), prompt, ends, **common, stop=stops)
     for answer, (ids, score) in zip(found.answers, wanted):
-        text = RENDERER.encoder.decode([t for t in answer.token_ids if t not in ends])
+        text = RENDERER.tokenizer.decode([t for t in answer.token_ids if t not in ends])
         stopped = [text.index(s) for s in stops if s in text]
         assert answer.token_ids == tuple(ids[: len(answer.token_ids)])
         assert answer.score == pytest.approx(score, abs=1e-4)
@@ -193,7 +193,7 @@ def test_a_stop_string_finishes_a_beam(seed: int) -> None:
 
 def test_all_beams_go_on_where_most_continuations_end() -> None:
     """However many continuations end with a stop string, as many beams as asked for go on."""
-    letters = [RENDERER.encoder.decode([i]) for i in range(10, 50)]
+    letters = [RENDERER.tokenizer.decode([i]) for i in range(10, 50)]
     for chosen in ({}, {"do_sample": True, "seed": 1}):
         settings = Settings(
             num_beams=4,

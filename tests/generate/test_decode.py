@@ -29,7 +29,7 @@ from vicuna.generate.events import one_shot_json
 
 ENDS = range(200, 230)  # so many end tokens that random models end now and then
 RENDERER = make_renderer(byte_level(), "chatml", ends=ENDS)
-VOCAB = RENDERER.encoder.vocab_size
+VOCAB = RENDERER.tokenizer.vocab_size
 MODELS = [tiny_llama(VOCAB, seed) for seed in range(3)]
 MODELS[1] = tiny_llama(VOCAB, 1, num_key_value_heads=4, tie_word_embeddings=True)
 
@@ -112,7 +112,7 @@ def test_the_end_token_is_counted_and_not_shown(renderer: Renderer) -> None:
 
 
 def test_any_other_end_token_ends_too() -> None:
-    engine = ScriptedEngine(VOCAB, [[*RENDERER.encoder.text("a"), ENDS[3], 5]])
+    engine = ScriptedEngine(VOCAB, [[*RENDERER.tokenizer.text("a"), ENDS[3], 5]])
     assert run(engine, [5]).text == "a"
 
 
@@ -244,12 +244,12 @@ class Spelled:
     def __init__(self) -> None:
         tokenizer = byte_level()
         tokenizer.add_tokens([w for w in WORDS if tokenizer.token_to_id(w) is None])
-        self.encoder = make_renderer(tokenizer, "chatml").encoder
+        self.tokenizer = make_renderer(tokenizer, "chatml").tokenizer
         self.ids = [tokenizer.token_to_id(w.replace(" ", "Ġ")) for w in WORDS]
         self.ids = [
             i if i is not None else tokenizer.token_to_id(w) for i, w in zip(self.ids, WORDS)
         ]
-        halves = self.encoder.text("好")[:1]  # the first byte of a character
+        halves = self.tokenizer.text("好")[:1]  # the first byte of a character
         self.ids += halves
         self.stop_ids = frozenset({1})
 
@@ -263,7 +263,7 @@ def words_engine(seed: int, **options: Any) -> PathEngine:
     score = few.score
 
     def spread(rows: list[list[int]]) -> Any:
-        scores = torch.full((len(rows), SPELLED.encoder.vocab_size), -1e4)
+        scores = torch.full((len(rows), SPELLED.tokenizer.vocab_size), -1e4)
         scores[:, [*SPELLED.ids, 1]] = score(rows)
         return scores
 
@@ -387,7 +387,7 @@ def test_an_engine_with_few_rows() -> None:
 
 
 def test_stop_tokens_by_id_and_by_name(renderer: Renderer) -> None:
-    a, b = renderer.encoder.text("a")[0], renderer.encoder.text("b")[0]
+    a, b = renderer.tokenizer.text("a")[0], renderer.tokenizer.text("b")[0]
     for token in (b, str(b), "b"):
         done = run(saying(renderer, "ab"), [5], renderer, stop_tokens=[token])
         assert (done.text, done.token_ids, done.finish_reason) == ("a", (a, b), "stop")

@@ -440,11 +440,11 @@ def test_a_gguf_file_brings_its_own_tokenizer_and_ends(tmp_path: Path) -> None:
     loaded = open_model(
         GenerateSettings(model=str(gguf), engine="llama.cpp", threads=1, template="alpaca")
     )
-    encoder = loaded.renderer.encoder
+    encoder = loaded.renderer.tokenizer
     text = "床前明月光，疑是地上霜。2026 don't \n\n x"
     assert encoder.decode(encoder.text(text)) == text
     assert encoder.text(text, first=True) == loaded.engine.tokenize(text)  # type: ignore[attr-defined]
-    assert encoder.vocabulary.eos_token == "</s>"
+    assert encoder.data.eos_token == "</s>"
 
 
 def test_a_type_that_llamacpp_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ RENDERERS = {
     "byte-level": make_renderer(byte_level(), "chatml"),
     "sentencepiece": make_renderer(sentencepiece(), "alpaca"),
 }
-ENCODER = RENDERERS["byte-level"].encoder
+ENCODER = RENDERERS["byte-level"].tokenizer
 VOCAB = 30
 
 
@@ -135,7 +135,7 @@ STRATEGIES: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True, "s
 def test_banned_words_never_come(name: str, chosen: dict[str, Any], words: list[str]) -> None:
     """However their letters are cut into tokens, also tokens that hold parts of characters."""
     renderer = RENDERERS[name]
-    encoder = renderer.encoder
+    encoder = renderer.tokenizer
     likely = {i for w in ["a b", "ab", "好", "😀", " ab"] for i in encoder.text(w)}
     bias = dict.fromkeys(likely - encoder.control_ids, 9.0)
     engine = random_engine(encoder.vocab_size, spread=1.0)

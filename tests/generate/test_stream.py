@@ -10,12 +10,12 @@ from generate_kit import byte_level, sentencepiece, vocabulary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.stream import StopStrings, StreamState, TextStream
 
 ENCODERS = {
-    "byte-level": Encoder(vocabulary(byte_level())),
-    "sentencepiece": Encoder(vocabulary(sentencepiece())),
+    "byte-level": Tokenizer(vocabulary(byte_level())),
+    "sentencepiece": Tokenizer(vocabulary(sentencepiece())),
 }
 # Any text, with a lean towards what takes several tokens; U+FFFD itself is tested by itself.
 TEXT = st.text(
@@ -28,7 +28,7 @@ TEXT = st.text(
 every_encoder = pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS.keys())
 
 
-def pieces(encoder: Encoder, ids: list[int], stops: Sequence[str] = ()) -> list[str]:
+def pieces(encoder: Tokenizer, ids: list[int], stops: Sequence[str] = ()) -> list[str]:
     stream, state = TextStream(encoder, stops), StreamState()
     parts = []
     for token_id in ids:
@@ -40,7 +40,7 @@ def pieces(encoder: Encoder, ids: list[int], stops: Sequence[str] = ()) -> list[
 @every_encoder
 @settings(max_examples=150, deadline=None)
 @given(text=TEXT)
-def test_pieces_are_the_text(encoder: Encoder, text: str) -> None:
+def test_pieces_are_the_text(encoder: Tokenizer, text: str) -> None:
     parts = pieces(encoder, encoder.text(text))
     assert "".join(parts) == text.removeprefix(" ")
     assert not any("\ufffd" in p for p in parts)
@@ -49,7 +49,7 @@ def test_pieces_are_the_text(encoder: Encoder, text: str) -> None:
 @every_encoder
 @settings(max_examples=100, deadline=None)
 @given(text=TEXT)
-def test_pieces_equal_decoding_at_once(encoder: Encoder, text: str) -> None:
+def test_pieces_equal_decoding_at_once(encoder: Tokenizer, text: str) -> None:
     ids = encoder.text(text, first=True)
     whole = encoder.decode(ids)
     if encoder is ENCODERS["byte-level"]:
@@ -69,7 +69,7 @@ def test_any_bytes_equal_decoding_at_once(ids: list[int]) -> None:
 
 
 @every_encoder
-def test_half_a_character_is_never_shown(encoder: Encoder) -> None:
+def test_half_a_character_is_never_shown(encoder: Tokenizer) -> None:
     ids = encoder.text("好🚀")
     assert len(ids) >= 4
     parts = pieces(encoder, ids[:-1])
@@ -78,30 +78,30 @@ def test_half_a_character_is_never_shown(encoder: Encoder) -> None:
 
 
 @every_encoder
-def test_a_broken_character_does_not_stop_the_text(encoder: Encoder) -> None:
+def test_a_broken_character_does_not_stop_the_text(encoder: Tokenizer) -> None:
     half = encoder.text("🚀")[:2]
     assert "".join(pieces(encoder, [*half, *encoder.text("好")])).endswith("好")
 
 
 @every_encoder
-def test_the_replacement_character_itself(encoder: Encoder) -> None:
+def test_the_replacement_character_itself(encoder: Tokenizer) -> None:
     assert "".join(pieces(encoder, encoder.text("a\ufffdb"))) == "a\ufffdb"
 
 
 @every_encoder
-def test_only_the_first_space_goes(encoder: Encoder) -> None:
+def test_only_the_first_space_goes(encoder: Tokenizer) -> None:
     assert "".join(pieces(encoder, encoder.text("  ab ab"))) == " ab ab"
 
 
 @every_encoder
-def test_control_tokens_are_not_shown(encoder: Encoder) -> None:
+def test_control_tokens_are_not_shown(encoder: Tokenizer) -> None:
     controls = sorted(encoder.control_ids)
     a = encoder.text("a")
     assert "".join(pieces(encoder, [*controls, *a, *controls, *a])) == "aa"
 
 
 def test_each_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = Encoder(vocabulary(byte_level()))
+    encoder = Tokenizer(vocabulary(byte_level()))
     stream, state = TextStream(encoder), StreamState()
     lengths: list[int] = []
     decode = encoder.decode
@@ -116,7 +116,9 @@ def test_each_token_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @every_encoder
 @settings(max_examples=60, deadline=None)
 @given(head=TEXT, tails=st.lists(TEXT, min_size=2, max_size=3))
-def test_a_fork_does_not_disturb_the_others(encoder: Encoder, head: str, tails: list[str]) -> None:
+def test_a_fork_does_not_disturb_the_others(
+    encoder: Tokenizer, head: str, tails: list[str]
+) -> None:
     """Beams share one stream, and go on from the same state in turn, token by token."""
     stream = TextStream(encoder, ["ab好"])
     begin, state = encoder.text(head), StreamState()

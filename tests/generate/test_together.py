@@ -8,9 +8,9 @@ from generate_kit import byte_level, sentencepiece, tiny_llama, vocabulary
 
 from kit import tiny_model
 from vicuna.data.conversation import Turn
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.decode import complete
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.settings import Settings
@@ -29,7 +29,7 @@ QUESTIONS = [
 @pytest.mark.parametrize("template", ["alpaca", "chatml", "llama2"])
 def test_answers_are_those_of_each_alone(tokenizer, template: str) -> None:  # type: ignore[no-untyped-def]
     words = vocabulary(tokenizer())
-    renderer = Renderer(find(template, words), Encoder(words))
+    renderer = Renderer(find_template(template, words), Tokenizer(words))
     engine = open_engine(tiny_llama(400, seed=3, max_position_embeddings=512).float(), 512)
     prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS]
     alone = [complete(engine, p, Settings(max_new_tokens=24), renderer).answers[0] for p in prompts]
@@ -41,7 +41,7 @@ def test_answers_are_those_of_each_alone(tokenizer, template: str) -> None:  # t
 
 def test_the_windows_of_a_model_are_kept() -> None:
     words = vocabulary(byte_level())
-    renderer = Renderer(find("chatml", words), Encoder(words))
+    renderer = Renderer(find_template("chatml", words), Tokenizer(words))
     engine = open_engine(tiny_model("gemma3", vocab_size=400), 512)
     prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS]
     alone = [complete(engine, p, Settings(max_new_tokens=24), renderer).text for p in prompts]
@@ -50,7 +50,7 @@ def test_the_windows_of_a_model_are_kept() -> None:
 
 def test_a_full_context_and_a_caller_who_has_enough_end_an_answer() -> None:
     words = vocabulary(byte_level())
-    renderer = Renderer(find("alpaca", words), Encoder(words))
+    renderer = Renderer(find_template("alpaca", words), Tokenizer(words))
     prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS[:2]]
     room = max(map(len, prompts)) + 3
     engine = open_engine(tiny_llama(400, seed=3, max_position_embeddings=512), room)
@@ -74,7 +74,7 @@ def test_scores_that_are_no_numbers_are_told() -> None:
     from vicuna.errors import UserError
 
     words = vocabulary(byte_level())
-    renderer = Renderer(find("alpaca", words), Encoder(words))
+    renderer = Renderer(find_template("alpaca", words), Tokenizer(words))
     model = tiny_llama(400)
     engine = open_engine(model, 512)
     model.lm_head.weight.data[:] = torch.nan
@@ -91,7 +91,7 @@ def test_long_prompts_are_answered_alone() -> None:
 
 def test_one_answer_ends_where_the_caller_says_and_the_others_go_on() -> None:
     words = vocabulary(byte_level())
-    renderer = Renderer(find("chatml", words), Encoder(words))
+    renderer = Renderer(find_template("chatml", words), Tokenizer(words))
     engine = open_engine(tiny_llama(400, seed=3, max_position_embeddings=512), 512)
     prompts = [renderer.prompt([Turn("user", q)]) for q in QUESTIONS]
     whole = [a.text for a in answer_together(engine, prompts, 24, renderer)]

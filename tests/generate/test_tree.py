@@ -64,7 +64,7 @@ def test_a_finished_branch_holds_the_text_until_it_is_beaten() -> None:
 
 def long_answer(tokens: int, **chosen: Any) -> tuple[int, Finished]:
     """Calls of Python functions that steps cost, all but the engine's, in the last 50 steps."""
-    engine = random_engine(RENDERER.encoder.vocab_size)
+    engine = random_engine(RENDERER.tokenizer.vocab_size)
     calls = 0
 
     def count(frame: Any, event: str, _: Any) -> None:
@@ -101,7 +101,7 @@ def test_dead_branches_are_freed() -> None:
         return sum(isinstance(o, Node) for o in gc.get_objects())
 
     before = nodes()
-    engine = random_engine(RENDERER.encoder.vocab_size)
+    engine = random_engine(RENDERER.tokenizer.vocab_size)
     events = decode(
         engine, [5], Settings(max_new_tokens=100, min_new_tokens=100, num_beams=4), RENDERER
     )

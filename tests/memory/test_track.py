@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kit import config_of
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 from vicuna.memory import devices
 from vicuna.memory.extrapolate import full_peak
 from vicuna.memory.traced_step import Job, Step, begin, pack_of, run, worst_pack
@@ -96,7 +96,7 @@ def real_peak(config: Any, job: Job, pack: Any) -> Any:
     return full_peak(tracker.trace, "cpu")
 
 
-SHARED = [Segment(0, 24), Segment(24, 60, ((0, 24),)), Segment(60, 96, ((0, 24),))]
+SHARED = [PackSegment(0, 24), PackSegment(24, 60, ((0, 24),)), PackSegment(60, 96, ((0, 24),))]
 
 
 @pytest.mark.parametrize(

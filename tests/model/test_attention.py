@@ -9,20 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 from vicuna.model import attention, attention_cpu
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 
 # A tree: a preamble, two examples behind it, one of them with two endings, and one on its own.
 TREE = [
-    Segment(0, 20),
-    Segment(20, 33, ((0, 20),)),
-    Segment(33, 50, ((0, 20),)),
-    Segment(50, 57, ((0, 20), (33, 50))),
-    Segment(57, 70, ((0, 20), (33, 50))),
-    Segment(70, 90),
+    PackSegment(0, 20),
+    PackSegment(20, 33, ((0, 20),)),
+    PackSegment(33, 50, ((0, 20),)),
+    PackSegment(50, 57, ((0, 20), (33, 50))),
+    PackSegment(57, 70, ((0, 20), (33, 50))),
+    PackSegment(70, 90),
 ]
-FLAT = [Segment(0, 20), Segment(20, 57), Segment(57, 90)]
+FLAT = [PackSegment(0, 20), PackSegment(20, 57), PackSegment(57, 90)]
 SHAPES = {
     "every head its own": AttentionShape(4, 4, 8, 0.4, None),
     "grouped": AttentionShape(4, 2, 8, 0.3, None),
@@ -31,7 +31,7 @@ SHAPES = {
 }
 
 
-def by_hand(qkv: Tensor, heads: AttentionShape, segments: list[Segment]) -> Tensor:
+def by_hand(qkv: Tensor, heads: AttentionShape, segments: list[PackSegment]) -> Tensor:
     """Softmax attention of each path of the tree by itself."""
     split = qkv.view(len(qkv), -1, heads.size).transpose(0, 1)
     q, k, v = split.split([heads.query, heads.key, heads.key])
@@ -79,7 +79,7 @@ def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_equals_attention_by_hand(
-    backend: str, shape: str, segments: list[Segment]
+    backend: str, shape: str, segments: list[PackSegment]
 ) -> None:
     heads = SHAPES[shape]
     if backend == "flex" and heads.size < 16:
@@ -163,7 +163,7 @@ def test_on_the_cpu_and_old_gpus_segments_are_computed_one_by_one() -> None:
 )
 def test_the_backend_follows_the_chip_and_the_pack(
     capability: tuple[int, int],
-    segments: list[Segment],
+    segments: list[PackSegment],
     dtype: torch.dtype,
     wanted: str,
     monkeypatch: pytest.MonkeyPatch,

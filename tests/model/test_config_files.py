@@ -16,9 +16,9 @@ from vicuna.commands import doctor
 from vicuna.commands.generate import generate
 from vicuna.commands.plan import run as plan
 from vicuna.commands.train import run as train
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.model import load
 from vicuna.model.config_files import check_folder, load_config
@@ -146,8 +146,8 @@ def test_a_token_that_nothing_produces_does_no_harm(tmp_path: Path) -> None:
     """Gemma 3 of text alone has a placeholder for images beyond its embedding."""
     folder = base(tmp_path / "base", [IMAGE])
     vocabulary = load_vocabulary(folder)
-    renderer = Renderer(find("alpaca", vocabulary), Encoder(vocabulary))
-    assert renderer.encoder.vocab_size > ROWS
+    renderer = Renderer(find_template("alpaca", vocabulary), Tokenizer(vocabulary))
+    assert renderer.tokenizer.vocab_size > ROWS
     assert tokens_without_row(renderer, ROWS) == {}
     assert not any(f.level == "error" for f in doctor.examine(folder, "alpaca")[1])
 

@@ -15,7 +15,7 @@ from parity_kit import (
     taken,
 )
 from vicuna.data.loss_mask import Example, targets_of
-from vicuna.data.pack import build_packs, filled
+from vicuna.data.pack import build_packs, padded
 from vicuna.model import dropout
 
 CUTS = [(10_000, 0, True), (150, 0, True), (90, 3, True), (10_000, 8, False), (10_000, 1, True)]
@@ -36,7 +36,7 @@ def test_packing_is_exact_however_it_is_cut(family: str) -> None:
 def test_what_packs_are_filled_up_with_teaches_nothing(family: str) -> None:
     trainable, examples = make(family), make_examples()
     loss, wanted = packed(trainable, examples, 150)
-    packs = [filled(p, 64) for p in build_packs(examples, END, 150)]
+    packs = [padded(p, 64) for p in build_packs(examples, END, 150)]
     assert all(len(p.ids) % 64 == len(p.target_rows) % 64 == 0 for p in packs)
     found = trainable.backward(packs, sum(p.supervised for p in packs))
     assert found == pytest.approx(loss, rel=1e-6)

@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 from generate_kit import byte_level, sentencepiece, vocabulary
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as HFTokenizer
 
 from kit import metaspace, save_tokenizer
-from vicuna.data.templates.registry import find
-from vicuna.data.tokenizer import Encoder, Vocabulary
+from vicuna.data.templates.registry import find_template
+from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.errors import UserError
 from vicuna.model.vocabulary import Finding, check_up, load_vocabulary
 
 
 def findings(
-    known: Vocabulary, template: str = "alpaca", rows: int | None = None, **config: Any
+    known: TokenizerData, template: str = "alpaca", rows: int | None = None, **config: Any
 ) -> list[Finding]:
-    encoder = Encoder(known)
+    encoder = Tokenizer(known)
     size = encoder.vocab_size if rows is None else rows
-    return check_up(encoder, find(template, known), size, config)
+    return check_up(encoder, find_template(template, known), size, config)
 
 
 def bad(*args: Any, **config: Any) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def test_a_lossy_tokenizer_is_found() -> None:
 # -- reading ----
 
 
-def read(tmp_path: Path, tokenizer: Tokenizer | None = None, **words: Any) -> Vocabulary:
+def read(tmp_path: Path, tokenizer: HFTokenizer | None = None, **words: Any) -> TokenizerData:
     save_tokenizer(tmp_path, tokenizer, **words)
     return load_vocabulary(tmp_path)
 

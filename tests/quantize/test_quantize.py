@@ -13,7 +13,7 @@ import pytest
 from gguf_kit import tiny_base
 from kit import with_adapter
 from vicuna.commands.quantize import run
-from vicuna.data.templates.registry import builtin
+from vicuna.data.templates.registry import builtin_templates
 from vicuna.errors import SettingsError, UserError
 from vicuna.model.adapter import save
 from vicuna.quantize import environment, process
@@ -26,7 +26,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantize")
     model = tiny_base(folder / "base", "llama", hidden_size=64, intermediate_size=128)
     (folder / "adapter").mkdir()
-    spec = {k: v for k, v in builtin()["alpaca"].items() if k != "about"}
+    spec = {k: v for k, v in builtin_templates()["alpaca"].items() if k != "about"}
     meta = {"template": {"kind": "literal", "name": "alpaca", **spec}}
     save(with_adapter(model), folder / "adapter", meta)
     return folder
@@ -85,7 +85,7 @@ def test_a_result_that_cannot_be_asked_is_kept(
 def test_calibration_is_what_the_model_was_trained_on(
     shelf: Path, tmp_path: Path, library: None
 ) -> None:
-    from vicuna.data.tokenizer import Encoder
+    from vicuna.data.tokenizer import Tokenizer
     from vicuna.model.vocabulary import load_vocabulary
 
     data = tmp_path / "mine.jsonl"
@@ -94,7 +94,7 @@ def test_calibration_is_what_the_model_was_trained_on(
     more = ("--adapter", str(shelf / "adapter"), "--calibration", str(data), "--no-verify")
     run("awq", words(shelf, target, *more))
     (ids,) = json.loads((target / "job.json").read_text())["texts"]
-    encoder = Encoder(load_vocabulary(shelf / "base"))
+    encoder = Tokenizer(load_vocabulary(shelf / "base"))
     text = encoder.spelled(ids)
     assert text.startswith("Below is an instruction")
     assert text.endswith("### Instruction:\n你好吗\n\n### Response:\n我很好。</s>")

@@ -20,9 +20,9 @@ def main(base: Path, gguf: Path, adapter: Path) -> None:
     from vicuna.commands.train import run
     from vicuna.config import DatasetEntry, TrainSettings
     from vicuna.data import dataset as datasets
-    from vicuna.data.templates.registry import find
+    from vicuna.data.templates.registry import find_template
     from vicuna.data.templates.renderer import Renderer
-    from vicuna.data.tokenizer import Encoder
+    from vicuna.data.tokenizer import Tokenizer
     from vicuna.export import gguf_cache
     from vicuna.files import file_hash
     from vicuna.llamacpp import build
@@ -37,15 +37,15 @@ def main(base: Path, gguf: Path, adapter: Path) -> None:
     entries = [DatasetEntry(path="data.jsonl"), DatasetEntry(path="data.jsonl", weight=2.0)]
     settings = TrainSettings(dataset=entries, cutoff_len=400, overlong="split")
     for name in ("auto", "alpaca", "chatml"):
-        renderer = Renderer(find(name, vocabulary), Encoder(vocabulary))
+        renderer = Renderer(find_template(name, vocabulary), Tokenizer(vocabulary))
         told[f"template {name}"] = renderer.template.digest
         told[f"saved template {name}"] = json.dumps(renderer.template.to_dict())
-        recipe = datasets.recipe_for(settings, renderer)
+        recipe = datasets.preparation_spec(settings, renderer)
         told[f"recipe {name}"] = recipe.key(file_hash(Path("data.jsonl")))
         found, report = datasets.load(entries, settings, renderer)
         split = datasets.split(found, report, entries, 5, 4, seed=3)
         told[f"data {name}"] = split.digest
-        told[f"order {name}"] = [split.order.step(k).tolist() for k in range(3)]
+        told[f"order {name}"] = [split.sampler.step(k).tolist() for k in range(3)]
         told[f"questions {name}"] = found.column("question").tolist()
     files = adapters.read_adapter(str(adapter))
     told["base"] = adapters.identify(base)

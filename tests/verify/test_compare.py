@@ -16,7 +16,7 @@ import torch
 from gguf_kit import tiny_base, tiny_gguf
 from kit import FAMILIES, with_adapter
 from vicuna.config import VerifySettings
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.model.adapter import read_adapter, save
 from vicuna.model.vocabulary import load_vocabulary
@@ -145,8 +145,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder(folder: Path) -> Encoder:
-    return Encoder(load_vocabulary(folder))
+def encoder(folder: Path) -> Tokenizer:
+    return Tokenizer(load_vocabulary(folder))
 
 
 def test_texts_are_chinese_and_english_within_their_budget(base: Path) -> None:

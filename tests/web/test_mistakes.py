@@ -23,7 +23,7 @@ from vicuna.data.conversation import Turn
 from vicuna.data.records import columns, find_files, text_stream
 from vicuna.data.templates import sandbox
 from vicuna.data.templates.chat_template import ChatTemplate
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.errors import UserError
 from vicuna.generate.chat import check_length
 from vicuna.generate.decode import decode
@@ -106,7 +106,7 @@ def of_answers(say: Heard, session: Session, folder: Path) -> None:
     say(session.load, "{")
     say(Sessions().get, "x")
     vocabulary: Any = SimpleNamespace(chat_template=None)
-    say(find, "nope", vocabulary)
+    say(find_template, "nope", vocabulary)
 
 
 def of_adapters(say: Heard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from html import unescape
 import pytest
 
 from kit import save_tokenizer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.events import Answer, TokenLogprob
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.web import probabilities
@@ -19,13 +19,15 @@ from vicuna.web.probabilities import Said
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
-    return Encoder(load_vocabulary(folder))
+    return Tokenizer(load_vocabulary(folder))
 
 
-def test_the_tokens_together_are_the_answer_and_each_has_its_probability(encoder: Encoder) -> None:
+def test_the_tokens_together_are_the_answer_and_each_has_its_probability(
+    encoder: Tokenizer,
+) -> None:
     ids = encoder.text("春天 <b>好</b>\n🌸")
     end = next(iter(encoder.control_ids))
     logprobs = tuple(TokenLogprob(i, -0.5, ((i, -0.5), (end, -2.0))) for i in [*ids, end])

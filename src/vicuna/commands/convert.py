@@ -17,7 +17,7 @@ from vicuna import config
 from vicuna.config import ConvertSettings
 from vicuna.convert import meta
 from vicuna.convert.tokenizers import bring_tokenizer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError
 from vicuna.files import scratch_folder, whole_folder
 from vicuna.gguf.read import read_tensors
@@ -76,7 +76,7 @@ def run(words: Sequence[str]) -> int:
         report.measure(source.size, aside)
         after = _opener(aside, settings, stack)
         before = _scorer(source, stack)
-        report.verify(settings, before, after, lambda: Encoder(load_vocabulary(aside)))
+        report.verify(settings, before, after, lambda: Tokenizer(load_vocabulary(aside)))
         report.write(aside)
     report.finish()
     return 0

@@ -14,9 +14,9 @@ from vicuna.data.dataset import CUTOFFS, Lost
 from vicuna.data.loss_mask import NEXT_TOKEN, NO_TARGET, Example
 from vicuna.data.preview import spans
 from vicuna.data.templates.compare_with_original import lines_for
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.terminal import say_json
 
@@ -38,9 +38,9 @@ def renderer_for(settings: DataSettings) -> Renderer:
     from vicuna.model.vocabulary import load_vocabulary
 
     vocabulary = load_vocabulary(locate_vocabulary(settings.model))
-    template = find(settings.template, vocabulary)
+    template = find_template(settings.template, vocabulary)
     template = template.choose(settings.thinking, settings.thinking_loss)
-    return Renderer(template, Encoder(vocabulary))
+    return Renderer(template, Tokenizer(vocabulary))
 
 
 @contextmanager
@@ -103,9 +103,9 @@ def _answer_lengths(found: dataset.Dataset, renderer: Renderer) -> tuple[int, in
     for i in range(min(len(found), 500)):
         example = found[i]
         learned = example.ids[1:][example.labels[:-1] == NEXT_TOKEN].tolist()
-        answer = [t for t in learned if t not in renderer.encoder.control_ids]
+        answer = [t for t in learned if t not in renderer.tokenizer.control_ids]
         tokens += len(answer)
-        characters += len(renderer.encoder.decode(answer))
+        characters += len(renderer.tokenizer.decode(answer))
     return tokens, characters
 
 
@@ -172,7 +172,7 @@ def preview(words: Sequence[str]) -> int:
     console = Console()
     console.print(
         f"template {renderer.template.name}; [green]learned[/], not learned, "
-        f"[reverse]control token[/]; answers end with {renderer.encoder.token(renderer.end_id)}"
+        f"[reverse]control token[/]; answers end with {renderer.tokenizer.token(renderer.end_id)}"
     )
     for line in lines_for(renderer, _some(found)):
         console.print(line, markup=False)

@@ -8,9 +8,9 @@ from pathlib import Path
 from vicuna import config
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences
-from vicuna.data.templates.registry import find
+from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import EXIT_MISTAKE, UserError
 from vicuna.model.base import locate_vocabulary
 from vicuna.model.config_files import read_config
@@ -26,21 +26,21 @@ def examine(folder: Path, template: str) -> tuple[Template, list[Finding]]:
     from vicuna.weights.read import check_weights
 
     vocabulary = load_vocabulary(folder)
-    encoder = Encoder(vocabulary)
-    chosen = find(template, vocabulary)
+    tokenizer = Tokenizer(vocabulary)
+    chosen = find_template(template, vocabulary)
     config = read_config(folder)
     inner = config.get("text_config")
     text_config = inner if isinstance(inner, dict) else config
-    found = check_up(encoder, chosen, text_config.get("vocab_size"), text_config)
+    found = check_up(tokenizer, chosen, text_config.get("vocab_size"), text_config)
     try:
-        check_embedding_rows(Renderer(chosen, encoder), config, folder)
+        check_embedding_rows(Renderer(chosen, tokenizer), config, folder)
     except UserError as e:
         found.append(Finding("error", e.what))
     try:
         check_weights(folder)
     except UserError as e:
         found.append(Finding("error", str(e).split("\n")[0]))
-    return chosen, found + _fidelity(Renderer(chosen, encoder))
+    return chosen, found + _fidelity(Renderer(chosen, tokenizer))
 
 
 def _fidelity(renderer: Renderer) -> list[Finding]:

@@ -106,7 +106,7 @@ def _base(settings: ExportSettings, source: Source, target: Path, aside: Path) -
     )
     report.measure(sum(size_of(f) for f in weight_files(source.folder)[0]), aside)
     report.verify(
-        settings, source.scorer, lambda: GgufScorer(aside), lambda: source.renderer.encoder
+        settings, source.scorer, lambda: GgufScorer(aside), lambda: source.renderer.tokenizer
     )
     return report
 
@@ -171,7 +171,7 @@ def _adapter(settings: ExportSettings, source: Source, target: Path, aside: Path
         settings,
         source.scorer,
         lambda: GgufScorer(base_file(source.folder, "f16"), aside),
-        lambda: source.renderer.encoder,
+        lambda: source.renderer.tokenizer,
     )
     return report
 

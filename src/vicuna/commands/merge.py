@@ -13,9 +13,9 @@ from vicuna import config
 from vicuna.config import MergeSettings
 from vicuna.convert.combine import Method, combine
 from vicuna.convert.merge import Merge
-from vicuna.data.templates.registry import from_dict
+from vicuna.data.templates.registry import template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError, UserError
 from vicuna.export.chat_format import write_speech
 from vicuna.files import whole_folder
@@ -154,7 +154,7 @@ def _merge(settings: MergeSettings, inputs: _Inputs, target: Path, largest: int)
             settings,
             lambda: FolderScorer(inputs.folder, adapters=weighted),
             lambda: FolderScorer(aside),
-            lambda: Encoder(load_vocabulary(inputs.folder)),
+            lambda: Tokenizer(load_vocabulary(inputs.folder)),
         )
         report.write(aside)
     report.finish()
@@ -186,7 +186,9 @@ def _write_chat_format(inputs: _Inputs, folder: Path) -> None:
             f"the adapters have different templates; the result gets the first one's "
             f"({saved[0].get('name')})"
         )
-    write_speech(Renderer(from_dict(saved[0]), Encoder(load_vocabulary(inputs.folder))), folder)
+    write_speech(
+        Renderer(template_from_dict(saved[0]), Tokenizer(load_vocabulary(inputs.folder))), folder
+    )
 
 
 def _bytes_read(inputs: _Inputs) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.generate.load import base_of, template_of
 from vicuna.model import adapter as adapters
@@ -86,7 +86,7 @@ def open_source(asked: _Asked) -> Source:
     vocabulary = load_vocabulary(folder)
     template = template_of(asked.template, files, vocabulary)
     own_way = bool(asked.template or (files and files.meta.get("template")))
-    return Source(name, folder, files, Renderer(template, Encoder(vocabulary)), own_way, notes)
+    return Source(name, folder, files, Renderer(template, Tokenizer(vocabulary)), own_way, notes)
 
 
 def check_target(target: Path, force: bool, what: str) -> None:

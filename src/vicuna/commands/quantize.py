@@ -65,7 +65,7 @@ def run(method: str, argv: Sequence[str]) -> int:
         after = _write(method, settings, source, aside)
         _finish_folder(source, aside)
         report.measure(_size(source), aside)
-        report.verify(settings, source.scorer, after, lambda: source.renderer.encoder)
+        report.verify(settings, source.scorer, after, lambda: source.renderer.tokenizer)
         if settings.verify and method != "bnb":
             try:
                 report.answers[_QUESTION] = _answer(source, after())
@@ -169,7 +169,7 @@ def _answer(source: Source, scorer: Any) -> str:
     renderer = source.renderer
     prompt = renderer.prompt([Turn("user", _QUESTION)])
     ids = scorer.answer(prompt, sorted(renderer.stop_ids), longest=48)
-    return renderer.encoder.decode(ids).strip()
+    return renderer.tokenizer.decode(ids).strip()
 
 
 def _tell_how_long(source: Source, tokens: int) -> None:

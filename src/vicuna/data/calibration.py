@@ -83,13 +83,13 @@ def _chosen(there: int, count: int, seed: int) -> list[int]:
 def _plain(source: str, renderer: Renderer, count: int, longest: int, seed: int) -> list[list[int]]:
     """Windows of one long text, as the papers take them."""
     path, column = _fetch(source)
-    encoder, ids = renderer.encoder, []
-    bos = encoder.vocabulary.bos_id
+    tokenizer, ids = renderer.tokenizer, []
+    bos = tokenizer.data.bos_id
     needed = 4 * count * longest  # enough to draw from, of files that may have gigabytes
     for raw in read(path, []):
         record = json.loads(raw.value) if isinstance(raw.value, str) else raw.value
         if str(record[column]).strip():
-            ids += encoder.text(str(record[column]) + "\n")
+            ids += tokenizer.text(str(record[column]) + "\n")
         if len(ids) > needed:
             break
     body = longest - (bos is not None)

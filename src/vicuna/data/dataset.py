@@ -17,12 +17,12 @@ from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data import duplicates
 from vicuna.data.example_store import Store
 from vicuna.data.loss_mask import Example
-from vicuna.data.prepare import Pace, Recipe, prepare_file
+from vicuna.data.prepare import PreparationSpec, ReadingProgress, prepare_file
 from vicuna.data.records import columns, encodings
 from vicuna.data.records.find_files import expand_noting
 from vicuna.data.records.read_file import read
 from vicuna.data.report import DataReport, FileReport
-from vicuna.data.sampler import Group, Order, split_validation
+from vicuna.data.sampler import Sampler, WeightedIndices, split_validation
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 
@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 
 @dataclass
-class Source:
+class PreparedFile:
     """One file's store, which of its examples are usable, and the entry it came from."""
 
     path: Path
@@ -45,12 +45,12 @@ class Source:
 class Dataset:
     """Examples of several sources under one numbering: source by source, in the file's order."""
 
-    sources: list[Source]
+    files: list[PreparedFile]
     cutoff: int
     _starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = [len(s.keep) for s in self.sources]
+        sizes = [len(s.keep) for s in self.files]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -58,12 +58,12 @@ class Dataset:
 
     def __getitem__(self, i: int) -> Example:
         s = int(np.searchsorted(self._starts, i, side="right")) - 1
-        source = self.sources[s]
+        source = self.files[s]
         return source.store.example(int(source.keep[i - self._starts[s]]), self.cutoff)
 
     def column(self, name: str) -> np.ndarray:
         """A column of the stores' indices for all usable examples."""
-        parts = [s.store.index[name][s.keep] for s in self.sources]
+        parts = [s.store.index[name][s.keep] for s in self.files]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def lengths(self) -> Lengths:
@@ -73,33 +73,33 @@ class Dataset:
     def digest(self) -> str:
         """A hash of exactly which examples these are, in order: of their tokens and labels."""
         digest = hashlib.sha256(f"{self.cutoff};".encode())
-        for source in self.sources:
+        for source in self.files:
             digest.update(source.store.digest().encode())
             digest.update(source.keep.tobytes())
         return digest.hexdigest()[:32]
 
-    def groups(self, entries: Sequence[DatasetEntry], chosen: np.ndarray) -> list[Group]:
+    def groups(self, entries: Sequence[DatasetEntry], chosen: np.ndarray) -> list[WeightedIndices]:
         """The chosen examples by data set, with its weight."""
         owner = np.repeat(
-            np.array([s.entry for s in self.sources], np.int64), [len(s.keep) for s in self.sources]
+            np.array([s.entry for s in self.files], np.int64), [len(s.keep) for s in self.files]
         )
         groups = []
         for n, entry in enumerate(entries):
             mine = chosen[owner[chosen] == n]
             if len(mine):
-                groups.append(Group(mine, entry.weight))
+                groups.append(WeightedIndices(mine, entry.weight))
         return groups
 
 
-def recipe_for(
+def preparation_spec(
     settings: DataSettings,
     renderer: Renderer,
     max_samples: int = 0,
     own_columns: columns.Columns = (),
-) -> Recipe:
+) -> PreparationSpec:
     """What decides how records become examples under these settings."""
-    return Recipe(
-        vocabulary=renderer.encoder.vocabulary,
+    return PreparationSpec(
+        vocabulary=renderer.tokenizer.data,
         template=renderer.template.to_dict(),
         train_turns=settings.train_turns,
         split_at=settings.cutoff_len if settings.overlong == "split" else 0,
@@ -138,21 +138,21 @@ def load(
     Raises: UserError where a source does not exist or, with `strict`, a record is bad.
     """
     check_sources(entries, settings.encoding)
-    sources: list[Source] = []
+    files: list[PreparedFile] = []
     for n, entry in enumerate(entries):
         notes: list[str] = []
         own = columns.settled(entry.columns)
         for path in expand_noting(entry.path, notes):
-            recipe = recipe_for(settings, renderer, entry.max_samples, own)
-            store = prepare_file(path, recipe, Pace(path.name, say))
+            spec = preparation_spec(settings, renderer, entry.max_samples, own)
+            store = prepare_file(path, spec, ReadingProgress(path.name, say))
             report = FileReport.from_json({**store.report, "path": str(path)})
             report.said, notes = [*report.said, *notes], []
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)
             _warn_duplicates(store, report)
             if settings.strict:
                 _refuse_dropped(path, report)
-            sources.append(Source(path, store, keep, n, report))
-    return Dataset(sources, settings.cutoff_len), DataReport([s.report for s in sources])
+            files.append(PreparedFile(path, store, keep, n, report))
+    return Dataset(files, settings.cutoff_len), DataReport([f.report for f in files])
 
 
 def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -> np.ndarray:
@@ -234,7 +234,7 @@ class Split:
     """What a run learns from and what it is tested on."""
 
     dataset: Dataset
-    order: Order
+    sampler: Sampler
     validation: list[Example]
     train_examples: int
     digest: str
@@ -259,7 +259,7 @@ def split(
     if not len(dataset):
         raise UserError(
             "no usable records: nothing to train on",
-            where=", ".join(str(s.path) for s in dataset.sources) or "dataset",
+            where=", ".join(str(s.path) for s in dataset.files) or "dataset",
             fix=_DROPPED,
         )
     training = np.arange(len(dataset))
@@ -268,7 +268,7 @@ def split(
         if not len(held_out):
             raise UserError(
                 "no usable records in val_dataset: nothing to evaluate on",
-                where=", ".join(str(s.path) for s in held_out.sources) or "val_dataset",
+                where=", ".join(str(s.path) for s in held_out.files) or "val_dataset",
                 fix=_DROPPED,
             )
         validation = [held_out[i] for i in range(len(held_out))]
@@ -281,19 +281,19 @@ def split(
                 where="val_size",
                 fix="Hold out fewer.",
             )
-    order = Order(dataset.groups(entries, training), batch_size, seed)
+    sampler = Sampler(dataset.groups(entries, training), batch_size, seed)
     digest = hashlib.sha256(dataset.digest().encode())
-    for group in order.groups:
+    for group in sampler.groups:
         digest.update(group.indices.tobytes() + f";{group.weight};".encode())
     digest.update(held_out.digest().encode() if held_out is not None else b"")
-    index = [s.store.index for s in dataset.sources]
+    index = [s.store.index for s in dataset.files]
     lengths = Lengths(
         np.concatenate([i["length"] for i in index]),
         np.concatenate([i["first_target"] for i in index]),
     )
     words = cutoff_words(lengths, dataset.cutoff)
     return Split(
-        dataset, order, validation, len(training), digest.hexdigest()[:32], report, [words],
+        dataset, sampler, validation, len(training), digest.hexdigest()[:32], report, [words],
         held_out,
     )  # fmt: skip
 

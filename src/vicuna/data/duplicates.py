@@ -22,7 +22,7 @@ LONGEST = 2000  # normalised characters looked at; of longer texts the first and
 SIMILAR = 0.85  # estimated Jaccard similarity from which two records are near duplicates
 
 
-def sketches(conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
+def fingerprints(conversations: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
     """What duplicates are found by, the same in every process and on every machine.
 
     Many at once, because the calls into numpy would cost more than the work of one.
@@ -155,7 +155,7 @@ def _turned(shingles: np.ndarray) -> np.ndarray:
 
 
 def find_duplicates(exact: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Duplicates among the sketches of n records.
+    """Duplicates among the fingerprints of n records.
 
     Args:
         exact: uint64 (n,).

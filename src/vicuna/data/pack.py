@@ -35,7 +35,7 @@ MIN_SHARED = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class PackSegment:
     """Rows [start, stop) of a pack and the row ranges above it that it attends to, in order."""
 
     start: int
@@ -56,7 +56,7 @@ class Pack:
 
     ids: np.ndarray
     positions: np.ndarray
-    segments: list[Segment]
+    segments: list[PackSegment]
     target_rows: np.ndarray
     target_ids: np.ndarray
     weights: np.ndarray
@@ -66,7 +66,7 @@ class Pack:
     supervised: int
 
 
-def filled(pack: Pack, step: int) -> Pack:
+def padded(pack: Pack, step: int) -> Pack:
     """The same pack with its rows, and its rows with a target, filled up to multiples of `step`: by
     a segment of its own that nobody sees, and by targets that count nothing."""
     rows, targets = -len(pack.ids) % step, -len(pack.target_rows) % step
@@ -75,17 +75,17 @@ def filled(pack: Pack, step: int) -> Pack:
     stop = len(pack.ids)
     return replace(
         pack,
-        ids=_longer(pack.ids, rows),
+        ids=_zero_padded(pack.ids, rows),
         positions=np.append(pack.positions, np.arange(rows)),
-        segments=[*pack.segments, Segment(stop, stop + rows)] if rows else pack.segments,
-        target_rows=_longer(pack.target_rows, targets),
-        target_ids=_longer(pack.target_ids, targets),
-        weights=_longer(pack.weights, targets),
-        prefix_hashes=_longer(pack.prefix_hashes, rows),
+        segments=[*pack.segments, PackSegment(stop, stop + rows)] if rows else pack.segments,
+        target_rows=_zero_padded(pack.target_rows, targets),
+        target_ids=_zero_padded(pack.target_ids, targets),
+        weights=_zero_padded(pack.weights, targets),
+        prefix_hashes=_zero_padded(pack.prefix_hashes, rows),
     )
 
 
-def _longer(values: np.ndarray, by: int) -> np.ndarray:
+def _zero_padded(values: np.ndarray, by: int) -> np.ndarray:
     return np.append(values, np.zeros(by, values.dtype))
 
 
@@ -107,11 +107,11 @@ def build_packs(
     order = sorted(range(len(examples)), key=lambda i: examples[i].ids.tobytes())
     trimmed = {i: trim(examples[i]) for i in order}
     used = [i for i in order if len(trimmed[i].ids)]
-    families = _families(used, trimmed, budget, max_examples) if share else [[i] for i in used]
-    bins = _best_fit(families, trimmed, budget, max_examples, share)
+    groups = _prefix_groups(used, trimmed, budget, max_examples) if share else [[i] for i in used]
+    bins = _best_fit(groups, trimmed, budget, max_examples, share)
     if share:
-        bins = [part for members in bins for part in _within(members, trimmed, budget)]
-    return [_lay(members, examples, trimmed, end_id, share) for members in bins]
+        bins = [part for members in bins for part in _split_to_budget(members, trimmed, budget)]
+    return [_build_pack(members, examples, trimmed, end_id, share) for members in bins]
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
@@ -121,7 +121,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else n
 
 
-def _families(
+def _prefix_groups(
     order: Sequence[int], trimmed: dict[int, Trimmed], budget: int, max_examples: int
 ) -> list[list[int]]:
     """Group neighbours (in order of their ids) that share clearly more than all of them do."""
@@ -129,47 +129,47 @@ def _families(
         return []
     lcp = [_common(trimmed[a].ids, trimmed[b].ids) for a, b in pairwise(order)]
     usual = min(lcp, default=0)
-    families = [[order[0]]]
+    groups = [[order[0]]]
     size = len(trimmed[order[0]].ids)
     for i, shared in zip(order[1:], lcp):
         grown = size + len(trimmed[i].ids) - shared
-        full = max_examples and len(families[-1]) >= max_examples
+        full = max_examples and len(groups[-1]) >= max_examples
         if shared >= usual + 2 * MIN_SHARED and grown <= budget and not full:
-            families[-1].append(i)
+            groups[-1].append(i)
             size = grown
         else:
-            families.append([i])
+            groups.append([i])
             size = len(trimmed[i].ids)
-    return families
+    return groups
 
 
 def _best_fit(
-    families: list[list[int]],
+    groups: list[list[int]],
     trimmed: dict[int, Trimmed],
     budget: int,
     max_examples: int,
     share: bool,
 ) -> list[list[int]]:
-    """Best-fit decreasing: each family goes where it leaves the least room."""
-    everyone = [i for family in families for i in family]
+    """Best-fit decreasing: each group goes where it leaves the least room."""
+    everyone = [i for group in groups for i in group]
     prefix = min((_common(trimmed[everyone[0]].ids, trimmed[i].ids) for i in everyone), default=0)
     prefix = prefix if share and prefix >= MIN_SHARED else 0
 
-    def rows(family: list[int]) -> int:
-        total = len(trimmed[family[0]].ids)
-        for a, b in pairwise(family):
+    def rows(group: list[int]) -> int:
+        total = len(trimmed[group[0]].ids)
+        for a, b in pairwise(group):
             shared = _common(trimmed[a].ids, trimmed[b].ids) if share else 0
             total += len(trimmed[b].ids) - (shared if shared >= MIN_SHARED else 0)
         return total - prefix
 
-    sized = sorted(((rows(f), f) for f in families), key=lambda s: (-s[0], s[1]))
+    sized = sorted(((rows(f), f) for f in groups), key=lambda s: (-s[0], s[1]))
     room: list[int] = []
     bins: list[list[int]] = []
-    for size, family in sized:
+    for size, group in sized:
         fitting = [
             b
             for b in range(len(bins))
-            if room[b] >= size and (not max_examples or len(bins[b]) + len(family) <= max_examples)
+            if room[b] >= size and (not max_examples or len(bins[b]) + len(group) <= max_examples)
         ]
         if fitting:
             b = min(fitting, key=lambda b: (room[b], b))
@@ -177,24 +177,26 @@ def _best_fit(
             b = len(bins)
             bins.append([])
             room.append(budget - prefix)
-        bins[b] += family
+        bins[b] += group
         room[b] -= size
     return bins
 
 
-def _within(members: list[int], trimmed: dict[int, Trimmed], budget: int) -> list[list[int]]:
-    """Halve a bin until its rows as `_grow` lays them, not as `_best_fit` guessed, fit."""
+def _split_to_budget(
+    members: list[int], trimmed: dict[int, Trimmed], budget: int
+) -> list[list[int]]:
+    """Halve a bin until its rows as `_emit_subtree` lays them, not as `_best_fit` guessed, fit."""
     members = sorted(members, key=lambda i: trimmed[i].ids.tobytes())
     lcp = [_common(trimmed[a].ids, trimmed[b].ids) for a, b in pairwise(members)]
     if len(members) == 1 or _rows([len(trimmed[i].ids) for i in members], lcp, 0) <= budget:
         return [members]
     half = len(members) // 2
     halves = (members[:half], members[half:])
-    return [part for h in halves for part in _within(h, trimmed, budget)]
+    return [part for h in halves for part in _split_to_budget(h, trimmed, budget)]
 
 
 def _rows(lengths: list[int], lcp: list[int], depth: int) -> int:
-    """The rows that `_grow` lays down."""
+    """The rows that `_emit_subtree` lays down."""
     total = start = 0
     for stop in range(1, len(lengths) + 1):
         if stop < len(lengths) and lcp[stop - 1] >= depth + MIN_SHARED:
@@ -210,13 +212,13 @@ def _rows(lengths: list[int], lcp: list[int], depth: int) -> int:
 
 
 @dataclass(slots=True)
-class _Laying:
-    """The state of laying one pack: rows so far, and where each example's tokens went."""
+class _PackBuilder:
+    """The state of builder one pack: rows so far, and where each example's tokens went."""
 
     rows: int = 0
     ids: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
+    segments: list[PackSegment] = field(default_factory=list)
     places: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)
 
     def put(
@@ -228,36 +230,36 @@ class _Laying:
         start, stop = self.rows, self.rows + len(ids)
         self.ids.append(ids)
         self.positions.append(np.arange(depth, depth + len(ids)))
-        self.segments.append(Segment(start, stop, above))
+        self.segments.append(PackSegment(start, stop, above))
         for i in members:
             self.places.setdefault(i, []).append((start, depth, len(ids)))
         self.rows = stop
         return (*above, (start, stop))
 
 
-def _lay(
+def _build_pack(
     members: list[int],
     examples: Sequence[Example],
     trimmed: dict[int, Trimmed],
     end_id: int,
     share: bool,
 ) -> Pack:
-    laying = _Laying()
+    builder = _PackBuilder()
     members = sorted(members, key=lambda i: trimmed[i].ids.tobytes())
     if share:
         lcp = [_common(trimmed[a].ids, trimmed[b].ids) for a, b in pairwise(members)]
-        _grow(laying, members, lcp, 0, (), trimmed)
+        _emit_subtree(builder, members, lcp, 0, (), trimmed)
     else:
         for i in members:
-            laying.put(trimmed[i].ids, 0, (), [i])
-    ids = np.concatenate(laying.ids).astype(np.int64)
+            builder.put(trimmed[i].ids, 0, (), [i])
+    ids = np.concatenate(builder.ids).astype(np.int64)
     hashes = np.zeros(len(ids), np.int64)
     rows: list[np.ndarray] = []
     wanted: list[np.ndarray] = []
     for i in members:
         where, following = targets_of(examples[i], end_id)
         row_of = np.concatenate(
-            [np.arange(start, start + n) for start, _, n in laying.places[i]] or [np.zeros(0, int)]
+            [np.arange(start, start + n) for start, _, n in builder.places[i]] or [np.zeros(0, int)]
         )
         hashes[row_of] = _prefix_hashes(trimmed[i].ids)
         rows.append(row_of[where])
@@ -265,8 +267,8 @@ def _lay(
     target_rows, target_ids, weights = _merge_targets(np.concatenate(rows), np.concatenate(wanted))
     return Pack(
         ids=ids,
-        positions=np.concatenate(laying.positions).astype(np.int64),
-        segments=laying.segments,
+        positions=np.concatenate(builder.positions).astype(np.int64),
+        segments=builder.segments,
         target_rows=target_rows,
         target_ids=target_ids,
         weights=weights,
@@ -277,8 +279,8 @@ def _lay(
     )
 
 
-def _grow(
-    laying: _Laying,
+def _emit_subtree(
+    builder: _PackBuilder,
     members: list[int],
     lcp: list[int],
     depth: int,
@@ -293,11 +295,13 @@ def _grow(
         part = members[start:stop]
         inner = lcp[start : stop - 1]
         if len(part) == 1:
-            laying.put(trimmed[part[0]].ids[depth:], depth, above, part)
+            builder.put(trimmed[part[0]].ids[depth:], depth, above, part)
         else:
             agreed = min(inner)
             shared = trimmed[part[0]].ids[depth:agreed]
-            _grow(laying, part, inner, agreed, laying.put(shared, depth, above, part), trimmed)
+            _emit_subtree(
+                builder, part, inner, agreed, builder.put(shared, depth, above, part), trimmed
+            )
         start = stop
 
 

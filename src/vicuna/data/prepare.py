@@ -32,9 +32,9 @@ from vicuna.data.records import formats, text_warnings
 from vicuna.data.records.columns import Columns
 from vicuna.data.records.read_file import read
 from vicuna.data.report import FileReport
-from vicuna.data.templates.registry import from_dict
+from vicuna.data.templates.registry import template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Segment, Vocabulary
+from vicuna.data.tokenizer import Piece, Tokenizer, TokenizerData
 from vicuna.files import cache_dir, file_hash, whole_folder
 from vicuna.interrupts import children_spared
 
@@ -47,10 +47,10 @@ MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PreparationSpec:
     """All that decides what a record becomes; plain data that travels to worker processes."""
 
-    vocabulary: Vocabulary
+    vocabulary: TokenizerData
     template: dict[str, Any]
     train_turns: TrainTurns = "all"
     split_at: int = 0  # split conversations longer than this many tokens; 0 never
@@ -95,7 +95,7 @@ RANKED = np.dtype([("record", np.int64), ("prompt", np.uint64), ("merit", np.flo
 Progress = Callable[[int, float], None]
 
 
-def prepare_file(path: Path, recipe: Recipe, progress: Progress | None = None) -> Store:
+def prepare_file(path: Path, spec: PreparationSpec, progress: Progress | None = None) -> Store:
     """The store of one file, from the cache where it was made before.
 
     Args:
@@ -103,14 +103,14 @@ def prepare_file(path: Path, recipe: Recipe, progress: Progress | None = None) -
 
     Raises: UserError where the disk is full.
     """
-    target = cache_dir("data", recipe.key(file_hash(path)))
+    target = cache_dir("data", spec.key(file_hash(path)))
     if not (target / "report.json").is_file():
         with whole_folder(target) as aside:
-            _make(path, recipe, aside, progress or (lambda _records, _share: None))
+            _make(path, spec, aside, progress or (lambda _records, _share: None))
     return Store(target)
 
 
-def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
+def _make(path: Path, spec: PreparationSpec, folder: Path, progress: Progress) -> None:
     report = FileReport(str(path))
     writer = StoreWriter(folder)
     exact: list[np.ndarray] = []
@@ -121,9 +121,9 @@ def _make(path: Path, recipe: Recipe, folder: Path, progress: Progress) -> None:
     position = [0]
     size = max(path.stat().st_size, 1)
     records_of_file = read(
-        path, found, recipe.encoding or None, lambda at: position.__setitem__(0, at)
+        path, found, spec.encoding or None, lambda at: position.__setitem__(0, at)
     )
-    for batch, share in _work_through(path, records_of_file, recipe, lambda: position[0] / size):
+    for batch, share in _work_through(path, records_of_file, spec, lambda: position[0] / size):
         writer.add(batch.ids, batch.labels, batch.index, batch.lines)
         exact.append(batch.exact)
         near.append(batch.near)
@@ -153,7 +153,7 @@ def _outranked(ranked: list[np.ndarray]) -> list[int]:
 
 
 def _work_through(
-    path: Path, records: Iterator[Raw], recipe: Recipe, share: Callable[[], float]
+    path: Path, records: Iterator[Raw], spec: PreparationSpec, share: Callable[[], float]
 ) -> Iterator[tuple[Batch, float]]:
     """Batches in the order of the file, made here or by worker processes.
 
@@ -162,17 +162,17 @@ def _work_through(
 
     Yields: a batch, and the share of the file that had been read when its records were.
     """
-    if recipe.max_samples:
-        yield from _limited(path, records, recipe)
+    if spec.max_samples:
+        yield from _limited(path, records, spec)
         return
     workers = min(_cores(), MAX_WORKERS)
     if path.stat().st_size < SMALL or workers < 2:
-        state = Work(recipe)
+        state = Work(spec)
         while chunk := list(islice(records, CHUNK)):
             yield state.batch(str(path), chunk), share()
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, (recipe,)) as pool, _ending(pool):
+    with ProcessPoolExecutor(workers, context, _start, (spec,)) as pool, _ending(pool):
         # A bounded window: the reader must not run ahead and fill the memory.
         waiting: deque[tuple[Future[Batch], float]] = deque()
         while chunk := list(islice(records, CHUNK)):
@@ -197,14 +197,16 @@ def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _limited(path: Path, records: Iterator[Raw], recipe: Recipe) -> Iterator[tuple[Batch, float]]:
+def _limited(
+    path: Path, records: Iterator[Raw], spec: PreparationSpec
+) -> Iterator[tuple[Batch, float]]:
     """Batches until `max_samples` records are used; never reads further than needed."""
-    state = Work(recipe)
-    missing = recipe.max_samples
+    state = Work(spec)
+    missing = spec.max_samples
     while missing and (chunk := list(islice(records, min(CHUNK, missing)))):
         batch = state.batch(str(path), chunk)
         missing -= batch.report.used
-        yield batch, 1 - missing / recipe.max_samples
+        yield batch, 1 - missing / spec.max_samples
 
 
 def _cores() -> int:
@@ -216,10 +218,10 @@ def _cores() -> int:
 _state: Work | None = None
 
 
-def _start(recipe: Recipe) -> None:
+def _start(spec: PreparationSpec) -> None:
     global _state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _state = Work(recipe)
+    _state = Work(spec)
 
 
 def _batch(path: str, lines: Sequence[int], values: Sequence[str | dict[str, Any]]) -> Batch:
@@ -242,9 +244,9 @@ def _garbage_later() -> Iterator[None]:
 class Work:
     """Turns chunks of raw records into batches; one in each worker process."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.renderer = Renderer(from_dict(recipe.template), Encoder(recipe.vocabulary))
+    def __init__(self, spec: PreparationSpec) -> None:
+        self.spec = spec
+        self.renderer = Renderer(template_from_dict(spec.template), Tokenizer(spec.vocabulary))
 
     def batch(self, path: str, chunk: Sequence[Raw]) -> Batch:
         """Parse, check, render and encode a chunk."""
@@ -255,7 +257,7 @@ class Work:
         report = FileReport(path)
         conversations: list[Conversation] = []
         for raw in chunk:
-            parsed = formats.parse(raw, self.recipe.columns)
+            parsed = formats.parse(raw, self.spec.columns)
             if parsed.conversation is not None:
                 parsed.problems += text_warnings.warnings(parsed.conversation)
                 conversations.append(parsed.conversation)
@@ -263,7 +265,7 @@ class Work:
         examples, owners = self._encode(conversations, report)
         lines = [c.line for c in conversations]
         questions = [duplicates.question_hash(c) for c in conversations]
-        exact, near = duplicates.sketches(conversations)
+        exact, near = duplicates.fingerprints(conversations)
         return Batch(
             np.concatenate([e.ids for e in examples]) if examples else np.zeros(0, np.int32),
             np.concatenate([e.labels for e in examples]) if examples else np.zeros(0, np.uint8),
@@ -280,24 +282,24 @@ class Work:
     ) -> tuple[list[Example], list[int]]:
         """Examples, and which conversation each comes from."""
         template, end = self.renderer.template, self.renderer.end_id
-        rendered: list[list[Segment]] = []
+        rendered: list[list[Piece]] = []
         owners: list[int] = []
         for n, conversation in enumerate(conversations):
             before = len(rendered)
-            for segments in template.examples(conversation, self.recipe.train_turns):
+            for segments in template.examples(conversation, self.spec.train_turns):
                 rendered.append(segments)
                 owners.append(n)
             if len(rendered) == before:  # its last answer is not to be learned
                 report.drop_used(conversation.line, "", "nothing to learn")
             if template.odd:
                 report.warn(conversation.line, "", template.odd)
-        encoded = self.renderer.encoder.encode_many(rendered, end)
+        encoded = self.renderer.tokenizer.encode_many(rendered, end)
         examples: list[Example] = []
         records: list[int] = []
         split: set[int] = set()
         for n, example in zip(owners, encoded):
             conversation = conversations[n]
-            limit = self.recipe.split_at
+            limit = self.spec.split_at
             parts = [example]
             if limit and len(example.ids) > limit:
                 if n in split:
@@ -354,8 +356,8 @@ class Work:
 
     def _render(self, turns: list[Turn], conversation: Conversation) -> list[Example]:
         part = Conversation(turns, conversation.line)
-        segments = self.renderer.template.examples(part, self.recipe.train_turns)
-        return self.renderer.encoder.encode_many(segments, self.renderer.end_id)
+        segments = self.renderer.template.examples(part, self.spec.train_turns)
+        return self.renderer.tokenizer.encode_many(segments, self.renderer.end_id)
 
 
 def _ranked(conversations: Sequence[Conversation]) -> np.ndarray:
@@ -370,7 +372,7 @@ def _ranked(conversations: Sequence[Conversation]) -> np.ndarray:
 _WIDTH = 12  # characters of the bar
 
 
-class Pace:
+class ReadingProgress:
     """Says how far one file is.
 
     say: given a line at each call. clock: seconds, from any beginning.

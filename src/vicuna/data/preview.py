@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vicuna.data.loss_mask import END_TOKEN, NO_TARGET, Example
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what a decoder writes for half a character
 
@@ -32,31 +32,31 @@ class Span:
 
 def spans(example: Example, renderer: Renderer) -> Iterator[Span]:
     """An example cut up; the texts of its spans, one after another, are the text of the example."""
-    encoder, labels = renderer.encoder, example.labels
+    tokenizer, labels = renderer.tokenizer, example.labels
     held: list[int] = []
     holds_learned = False
     for position, token in enumerate(example.ids.tolist()):
         learned = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
-        control = token in encoder.control_ids
+        control = token in tokenizer.control_ids
         if held and (control or learned != holds_learned):
-            yield Span(held, encoder.decode(held), holds_learned)
+            yield Span(held, tokenizer.decode(held), holds_learned)
             held = []
         if control:
-            yield Span([token], encoder.token(token), learned, control=True)
+            yield Span([token], tokenizer.token(token), learned, control=True)
         else:
             held.append(token)
         holds_learned = learned
         if labels[position] == END_TOKEN:
             if held:
-                yield Span(held, encoder.decode(held), holds_learned)
+                yield Span(held, tokenizer.decode(held), holds_learned)
                 held = []
-            end = encoder.token(renderer.end_id)
+            end = tokenizer.token(renderer.end_id)
             yield Span([], end, learned=True, control=True, silent=True)
     if held:
-        yield Span(held, encoder.decode(held), holds_learned)
+        yield Span(held, tokenizer.decode(held), holds_learned)
 
 
-def tokens(span: Span, encoder: Encoder) -> Iterator[tuple[str, list[int]]]:
+def tokens(span: Span, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
     """A span token by token, as (text, ids); tokens that share a character come together."""
     if span.control:
         yield span.text, span.ids
@@ -66,11 +66,11 @@ def tokens(span: Span, encoder: Encoder) -> Iterator[tuple[str, list[int]]]:
     for token in span.ids:
         held.append(token)
         # With the token before it: alone, a word would lose the space that it begins with.
-        known = encoder.decode(before)
-        text = encoder.decode(before + held)[len(known) :]
+        known = tokenizer.decode(before)
+        text = tokenizer.decode(before + held)[len(known) :]
         if text.endswith(BROKEN) and len(held) < 8:
             continue
         yield text, held
         before, held = held, []
     if held:
-        yield encoder.decode(before + held)[len(encoder.decode(before)) :], held
+        yield tokenizer.decode(before + held)[len(tokenizer.decode(before)) :], held

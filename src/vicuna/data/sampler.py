@@ -35,14 +35,14 @@ def permutation(n: int, *key: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Group:
+class WeightedIndices:
     """The examples of one data set and how many times an epoch sees each of them."""
 
     indices: np.ndarray
     weight: float = 1.0
 
 
-class Order:
+class Sampler:
     """The endless sequence of examples.
 
     Args:
@@ -51,7 +51,7 @@ class Order:
         seed: decides every permutation.
     """
 
-    def __init__(self, groups: Sequence[Group], batch_size: int, seed: int) -> None:
+    def __init__(self, groups: Sequence[WeightedIndices], batch_size: int, seed: int) -> None:
         self.groups = list(groups)
         self.batch_size = batch_size
         self.seed = seed

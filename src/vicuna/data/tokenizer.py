@@ -34,7 +34,7 @@ from vicuna.data.tokenizer_quirks import LineCuts, prefixes_each, without_dummy_
 _PLANS = 2048  # shapes of conversations that are remembered
 
 
-class Segment(NamedTuple):
+class Piece(NamedTuple):
     """A piece of a rendered conversation.
 
     kind: `mark` (template's words), `text` (somebody's words), `bos`, `end` (the token a turn ends
@@ -53,7 +53,7 @@ _OF_TEMPLATES = ("chat_template", "template", "named_tokens")
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenizerData:
     """All that is needed to encode and decode, as plain data that travels to worker processes.
 
     tokenizer_json: the `tokenizer.json` text. `bos_id` is None where the tokenizer does not itself
@@ -80,7 +80,7 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class _Piece(NamedTuple):
+class _RunPart(NamedTuple):
     """A part of a run. source: its text, or the number of the conversation's text that it is.
 
     literal: whether these are a template's own words.
@@ -92,7 +92,7 @@ class _Piece(NamedTuple):
     source: str | int
 
 
-def _strip(run: list[_Piece], side: Literal[0, -1], cut: Callable[[str], str]) -> None:
+def _strip(run: list[_RunPart], side: Literal[0, -1], cut: Callable[[str], str]) -> None:
     """Take white space off one side of a run."""
     while run:
         piece = run[side]
@@ -105,11 +105,11 @@ def _strip(run: list[_Piece], side: Literal[0, -1], cut: Callable[[str], str]) -
         run.pop(side)
 
 
-class _Step(NamedTuple):
+class _TokenRun(NamedTuple):
     """Tokens in a row: known, or a text to encode.
 
     ids: None where they depend on the conversation's texts. sources: what the text is put together
-    from, see `_Piece`. mixed: of each source whether it is learned, where they differ.
+    from, see `_RunPart`. mixed: of each source whether it is learned, where they differ.
     silent: no tokens; the one before must predict an end that does not stand here.
     """
 
@@ -121,27 +121,27 @@ class _Step(NamedTuple):
     silent: bool = False
 
 
-def _source(source: str | int, segments: Sequence[Segment]) -> str:
+def _source(source: str | int, segments: Sequence[Piece]) -> str:
     return source if isinstance(source, str) else segments[source].text
 
 
-def _filled(step: _Step, segments: Sequence[Segment]) -> str:
-    """The text of a step of a conversation."""
-    if len(step.sources) == 1:
-        return _source(step.sources[0], segments)
-    return "".join([_source(source, segments) for source in step.sources])
+def _filled(token_run: _TokenRun, segments: Sequence[Piece]) -> str:
+    """The text of a token run of a conversation."""
+    if len(token_run.sources) == 1:
+        return _source(token_run.sources[0], segments)
+    return "".join([_source(source, segments) for source in token_run.sources])
 
 
-def _joined(steps: Sequence[_Step]) -> list[_Step]:
-    """The same steps, known tokens that follow each other as one."""
-    plan: list[_Step] = []
-    for step in steps:
+def _joined(token_runs: Sequence[_TokenRun]) -> list[_TokenRun]:
+    """The same token runs, known tokens that follow each other as one."""
+    plan: list[_TokenRun] = []
+    for token_run in token_runs:
         last = plan[-1] if plan else None
-        alike = last is not None and last.supervised == step.supervised
-        if last and alike and last.ids is not None and step.ids is not None:
-            plan[-1] = last._replace(ids=last.ids + step.ids)
+        alike = last is not None and last.supervised == token_run.supervised
+        if last and alike and last.ids is not None and token_run.ids is not None:
+            plan[-1] = last._replace(ids=last.ids + token_run.ids)
         else:
-            plan.append(step)
+            plan.append(token_run)
     return plan
 
 
@@ -183,19 +183,19 @@ def _int32(rows: list[list[int]], count: int) -> np.ndarray:
     return ids
 
 
-class Encoder:
+class Tokenizer:
     """Encodes segments into ids and labels, and ids back into text."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        from tokenizers import Tokenizer
+    def __init__(self, data: TokenizerData) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
 
-        self.vocabulary = vocabulary
-        spec = json.loads(vocabulary.tokenizer_json)
+        self.data = data
+        spec = json.loads(data.tokenizer_json)
         spec.update(truncation=None, padding=None, post_processor=None)
         rest = without_dummy_prefix(spec)
 
-        def build(s: dict[str, Any]) -> Tokenizer:
-            tokenizer = Tokenizer.from_str(json.dumps(s))
+        def build(s: dict[str, Any]) -> FastTokenizer:
+            tokenizer = FastTokenizer.from_str(json.dumps(s))
             tokenizer.encode_special_tokens = True
             return tokenizer
 
@@ -215,23 +215,23 @@ class Encoder:
         self._cuts = LineCuts(self._begin, self._within)
         self._literals: dict[tuple[str, bool], list[int]] = {}
         self._mark_parts: dict[str, list[str | int]] = {}
-        self._plans: dict[tuple[object, ...], list[_Step]] = {}
+        self._plans: dict[tuple[object, ...], list[_TokenRun]] = {}
 
     @cached_property
     def _whole(self) -> Any:
         """The tokenizer that parses special tokens; worker processes never need it."""
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer as FastTokenizer
 
-        spec = json.loads(self.vocabulary.tokenizer_json)
+        spec = json.loads(self.data.tokenizer_json)
         spec.update(truncation=None, padding=None, post_processor=None)
-        return Tokenizer.from_str(json.dumps(spec))
+        return FastTokenizer.from_str(json.dumps(spec))
 
     # -- encoding -------------------------------------------------------------------------------
 
     def mark(self, text: str, first: bool = False) -> list[int]:
         """Ids of a template's own words by themselves; special tokens in them are parsed."""
-        segments = [Segment("mark", text, cut=True)]
-        return self._encode([segments], self.vocabulary.eos_id, first)[0].ids.tolist()
+        segments = [Piece("mark", text, cut=True)]
+        return self._encode([segments], self.data.eos_id, first)[0].ids.tolist()
 
     def text(self, text: str, first: bool = False) -> list[int]:
         """Ids of somebody's words; never a control token."""
@@ -243,33 +243,33 @@ class Encoder:
         call, whatever spells a special token in it parsed."""
         return self._whole.encode(text, add_special_tokens=False).ids
 
-    def encode(self, segments: Sequence[Segment], end_id: int) -> Example:
+    def encode(self, segments: Sequence[Piece], end_id: int) -> Example:
         """One rendered conversation to ids (T,) and labels (T,)."""
         return self.encode_many([segments], end_id)[0]
 
-    def encode_many(self, rendered: Iterable[Sequence[Segment]], end_id: int) -> list[Example]:
+    def encode_many(self, rendered: Iterable[Sequence[Piece]], end_id: int) -> list[Example]:
         """Many rendered conversations at once: one call of the tokenizer for all their texts."""
         return self._encode(rendered, end_id, True)
 
     def _encode(
-        self, rendered: Iterable[Sequence[Segment]], end_id: int, first: bool
+        self, rendered: Iterable[Sequence[Piece]], end_id: int, first: bool
     ) -> list[Example]:
         chunk = _Chunk()
         # (run, text) of what is to be encoded, for each of the two tokenizers
         waiting: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
         for segments in rendered:
-            for step in self._plan(segments, end_id, first):
-                if step.ids is not None:
-                    chunk.add(step.ids, step.supervised)
-                elif step.silent:
-                    if step.supervised:
+            for token_run in self._plan(segments, end_id, first):
+                if token_run.ids is not None:
+                    chunk.add(token_run.ids, token_run.supervised)
+                elif token_run.silent:
+                    if token_run.supervised:
                         chunk.silent.append((len(chunk.runs), chunk.starts[-1]))
-                elif step.mixed:
-                    self._mixed(step, segments, chunk)
+                elif token_run.mixed:
+                    self._mixed(token_run, segments, chunk)
                 else:
-                    which = step.begins and self._begin is not self._within
-                    waiting[which].append((len(chunk.runs), _filled(step, segments)))
-                    chunk.add([], step.supervised)
+                    which = token_run.begins and self._begin is not self._within
+                    waiting[which].append((len(chunk.runs), _filled(token_run, segments)))
+                    chunk.add([], token_run.supervised)
             chunk.starts.append(len(chunk.runs))
         for tokenizer, some in zip((self._within, self._begin), waiting):
             texts = [text for _, text in some]
@@ -278,7 +278,7 @@ class Encoder:
                 chunk.runs[run] = encoding.ids
         return chunk.examples()
 
-    def _plan(self, segments: Sequence[Segment], end_id: int, begins: bool) -> list[_Step]:
+    def _plan(self, segments: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
         """How a conversation is encoded; made once for all that differ in nothing but their texts.
 
         White space at an end of a text decides where it may be cut from its neighbours: such a
@@ -294,56 +294,56 @@ class Encoder:
                 shape.append((supervised, cut))
                 kept = kept and not (text[0].isspace() or text[-1].isspace())
         if not kept:
-            return _joined(self._steps(segments, end_id, begins))
+            return _joined(self._token_runs(segments, end_id, begins))
         key = tuple(shape)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = _joined(self._steps(segments, end_id, begins))
+            plan = self._plans[key] = _joined(self._token_runs(segments, end_id, begins))
         return plan
 
-    def _steps(self, segments: Sequence[Segment], end_id: int, begins: bool) -> list[_Step]:
+    def _token_runs(self, segments: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
         """A conversation cut up into control tokens and runs.
 
         begins: whether the first run gets the dummy space.
         """
-        steps: list[_Step] = []
-        run: list[_Piece] = []
+        token_runs: list[_TokenRun] = []
+        run: list[_RunPart] = []
 
         def control(token_id: int, supervised: bool) -> None:
             nonlocal begins
-            self._close(run, begins, steps, token_id)
-            steps.append(_Step([token_id], supervised))
+            self._close(run, begins, token_runs, token_id)
+            token_runs.append(_TokenRun([token_id], supervised))
             begins = self._each
 
         for n, (kind, text, supervised, cut) in enumerate(segments):
             if kind == "text" or kind == "mark":
                 if cut and run:
-                    self._close(run, begins, steps)
+                    self._close(run, begins, token_runs)
                     begins = False
                 if kind == "text":
                     if text:
-                        run.append(_Piece(text, supervised, False, n))
+                        run.append(_RunPart(text, supervised, False, n))
                     continue
                 for part in self._parts(text):
                     if isinstance(part, int):
                         control(part, supervised)
                     else:
-                        run.append(_Piece(part, supervised, True, part))
+                        run.append(_RunPart(part, supervised, True, part))
             elif kind == "end":
                 control(end_id, supervised)
             elif kind == "bos":
-                if self.vocabulary.bos_id is not None:
-                    control(self.vocabulary.bos_id, supervised)
+                if self.data.bos_id is not None:
+                    control(self.data.bos_id, supervised)
                 begins = True
             elif kind == "silent_end":
                 if run:
-                    self._close(run, begins, steps)
+                    self._close(run, begins, token_runs)
                     begins = False
-                steps.append(_Step(None, supervised, silent=True))
-        self._close(run, begins, steps)
-        return steps
+                token_runs.append(_TokenRun(None, supervised, silent=True))
+        self._close(run, begins, token_runs)
+        return token_runs
 
     def _parts(self, mark: str) -> list[str | int]:
         """A mark as the ids of its control tokens and what stands between them."""
@@ -359,22 +359,26 @@ class Encoder:
         return known
 
     def _close(
-        self, run: list[_Piece], begins: bool, steps: list[_Step], control: int | None = None
+        self,
+        run: list[_RunPart],
+        begins: bool,
+        token_runs: list[_TokenRun],
+        control: int | None = None,
     ) -> None:
-        """Make steps of a run, and empty it. control: the control token that follows it."""
+        """Make token runs of a run, and empty it. control: the control token that follows it."""
         if self._swallow_after or self._swallow_before:
-            before = steps[-1].ids if steps else None
+            before = token_runs[-1].ids if token_runs else None
             if before and len(before) == 1 and before[0] in self._swallow_after:
                 _strip(run, 0, str.lstrip)
             if control in self._swallow_before:
                 _strip(run, -1, str.rstrip)
-        held: list[_Piece] = []
+        held: list[_RunPart] = []
         last = ""
 
         def emit() -> None:
             nonlocal begins
             if held:
-                steps.append(self._step(held, begins))
+                token_runs.append(self._token_run(held, begins))
                 begins = False
                 held.clear()
 
@@ -394,13 +398,13 @@ class Encoder:
         emit()
         run.clear()
 
-    def _step(self, held: Sequence[_Piece], begins: bool) -> _Step:
+    def _token_run(self, held: Sequence[_RunPart], begins: bool) -> _TokenRun:
         flags = tuple(piece.supervised for piece in held)
         ids = None
         if len(held) == 1 and held[0].literal:
             ids = self._literal(held[0].text, begins)
         mixed = flags if len(set(flags)) > 1 else ()
-        return _Step(ids, flags[0], begins, tuple(piece.source for piece in held), mixed)
+        return _TokenRun(ids, flags[0], begins, tuple(piece.source for piece in held), mixed)
 
     def _literal(self, text: str, begins: bool) -> list[int]:
         """Ids of words that many conversations share."""
@@ -409,12 +413,12 @@ class Encoder:
             self._literals[key] = self.text(text, begins)
         return self._literals[key]
 
-    def _mixed(self, step: _Step, segments: Sequence[Segment], chunk: _Chunk) -> None:
+    def _mixed(self, token_run: _TokenRun, segments: Sequence[Piece], chunk: _Chunk) -> None:
         """A text of which a part is learned: a token counts as the part that it begins in."""
-        tokenizer = self._begin if step.begins else self._within
-        parts = [_source(source, segments) for source in step.sources]
+        tokenizer = self._begin if token_run.begins else self._within
+        parts = [_source(source, segments) for source in token_run.sources]
         encoding = tokenizer.encode("".join(parts), add_special_tokens=False)
-        flags = [flag for part, flag in zip(parts, step.mixed) for _ in part]
+        flags = [flag for part, flag in zip(parts, token_run.mixed) for _ in part]
         learned = (flags[min(start, len(flags) - 1)] for start, _ in encoding.offsets)
         for flag, group in groupby(zip(learned, encoding.ids), lambda pair: pair[0]):
             chunk.add([token_id for _, token_id in group], flag)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vicuna.data.tokenizer import Vocabulary
+from vicuna.data.tokenizer import TokenizerData
 from vicuna.errors import UserError
 from vicuna.gguf import tokenizer as gguf_tokenizer
 from vicuna.gguf.tokenizer import (
@@ -57,7 +57,7 @@ class Tokens:
 
 
 def add_vocabulary(
-    writer: Any, vocabulary: Vocabulary, folder: Path, rows: int, spoken: Spoken | None = None
+    writer: Any, vocabulary: TokenizerData, folder: Path, rows: int, spoken: Spoken | None = None
 ) -> None:
     """Write a tokenizer into the metadata of a `gguf.GGUFWriter`.
 
@@ -92,7 +92,9 @@ def _declared(folder: Path, rows: int) -> dict[str, int]:
     return dict(SpecialVocab(folder, n_vocab=rows).special_token_ids)
 
 
-def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens, end_id: int | None) -> None:
+def _add_specials(
+    writer: Any, vocabulary: TokenizerData, tokens: Tokens, end_id: int | None
+) -> None:
     bos = vocabulary.bos_id
     if bos is None:
         bos = vocabulary.special_tokens.get(vocabulary.bos_token, tokens.declared.get("bos"))
@@ -111,7 +113,7 @@ def _add_specials(writer: Any, vocabulary: Vocabulary, tokens: Tokens, end_id: i
     writer.add_add_eos_token(False)
 
 
-def read_tokens(vocabulary: Vocabulary, folder: Path, rows: int) -> Tokens:
+def read_tokens(vocabulary: TokenizerData, folder: Path, rows: int) -> Tokens:
     """The tokens of a tokenizer, `rows` of them.
 
     Raises: UserError where it is neither byte-level BPE of a known family nor SentencePiece.

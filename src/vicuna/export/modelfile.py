@@ -43,9 +43,9 @@ def modelfile(renderer: Renderer, weights: Path, adapter_only: bool = False) -> 
     system = template_text.default_system(renderer.template)
     if system:
         lines.append(f'SYSTEM """{system}"""')
-    encoder = renderer.encoder
+    tokenizer = renderer.tokenizer
     stops = dict.fromkeys([renderer.end_id, *sorted(renderer.stop_ids)])
-    lines += [f'PARAMETER stop "{encoder.token(i)}"' for i in stops]
+    lines += [f'PARAMETER stop "{tokenizer.token(i)}"' for i in stops]
     return Modelfile("\n".join(lines) + "\n", notes)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.chat_template import ChatTemplate
 from vicuna.data.templates.literal import LiteralTemplate
-from vicuna.data.templates.registry import builtin
+from vicuna.data.templates.registry import builtin_templates
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.templates.skeleton import FIELD, Shape
 
@@ -48,7 +48,7 @@ def go(renderer: Renderer) -> str | None:
     The token that a sequence begins with is left to llama.cpp, which adds it by itself.
     """
     known = recognised(renderer.template)
-    bos = renderer.encoder.vocabulary.bos_token
+    bos = renderer.tokenizer.data.bos_token
     if known is None:
         return None
     end = block(renderer.template)
@@ -57,7 +57,7 @@ def go(renderer: Renderer) -> str | None:
 
 def _end(renderer: Renderer) -> str:
     """The token that ends an answer, as it is spelled."""
-    return renderer.encoder.token(renderer.end_id)
+    return renderer.tokenizer.token(renderer.end_id)
 
 
 def recognised(template: Template) -> LiteralTemplate | None:
@@ -79,7 +79,7 @@ def block(template: Template) -> str:
 
 def _recognised(template: Template) -> tuple[LiteralTemplate | None, str]:
     shapes = [Shape(True, (False,)), Shape(True, (False, False))]
-    for name, spec in builtin().items():
+    for name, spec in builtin_templates().items():
         found = LiteralTemplate(name, spec)
         for bos in (getattr(template, "bos_token", ""), ""):
             pairs = [(_flat(template, s), _flat(found, s, bos)) for s in shapes]

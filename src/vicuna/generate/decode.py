@@ -115,15 +115,15 @@ class _Search:
         self._began = time.perf_counter()
         self._first: float | None = None
         self._engine, self._prompt, self._settings = engine, list(prompt_ids), settings
-        encoder = renderer.encoder
-        ends = {*renderer.stop_ids, *tokens_of(settings.stop_tokens, encoder, "stop_tokens")}
+        tokenizer = renderer.tokenizer
+        ends = {*renderer.stop_ids, *tokens_of(settings.stop_tokens, tokenizer, "stop_tokens")}
         self._grower = Grower(
-            TextStream(encoder, settings.stop),
+            TextStream(tokenizer, settings.stop),
             ends,
             settings.max_new_tokens,
             engine.context_length - len(self._prompt),
         )
-        self._processors = Processors(settings, self._prompt, ends, encoder)
+        self._processors = Processors(settings, self._prompt, ends, tokenizer)
         self._strategy: Strategy
         if settings.num_beams > 1:
             self._strategy = Beams(settings, self._grower, self._processors, len(ends))

@@ -9,9 +9,9 @@ from typing import Any
 
 from vicuna.config import AnswerSettings
 from vicuna.data.templates.base import Template
-from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.registry import find_template, template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Vocabulary
+from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.errors import UserError
 from vicuna.generate.engine_loading import Opened, open_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
@@ -70,8 +70,8 @@ class Loaded:
         Raises: UserError where there is no such template.
         """
         name = template or self._settings.template or "auto"
-        found = find(name, self.vocabulary).asked(self._settings.thinking)
-        return Renderer(found, Encoder(self.vocabulary))
+        found = find_template(name, self.vocabulary).asked(self._settings.thinking)
+        return Renderer(found, Tokenizer(self.vocabulary))
 
     def open_with(self, name: str) -> None:
         """Answer with this adapter; its template is that of the base alone, too."""
@@ -96,7 +96,7 @@ class Loaded:
         notes = self._opened.check(files)
         template = template_of(self._settings.template, files, self.vocabulary)
         template = template.asked(self._settings.thinking)
-        renderer = Renderer(template, Encoder(self.vocabulary))
+        renderer = Renderer(template, Tokenizer(self.vocabulary))
         self._count += 1
         inner = FIRST if self._count == 1 else f"{FIRST}{self._count}"
         try:
@@ -215,7 +215,7 @@ def _check_rows(settings: AnswerSettings, base: str, files: adapters.AdapterFile
     folder = locate_vocabulary(base)
     vocabulary = load_vocabulary(folder)
     template = template_of(settings.template, files, vocabulary)
-    check_embedding_rows(Renderer(template, Encoder(vocabulary)), read_config(folder), folder)
+    check_embedding_rows(Renderer(template, Tokenizer(vocabulary)), read_config(folder), folder)
 
 
 def base_of(files: adapters.AdapterFiles | None) -> str:
@@ -229,7 +229,7 @@ def base_of(files: adapters.AdapterFiles | None) -> str:
 
 
 def template_of(
-    asked: str, files: adapters.AdapterFiles | None, vocabulary: Vocabulary
+    asked: str, files: adapters.AdapterFiles | None, vocabulary: TokenizerData
 ) -> Template:
     """The adapter's own template; the one asked for, where there is one, only if it renders alike.
 
@@ -237,9 +237,9 @@ def template_of(
     """
     saved = files.meta.get("template") if files else None
     if not saved:
-        return find(asked or "auto", vocabulary)
-    own = from_dict(saved)
-    if asked and find(asked, vocabulary).digest != own.digest:
+        return find_template(asked or "auto", vocabulary)
+    own = template_from_dict(saved)
+    if asked and find_template(asked, vocabulary).digest != own.digest:
         raise UserError(
             f"the adapter was trained with template {own.name}, not {asked}",
             where="template",

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings
 from vicuna.generate.stream import token_bytes
@@ -49,12 +49,12 @@ class Processors:
         settings: Settings,
         prompt_ids: Sequence[int],
         end_ids: Collection[int],
-        encoder: Encoder,
+        tokenizer: Tokenizer,
     ) -> None:
         s = settings
         self._all: list[Processor] = []
         if s.logit_bias:
-            self._all.append(Bias(_biases(s, encoder)))
+            self._all.append(Bias(_biases(s, tokenizer)))
         if s.repetition_penalty != 1:
             self._all.append(Repetition(s.repetition_penalty, prompt_ids))
         if s.frequency_penalty or s.presence_penalty:
@@ -62,7 +62,7 @@ class Processors:
         if s.no_repeat_ngram_size:
             self._all.append(NoRepeat(s.no_repeat_ngram_size, prompt_ids))
         if s.banned_words:
-            self._all.append(Banned(s.banned_words, token_bytes(encoder).all()))
+            self._all.append(Banned(s.banned_words, token_bytes(tokenizer).all()))
         if s.min_new_tokens and end_ids:
             self._all.append(MinLength(s.min_new_tokens, end_ids))
 
@@ -85,22 +85,22 @@ class Processors:
             processor.advance(parents, token_ids)
 
 
-def token_of(token: int | str, encoder: Encoder) -> int | None:
+def token_of(token: int | str, tokenizer: Tokenizer) -> int | None:
     """The id of a token given by its id or its spelling; None where there is no such token."""
     if isinstance(token, int) or token.isdecimal():
-        return int(token) if 0 <= int(token) < encoder.vocab_size else None
-    ids = encoder.mark(token)
+        return int(token) if 0 <= int(token) < tokenizer.vocab_size else None
+    ids = tokenizer.mark(token)
     return ids[0] if len(ids) == 1 else None
 
 
-def tokens_of(tokens: Sequence[int | str], encoder: Encoder, setting: str) -> list[int]:
+def tokens_of(tokens: Sequence[int | str], tokenizer: Tokenizer, setting: str) -> list[int]:
     """The ids of tokens given by id or spelling.
 
     Raises: SettingsError naming all that are not one token of the vocabulary.
     """
-    found = [token_of(t, encoder) for t in tokens]
+    found = [token_of(t, tokenizer) for t in tokens]
     wrong = [
-        f"{setting}: {t!r} is not one token of this vocabulary of {encoder.vocab_size}"
+        f"{setting}: {t!r} is not one token of this vocabulary of {tokenizer.vocab_size}"
         for t, i in zip(tokens, found)
         if i is None
     ]
@@ -109,8 +109,8 @@ def tokens_of(tokens: Sequence[int | str], encoder: Encoder, setting: str) -> li
     return [i for i in found if i is not None]
 
 
-def _biases(settings: Settings, encoder: Encoder) -> dict[int, float]:
-    ids = tokens_of(list(settings.logit_bias), encoder, "logit_bias")
+def _biases(settings: Settings, tokenizer: Tokenizer) -> dict[int, float]:
+    ids = tokens_of(list(settings.logit_bias), tokenizer, "logit_bias")
     return dict(zip(ids, settings.logit_bias.values()))
 
 

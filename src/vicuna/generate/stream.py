@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BROKEN = "\ufffd"
@@ -21,30 +21,30 @@ _BROKEN = "\ufffd"
 class TokenBytes:
     """The bytes that each token adds to a text; control tokens add none."""
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         # A decoder treats the first token apart; behind this one, each is as within a text.
-        self._before = _ordinary(encoder)
-        self._skip = len(encoder.decode(self._before))
+        self._before = _ordinary(tokenizer)
+        self._skip = len(tokenizer.decode(self._before))
         self._known: dict[int, bytes] = {}
 
     def __getitem__(self, token_id: int) -> bytes:
         known = self._known.get(token_id)
         if known is None:
-            known = b"" if token_id in self._encoder.control_ids else self._spell(token_id)
+            known = b"" if token_id in self._tokenizer.control_ids else self._spell(token_id)
             self._known[token_id] = known
         return known
 
     def all(self) -> list[bytes]:
         """Those of the whole vocabulary; slow the first time (a second for 100,000 tokens)."""
-        return [self[i] for i in range(self._encoder.vocab_size)]
+        return [self[i] for i in range(self._tokenizer.vocab_size)]
 
     def _spell(self, token_id: int) -> bytes:
-        text = self._encoder.decode([*self._before, token_id])[self._skip :]
+        text = self._tokenizer.decode([*self._before, token_id])[self._skip :]
         if _BROKEN not in text:
             return text.encode()
         # A part of a character, or a character of which only a part is missing.
-        spelled = self._encoder.token(token_id)
+        spelled = self._tokenizer.token(token_id)
         if byte := _BYTE.fullmatch(spelled):
             return bytes([int(byte[1], 16)])
         try:
@@ -53,19 +53,19 @@ class TokenBytes:
             return text.encode()
 
 
-def _ordinary(encoder: Encoder) -> list[int]:
+def _ordinary(tokenizer: Tokenizer) -> list[int]:
     """Tokens of a word that none of the tokenizer's added tokens is."""
     for letter in "abcxyz01好":
-        ids = encoder.text(letter)
-        if not encoder.control_ids.intersection(ids) and letter in encoder.decode(ids):
+        ids = tokenizer.text(letter)
+        if not tokenizer.control_ids.intersection(ids) and letter in tokenizer.decode(ids):
             return ids
     return []
 
 
 @lru_cache(maxsize=4)
-def token_bytes(encoder: Encoder) -> TokenBytes:
-    """The table of an encoder, one for all answers."""
-    return TokenBytes(encoder)
+def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
+    """The table of an tokenizer, one for all answers."""
+    return TokenBytes(tokenizer)
 
 
 def _byte_level_alphabet() -> dict[str, int]:
@@ -101,18 +101,18 @@ class TextStream:
     Hanzi or an emoji may take several tokens. Bytes that can never become a character are shown as
     U+FFFD, as any decoder shows them; a character that is unfinished at the end is left out.
 
-    The pieces together are `encoder.decode` of all ids, less one leading space (the one that a
+    The pieces together are `tokenizer.decode` of all ids, less one leading space (the one that a
     template puts before an answer, or that SentencePiece puts before a first word), up to the
     first stop string.
 
-        stream, state = TextStream(encoder, stops=["User:"]), StreamState()
+        stream, state = TextStream(tokenizer, stops=["User:"]), StreamState()
         for token_id in token_ids:
             piece, state = stream.push(state, token_id)
         rest = stream.finish(state)
     """
 
-    def __init__(self, encoder: Encoder, stops: Sequence[str] = ()) -> None:
-        self._bytes = token_bytes(encoder)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self._bytes = token_bytes(tokenizer)
         self._stops = StopStrings(stops)
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

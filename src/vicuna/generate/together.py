@@ -46,7 +46,7 @@ def answer_together(
     """
     shared = _shared(prompts)
     ends = frozenset(renderer.stop_ids)
-    stream = TextStream(renderer.encoder)
+    stream = TextStream(renderer.tokenizer)
     growers = [Grower(stream, ends, longest, engine.context_length - len(p)) for p in prompts]
     waiting = [list(p[shared:]) for p in prompts]
     nodes = [Node() for _ in prompts]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vicuna.data.pack import Pack, Segment
+from vicuna.data.pack import Pack, PackSegment
 from vicuna.memory.devices import Device
 from vicuna.memory.emulate_device import as_on
 from vicuna.memory.meta_layers import EightBitAdamW, quantize
@@ -57,11 +57,11 @@ def worst_pack(job: Job) -> Pack:
     of the run needs more."""
     length = min(job.longest, job.rows)
     stops = [*range(length, job.rows, length), job.rows]
-    segments = [Segment(a, b) for a, b in zip([0, *stops], stops)]
+    segments = [PackSegment(a, b) for a, b in zip([0, *stops], stops)]
     return pack_of(segments, np.arange(job.rows))
 
 
-def pack_of(segments: Sequence[Segment], targets: np.ndarray) -> Pack:
+def pack_of(segments: Sequence[PackSegment], targets: np.ndarray) -> Pack:
     """A pack of these segments and rows with a target; its ids are zeros."""
     rows, count = segments[-1].stop, len(targets)
     positions = np.concatenate(

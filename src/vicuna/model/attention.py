@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 from vicuna.model import attention_cpu
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 
@@ -158,7 +158,7 @@ def _segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment: Segment,
+    segment: PackSegment,
     layout: PackLayout,
     scale: float | None,
     window: int | None,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 
 # Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
@@ -180,7 +180,7 @@ def _plan_of(layout: PackLayout, shape: AttentionShape, like: Tensor) -> _Plan:
     return plan
 
 
-def _make_plan(segments: Sequence[Segment], shape: AttentionShape, like: Tensor) -> _Plan:
+def _make_plan(segments: Sequence[PackSegment], shape: AttentionShape, like: Tensor) -> _Plan:
     every = shape.query + 2 * shape.key
     own_heads, seen_heads = np.arange(shape.query), np.arange(shape.query, every)
     masks: dict[Any, Tensor] = {}
@@ -318,7 +318,7 @@ def _views(qkv: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     return split[:, : shape.query], split[:, shape.query : stop], split[:, stop:]
 
 
-def _gather(x: Tensor, s: Segment) -> Tensor:
+def _gather(x: Tensor, s: PackSegment) -> Tensor:
     """The rows of k or v that a segment sees: those above it, then its own."""
     if not s.above:
         return x[:, :, s.start : s.stop]
@@ -326,7 +326,7 @@ def _gather(x: Tensor, s: Segment) -> Tensor:
 
 
 def _mask_of(
-    s: Segment, window: int | None, layout: PackLayout, like: Tensor
+    s: PackSegment, window: int | None, layout: PackLayout, like: Tensor
 ) -> tuple[Tensor | None, bool]:
     """(additive mask, causal) of a segment; the kernel makes the plain triangle by itself."""
     own = s.stop - s.start

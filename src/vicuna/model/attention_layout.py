@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicuna.data.pack import Segment
+from vicuna.data.pack import PackSegment
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class AttentionShape:
 class PackLayout:
     """The segments of a pack and the masks made for them, shared by all layers of a forward."""
 
-    segments: list[Segment]
+    segments: list[PackSegment]
     _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _additive: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _cache: dict[tuple[str, int | None], Any] = field(default_factory=dict)

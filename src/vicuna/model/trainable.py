@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicuna.data.pack import Pack, filled
+from vicuna.data.pack import Pack, padded
 from vicuna.errors import UserError
 from vicuna.model import attention, loss
 from vicuna.model.attention_layout import PackLayout
@@ -151,7 +151,7 @@ class TrainableModel:
         if self.way == "whole":
             return self._whole_loss(pack)
         if self.way == "packed" and self.head.weight.dtype != torch.float32:
-            pack = filled(pack, STEP.get(self.device.type, 1))
+            pack = padded(pack, STEP.get(self.device.type, 1))
         return loss.cross_entropy_sum(
             self.hidden(pack),
             self.head.weight,

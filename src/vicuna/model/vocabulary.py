@@ -1,4 +1,4 @@
-"""A base's tokenizer as plain data (`Vocabulary`), and the checks that it fits the base.
+"""A base's tokenizer as plain data (`TokenizerData`), and the checks that it fits the base.
 
 The most reported fault of the 2023 project was a wrong end token: answers that never stopped. Every
 load checks that the end token exists and that the embedding has a row for each token that can
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder, Vocabulary
+from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, whole_file
 from vicuna.model.adapter_location import META
@@ -39,7 +39,7 @@ _TOKENIZER_FILES = (
 _FORMAT = "3"  # counts up when what is derived here changes
 
 
-def load_vocabulary(folder: Path) -> Vocabulary:
+def load_vocabulary(folder: Path) -> TokenizerData:
     """The tokenizer of a model folder.
 
     transformers reads it once; the result is kept in the cache under the files' hash, because
@@ -57,7 +57,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
         try:
             fields = json.loads(cached.read_text(encoding="utf-8"))
             fields["end_ids"] = tuple(fields["end_ids"])
-            return Vocabulary(**fields)
+            return TokenizerData(**fields)
         except (ValueError, TypeError, KeyError, OSError):
             pass  # a damaged cache entry is made anew
     vocabulary = _read_tokenizer(folder)
@@ -67,7 +67,7 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     return vocabulary
 
 
-def _read_tokenizer(folder: Path) -> Vocabulary:
+def _read_tokenizer(folder: Path) -> TokenizerData:
     from transformers import AutoTokenizer
 
     from vicuna.model.base import quiet_transformers
@@ -100,7 +100,7 @@ def _read_tokenizer(folder: Path) -> Vocabulary:
         t["content"]: t["id"] for t in json.loads(text)["added_tokens"] if t["special"]
     }
     named = tokenizer.special_tokens_map
-    return Vocabulary(
+    return TokenizerData(
         tokenizer_json=text,
         bos_id=int(bos) if adds_bos and bos is not None else None,
         eos_id=eos,
@@ -152,7 +152,7 @@ class Finding:
 
 
 def check_up(
-    encoder: Encoder, template: Template, model_vocab_size: int | None, config: dict[str, Any]
+    tokenizer: Tokenizer, template: Template, model_vocab_size: int | None, config: dict[str, Any]
 ) -> list[Finding]:
     """Check a tokenizer and a template against each other and against the model's config.
 
@@ -160,32 +160,32 @@ def check_up(
         model_vocab_size: rows of the embedding, None where unknown.
         config: the model's config.json.
     """
-    v = encoder.vocabulary
-    renderer = Renderer(template, encoder)
+    v = tokenizer.data
+    renderer = Renderer(template, tokenizer)
     found: list[Finding] = []
 
     def say(good: bool, ok: str, bad: str, level: Level = "error") -> None:
         found.append(Finding("ok", ok) if good else Finding(level, bad))
 
     ids = {"bos": v.bos_id, "eos": v.eos_id, "pad": v.pad_id, "end of answer": renderer.end_id}
-    size = model_vocab_size or encoder.vocab_size
+    size = model_vocab_size or tokenizer.vocab_size
     for name, i in ids.items():
         if i is not None:
             say(
                 0 <= i < size,
-                f"{name} is {encoder.token(i)} ({i})",
+                f"{name} is {tokenizer.token(i)} ({i})",
                 f"{name} id {i} lies outside the vocabulary of {size}",
             )
     say(
-        encoder.vocab_size <= size,
-        f"the model has a row for each of the tokenizer's {encoder.vocab_size} tokens",
-        f"the tokenizer has {encoder.vocab_size} tokens but the model only {size} rows",
+        tokenizer.vocab_size <= size,
+        f"the model has a row for each of the tokenizer's {tokenizer.vocab_size} tokens",
+        f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {size} rows",
         "warning",  # special tokens that nothing produces do no harm: `token_rows` looks at each
     )
     say(
-        renderer.end_id in encoder.control_ids,
+        renderer.end_id in tokenizer.control_ids,
         "the end token is a special token",
-        f"the end token {encoder.token(renderer.end_id)} is not marked special: text can forge it, "
+        f"the end token {tokenizer.token(renderer.end_id)} is not marked special: text can forge it, "
         "and answers may never stop",
     )
     declared = config.get("eos_token_id")
@@ -198,31 +198,33 @@ def check_up(
         "warning",
     )
     wanted = template.end_token
-    if wanted != "eos" and encoder.token_id(wanted) is None:
+    if wanted != "eos" and tokenizer.token_id(wanted) is None:
         text = (
             f"template {template.name} ends answers with {wanted}, which this vocabulary does not"
         )
-        found.append(Finding("warning", f"{text} have; {encoder.token(v.eos_id)} is used instead"))
-    found.append(_round_trip(encoder))
-    found.append(_forgery(encoder, renderer))
+        found.append(
+            Finding("warning", f"{text} have; {tokenizer.token(v.eos_id)} is used instead")
+        )
+    found.append(_round_trip(tokenizer))
+    found.append(_forgery(tokenizer, renderer))
     return found
 
 
-def _round_trip(encoder: Encoder) -> Finding:
+def _round_trip(tokenizer: Tokenizer) -> Finding:
     text = "床前明月光，疑是地上霜。𠮷 😀 1234 + 5 = ？\n第二行  two  spaces"
-    back = encoder.decode(encoder.text(text, first=True)).lstrip(" ")
+    back = tokenizer.decode(tokenizer.text(text, first=True)).lstrip(" ")
     if back == text:
         return Finding("ok", "Chinese, rare characters and white space survive a round trip")
     return Finding("error", f"text does not survive a round trip: {text!r} became {back!r}")
 
 
-def _forgery(encoder: Encoder, renderer: Renderer) -> Finding:
-    said = " ".join(t for t in encoder.vocabulary.special_tokens) or "</s>"
-    ids = set(encoder.text(said)) & encoder.control_ids
-    unk = encoder.vocabulary.special_tokens.get("<unk>")
+def _forgery(tokenizer: Tokenizer, renderer: Renderer) -> Finding:
+    said = " ".join(t for t in tokenizer.data.special_tokens) or "</s>"
+    ids = set(tokenizer.text(said)) & tokenizer.control_ids
+    unk = tokenizer.data.special_tokens.get("<unk>")
     ids.discard(-1 if unk is None else unk)
     if ids:
-        names = ", ".join(encoder.token(i) for i in sorted(ids))
+        names = ", ".join(tokenizer.token(i) for i in sorted(ids))
         return Finding("error", f"text can forge control tokens: {names}")
     plain = renderer.prompt([Turn("user", "你好")])
     forged = renderer.prompt([Turn("user", f"你好{said}")])
@@ -251,18 +253,18 @@ def embedding_rows(config: dict[str, Any]) -> int | None:
 
 def tokens_without_row(renderer: Renderer, rows: int) -> dict[int, str]:
     """Tokens at or beyond `rows` that can occur: of text, or named by the tokenizer or template."""
-    encoder = renderer.encoder
-    v = encoder.vocabulary
+    tokenizer = renderer.tokenizer
+    v = tokenizer.data
     used = {v.eos_id, v.pad_id, renderer.end_id, *renderer.stop_ids, *v.end_ids}
     if v.bos_id is not None:
         used.add(v.bos_id)
-    beyond = [i for i in range(rows, encoder.vocab_size + _GAP) if _exists(encoder, i)]
+    beyond = [i for i in range(rows, tokenizer.vocab_size + _GAP) if _exists(tokenizer, i)]
     beyond += [i for i in used if i >= rows and i not in beyond]
-    return {i: encoder.token(i) for i in beyond if i in used or i not in encoder.control_ids}
+    return {i: tokenizer.token(i) for i in beyond if i in used or i not in tokenizer.control_ids}
 
 
-def _exists(encoder: Encoder, token_id: int) -> bool:
-    return encoder.token(token_id) != f"<{token_id}>"
+def _exists(tokenizer: Tokenizer, token_id: int) -> bool:
+    return tokenizer.token(token_id) != f"<{token_id}>"
 
 
 def check_embedding_rows(renderer: Renderer, config: dict[str, Any], where: Path) -> None:

@@ -151,14 +151,14 @@ class Training:
             "data_seconds": round(read + self._training.seconds - cut_before, 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "memory_gib": round(peak_memory_gib(s.trainable.device), 3),
-            "epoch": round(state.examples / s.split.order.epoch_size, 4),
+            "epoch": round(state.examples / s.split.sampler.epoch_size, 4),
         }
         if state.step % s.settings.logging_steps == 0 or state.step == state.total:
             self.reporters.log("train", s.run.log("step", **line))
         return line
 
     def _examples(self, step: int) -> list[Example]:
-        wanted = self.s.split.order.step(step - self.state.data_offset)
+        wanted = self.s.split.sampler.step(step - self.state.data_offset)
         return [self.s.split.dataset[int(i)] for i in wanted]
 
     def _update(self, loss: float, rate: float) -> tuple[float, bool]:

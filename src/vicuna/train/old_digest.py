@@ -17,7 +17,7 @@ import numpy as np
 
 from vicuna.config import DatasetEntry, DataSettings
 from vicuna.data.dataset import Dataset, Split
-from vicuna.data.tokenizer import Vocabulary
+from vicuna.data.tokenizer import TokenizerData
 from vicuna.files import file_hash
 from vicuna.train.checkpoint import State
 
@@ -39,7 +39,7 @@ def same_data(
     state: State,
     split: Split,
     settings: Any,
-    vocabulary: Vocabulary,
+    vocabulary: TokenizerData,
     template: dict[str, Any],
 ) -> bool:
     """Whether a checkpoint of before was made from these examples.
@@ -53,12 +53,14 @@ def same_data(
     )
 
 
-def _of_split(split: Split, settings: Any, vocabulary: Vocabulary, template: dict[str, Any]) -> str:
+def _of_split(
+    split: Split, settings: Any, vocabulary: TokenizerData, template: dict[str, Any]
+) -> str:
     def of(dataset: Dataset, entries: Sequence[DatasetEntry]) -> str:
         return _of_dataset(dataset, entries, settings, vocabulary, template)
 
     digest = hashlib.sha256(of(split.dataset, settings.dataset).encode())
-    for group in split.order.groups:
+    for group in split.sampler.groups:
         digest.update(group.indices.tobytes() + f";{group.weight};".encode())
     held_out = split.held_out
     digest.update(of(held_out, settings.val_dataset).encode() if held_out is not None else b"")
@@ -69,13 +71,13 @@ def _of_dataset(
     dataset: Dataset,
     entries: Sequence[DatasetEntry],
     settings: DataSettings,
-    vocabulary: Vocabulary,
+    vocabulary: TokenizerData,
     template: dict[str, Any],
 ) -> str:
     fields = {name: getattr(vocabulary, name) for name in _VOCABULARY}
     words = _hash(fields)
     digest = hashlib.sha256(f"{dataset.cutoff};".encode())
-    for source in dataset.sources:
+    for source in dataset.files:
         parts = [
             _FORMAT,
             file_hash(source.path),
@@ -99,7 +101,7 @@ def _same_tokens(state: State, split: Split) -> bool:
     """Whether the updates done had as many tokens as these examples have: files that are read
     otherwise today than they were would show here."""
     steps = state.step - state.data_offset
-    if state.examples != steps * split.order.batch_size:
+    if state.examples != steps * split.sampler.batch_size:
         return True  # begun from the data's beginning in between: not to be counted
     lengths = np.minimum(split.dataset.column("length"), split.dataset.cutoff)
-    return state.tokens == sum(int(lengths[split.order.step(k)].sum()) for k in range(steps))
+    return state.tokens == sum(int(lengths[split.sampler.step(k)].sum()) for k in range(steps))

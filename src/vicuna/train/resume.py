@@ -16,7 +16,7 @@ import torch
 from vicuna import config
 from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
-from vicuna.data.tokenizer import Vocabulary
+from vicuna.data.tokenizer import TokenizerData
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import sweep
 from vicuna.hub import must_be_hub_id, snapshot
@@ -232,7 +232,7 @@ def begin(
     split: datasets.Split,
     precision: str,
     rows: int,
-    vocabulary: Vocabulary,
+    vocabulary: TokenizerData,
 ) -> tuple[State, Schedule]:
     """The state before the first step, and the schedule of learning rates.
 
@@ -245,7 +245,7 @@ def begin(
     Raises: SettingsError where a resumed run would not be the one it was.
     """
     wanted = settings.model_dump(include=set(DECISIVE), mode="json") | {"precision": precision}
-    own_steps = settings.max_steps or split.order.steps(settings.num_train_epochs)
+    own_steps = settings.max_steps or split.sampler.steps(settings.num_train_epochs)
     cut = {
         "tokens": rows,
         "evaluation": rows,

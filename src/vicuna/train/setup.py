@@ -19,9 +19,9 @@ from vicuna.config import TrainSettings
 from vicuna.data import dataset as datasets
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.compare_with_original import differences, share_of_thoughts
-from vicuna.data.templates.registry import find, from_dict
+from vicuna.data.templates.registry import find_template, template_from_dict
 from vicuna.data.templates.renderer import Renderer
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_json
 from vicuna.model import adapter as adapters
@@ -98,15 +98,15 @@ def _build(
     datasets.check_sources([*settings.dataset, *settings.val_dataset], settings.encoding)
     folder = locate(settings.model)
     vocabulary = load_vocabulary(folder)
-    encoder = Encoder(vocabulary)
-    template = _template(settings, given, origin, encoder)
+    tokenizer = Tokenizer(vocabulary)
+    template = _template(settings, given, origin, tokenizer)
     template = template.choose(settings.thinking, settings.thinking_loss)
-    renderer = Renderer(template, encoder)
+    renderer = Renderer(template, tokenizer)
     check_embedding_rows(renderer, read_config(folder), folder)
     for line in differences(renderer):
         screen.say(f"template {template.name}: {line}")
     split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")
-    renderer = Renderer(_answering(settings, renderer, split, screen), encoder)
+    renderer = Renderer(_answering(settings, renderer, split, screen), tokenizer)
     template = renderer.template
     hardware = _hardware(settings, given, origin, folder, split, screen)
     settings, chosen = hardware.settings, hardware.precision
@@ -202,17 +202,17 @@ def mistakes(settings: TrainSettings) -> list[str]:
 
 
 def _template(
-    settings: TrainSettings, given: dict[str, Any], origin: Origin, encoder: Encoder
+    settings: TrainSettings, given: dict[str, Any], origin: Origin, tokenizer: Tokenizer
 ) -> Template:
     """The adapter's own template where the run begins from one; else the one asked for."""
     saved = origin.adapter.meta.get("template") if origin.adapter else None
     wanted = None
     if "template" in given or not saved:
-        wanted = find(settings.template, encoder.vocabulary)
+        wanted = find_template(settings.template, tokenizer.data)
     if not saved:
         assert wanted is not None
         return wanted
-    own = from_dict(saved)
+    own = template_from_dict(saved)
     if wanted is not None and wanted.digest != own.digest:
         if "template" in settings.allow_changes:
             return wanted
@@ -378,7 +378,8 @@ def _announce(session: Session, chosen: load.Chosen) -> None:
     say(f"base {settings.model} in {chosen.precision} on {device}: {chosen.reason}")
     say(
         f"template {session.renderer.template.name}, answers end with "
-        f"{session.renderer.encoder.token(session.renderer.end_id)}; {trained:,} trained parameters"
+        f"{session.renderer.tokenizer.token(session.renderer.end_id)}; "
+        f"{trained:,} trained parameters"
     )
     say(
         f"{session.split.train_examples:,} examples in updates of {settings.batch_size}: "

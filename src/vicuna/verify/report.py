@@ -4,7 +4,7 @@ report = Report("merge", result, "16bit")
 with whole_folder(result) as aside:
     ...                                    # write
     report.measure(bytes_before, aside)
-    report.verify(settings, before, after, encoder)   # raises where the gate is missed
+    report.verify(settings, before, after, tokenizer)   # raises where the gate is missed
     report.write(aside)
 report.finish()                            # prints; raises where a failed result was kept
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from vicuna import __version__
 from vicuna.config import VerifySettings
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.json_yaml import write_json
 from vicuna.terminal import say
@@ -98,7 +98,7 @@ class Report:
         settings: VerifySettings,
         before: Callable[[], Scorer],
         after: Callable[[], Scorer],
-        encoder: Callable[[], Encoder],
+        tokenizer: Callable[[], Tokenizer],
     ) -> None:
         """Compare, unless that is turned off.
 
@@ -106,7 +106,7 @@ class Report:
         """
         if not settings.verify:
             return
-        texts = texts_for(settings, encoder())
+        texts = texts_for(settings, tokenizer())
         one, two = before(), after()
         try:
             self.comparison = compare(one, two, texts)

@@ -9,7 +9,7 @@ from pathlib import Path
 from vicuna.config import VerifySettings
 from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
 from vicuna.verify.scorers import Texts
 
@@ -17,7 +17,7 @@ from vicuna.verify.scorers import Texts
 LONGEST = 256
 
 
-def texts_for(settings: VerifySettings, encoder: Encoder) -> dict[str, Texts]:
+def texts_for(settings: VerifySettings, tokenizer: Tokenizer) -> dict[str, Texts]:
     """The token ids of the texts, by kind: `zh` and `en`, or `data` where a file was given.
 
     Raises: UserError where the file has no usable text.
@@ -27,10 +27,12 @@ def texts_for(settings: VerifySettings, encoder: Encoder) -> dict[str, Texts]:
     else:
         samples = Path(str(resources.files("vicuna.samples")))
         sources = {"zh": samples / "heldout_zh.jsonl", "en": samples / "plain_en.txt"}
-    return {kind: _encoded(path, encoder, settings.verify_tokens) for kind, path in sources.items()}
+    return {
+        kind: _encoded(path, tokenizer, settings.verify_tokens) for kind, path in sources.items()
+    }
 
 
-def _encoded(path: Path, encoder: Encoder, budget: int) -> list[list[int]]:
+def _encoded(path: Path, tokenizer: Tokenizer, budget: int) -> list[list[int]]:
     """The texts of a file, until so many tokens are reached."""
     if not path.is_file():
         raise UserError("no such file", where=f"verify_data {path}")
@@ -38,7 +40,7 @@ def _encoded(path: Path, encoder: Encoder, budget: int) -> list[list[int]]:
     for text in _texts(path):
         if budget < 2:
             break
-        ids = _ids(text, encoder)[: min(LONGEST, budget)]
+        ids = _ids(text, tokenizer)[: min(LONGEST, budget)]
         if len(ids) > 1:
             found.append(ids)
             budget -= len(ids)
@@ -58,6 +60,6 @@ def _texts(path: Path) -> Iterable[str]:
             yield "\n".join(turn.text for turn in conversation.turns)
 
 
-def _ids(text: str, encoder: Encoder) -> list[int]:
-    bos = encoder.vocabulary.bos_id
-    return ([] if bos is None else [bos]) + encoder.text(text, first=True)
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    bos = tokenizer.data.bos_id
+    return ([] if bos is None else [bos]) + tokenizer.text(text, first=True)

@@ -194,7 +194,7 @@ def _span(span: Span, look: Look, borders: bool, say: Say) -> str:
         return f'<span class="{" ".join(classes)}">{_visible(span.text)}</span>'
     pieces = "".join(
         f'<i title="{", ".join(map(str, ids))}">{_visible(text)}</i>'
-        for text, ids in tokens(span, look.renderer.encoder)
+        for text, ids in tokens(span, look.renderer.tokenizer)
     )
     return f'<span class="{" ".join(classes)}">{pieces}</span>'
 
@@ -208,7 +208,7 @@ def _visible(text: str) -> str:
 
 
 def _legend(look: Look, say: Say) -> str:
-    end = escape(look.renderer.encoder.token(look.renderer.end_id))
+    end = escape(look.renderer.tokenizer.token(look.renderer.end_id))
     return (
         f'<p class="v-key"><span class="learned">{escape(say("data.key_learned"))}</span>'
         f"<span>{escape(say('data.key_other'))}</span>"

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from vicuna.data.records import find_files
-from vicuna.data.templates.registry import builtin
+from vicuna.data.templates.registry import builtin_templates
 from vicuna.errors import UserError
 from vicuna.files import file_hash, whole_file
 from vicuna.hub import is_hub_id
@@ -140,7 +140,7 @@ def may_fetch(app: App, hub_id: str) -> None:
 
 def templates() -> list[str]:
     """The templates that are offered."""
-    return ["auto", *builtin()]
+    return ["auto", *builtin_templates()]
 
 
 def allowed_template(app: App, template: str) -> str:

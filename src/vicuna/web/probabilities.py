@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from vicuna.data.tokenizer import Encoder
+from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.events import Answer
 from vicuna.generate.stream import StreamState, TextStream, token_bytes
 from vicuna.generate.thoughts import Parts
@@ -33,15 +33,15 @@ class Said(NamedTuple):
     top: tuple[tuple[str, float], ...]
 
 
-def said(answer: Answer, encoder: Encoder, stops: Sequence[str] = ()) -> list[Said]:
+def said(answer: Answer, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> list[Said]:
     """The tokens of an answer that was asked for with `logprobs`; else none."""
-    stream, state = TextStream(encoder, stops), StreamState()
+    stream, state = TextStream(tokenizer, stops), StreamState()
     found = []
     for token in answer.logprobs or ():
         text, state = stream.push(state, token.token_id)
         likely = [(i, p) for i, p in token.top if i != token.token_id]
         top = [(token.token_id, token.logprob), *likely]
-        shown = tuple((_spelled(i, encoder), round(math.exp(p), 4)) for i, p in top)
+        shown = tuple((_spelled(i, tokenizer), round(math.exp(p), 4)) for i, p in top)
         found.append(Said(text, shown[0][1], shown))
     return found
 
@@ -58,10 +58,10 @@ def thought_tokens(tokens: Sequence[Said], parts: Parts) -> int:
     return len(tokens)
 
 
-def _spelled(token_id: int, encoder: Encoder) -> str:
-    if token_id in encoder.control_ids:
-        return encoder.token(token_id)
-    return token_bytes(encoder)[token_id].decode("utf-8", "replace")
+def _spelled(token_id: int, tokenizer: Tokenizer) -> str:
+    if token_id in tokenizer.control_ids:
+        return tokenizer.token(token_id)
+    return token_bytes(tokenizer)[token_id].decode("utf-8", "replace")
 
 
 def html(tokens: Sequence[Said], say: Say) -> str:

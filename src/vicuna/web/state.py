@@ -96,9 +96,9 @@ class App:
 
     def templates(self) -> list[str]:
         """The templates that can be chosen by name."""
-        from vicuna.data.templates.registry import builtin
+        from vicuna.data.templates.registry import builtin_templates
 
-        return ["auto", *builtin()]
+        return ["auto", *builtin_templates()]
 
     @property
     def adapter_folders(self) -> list[Path]:

@@ -267,7 +267,7 @@ class ChatTab:
         snapshot = job.latest
         if not isinstance(snapshot, Snapshot) or snapshot.finished is None:
             return [], 0
-        tokens = said(snapshot.finished.answers[0], self.app.worker.loaded.renderer.encoder)
+        tokens = said(snapshot.finished.answers[0], self.app.worker.loaded.renderer.tokenizer)
         return tokens, thought_tokens(tokens, snapshot.parts())
 
     def _who(self, ask: GenerateRequest, words: Any) -> str:

@@ -24,7 +24,7 @@ from vicuna.data.conversation import Conversation, Turn
 from vicuna.data.loss_mask import TrainTurns
 from vicuna.data.templates.skeleton import Shape, Slot, number_ends, shape_of
 from vicuna.data.think_tags import split_thought
-from vicuna.data.tokenizer import Segment
+from vicuna.data.tokenizer import Piece
 
 Thinking = Literal["auto", "on", "off"]
 # What `to_dict` holds beside the template itself: what a run chose.
@@ -124,13 +124,13 @@ class Template:
         two = self._flat(self._skeleton(Shape(False, (False, False))))
         return two.startswith(one)
 
-    def prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+    def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
         """Segments of a prompt: `turns` ends with the user's question."""
         return self._fill(self._skeleton(shape_of(self._with_system(turns))), turns, frozenset())
 
     def examples(
         self, conversation: Conversation, train_turns: TrainTurns = "all"
-    ) -> list[list[Segment]]:
+    ) -> list[list[Piece]]:
         """Segments of the training example(s) of one conversation; none if no answer is supervised.
 
         One example, all of its supervised answers in it, if the template is stable; else one for
@@ -138,9 +138,7 @@ class Template:
         """
         turns = conversation.turns
         if conversation.kind == "text":
-            return [
-                [Segment("bos"), Segment("text", turns[-1].text, True), Segment("end", "", True)]
-            ]
+            return [[Piece("bos"), Piece("text", turns[-1].text, True), Piece("end", "", True)]]
         taught = self._taught(turns, train_turns)
         if not taught:
             return []
@@ -166,7 +164,7 @@ class Template:
         """How a thought is told from the answer behind it, in what the model says."""
         return ThoughtMarks()
 
-    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
+    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Piece]:
         shape = shape_of(turns)
         last = len(shape.inputs) - 1
         slots = [*self._skeleton(shape), self._answer(last), *self._closing()]
@@ -198,30 +196,30 @@ class Template:
 
     def _fill(
         self, slots: Sequence[Slot], turns: Sequence[Turn], taught: frozenset[int]
-    ) -> list[Segment]:
+    ) -> list[Piece]:
         turns = self._with_system(turns)
         system = turns[0].text if turns[0].role == "system" else ""
         questions = [t for t in turns if t.role == "user"]
         answers = [t for t in turns if t.role == "assistant"]
         placed = {slot.turn for slot in slots if slot.kind == "input"}
-        segments: list[Segment] = []
+        segments: list[Piece] = []
         for slot in slots:
             supervised = slot.turn in taught
             if slot.kind == "mark":
-                segments.append(Segment("mark", slot.text, supervised))
+                segments.append(Piece("mark", slot.text, supervised))
             elif slot.kind in ("bos", "end", "silent_end"):
-                segments.append(Segment(slot.kind, "", supervised))
+                segments.append(Piece(slot.kind, "", supervised))
             elif slot.kind == "assistant":
                 thought, said = self._spoken(answers[slot.turn])
                 lead = slot.text + self.harmless(thought)
                 if thought and not self.thinking_loss:
-                    segments.append(Segment("text", lead, False, cut=True))
-                    segments.append(Segment("text", self.harmless(said), supervised))
+                    segments.append(Piece("text", lead, False, cut=True))
+                    segments.append(Piece("text", self.harmless(said), supervised))
                 else:
                     text = lead + self.harmless(said)
-                    segments.append(Segment("text", text, supervised, cut=True))
+                    segments.append(Piece("text", text, supervised, cut=True))
             else:
-                segments.append(Segment("text", self._said(slot, system, questions, placed)))
+                segments.append(Piece("text", self._said(slot, system, questions, placed)))
         return segments
 
     def _spoken(self, turn: Turn) -> tuple[str, str]:

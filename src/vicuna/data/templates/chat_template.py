@@ -33,7 +33,7 @@ from vicuna.data.templates.placeholders import (
 from vicuna.data.templates.sandbox import Program
 from vicuna.data.templates.skeleton import Shape, Slot
 from vicuna.data.think_tags import split_thought
-from vicuna.data.tokenizer import Segment
+from vicuna.data.tokenizer import Piece
 
 
 class _Gap(NamedTuple):
@@ -49,7 +49,7 @@ class _Gap(NamedTuple):
 class _Plan:
     """One example of an outline: its segments, and gaps for the conversation's texts."""
 
-    pieces: list[Segment | _Gap] = field(default_factory=list)
+    pieces: list[Piece | _Gap] = field(default_factory=list)
     odd: str = ""  # what the template does with an answer that is not taught
 
 
@@ -127,7 +127,7 @@ class ChatTemplate(Template):
 
     # -- examples and prompts -----------------------------------------------------------------
 
-    def prompt(self, turns: Sequence[Turn]) -> list[Segment]:
+    def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
         outline, texts = self._outline(turns)
         on = self._opens_thought(outline)
         key = outline, on
@@ -138,7 +138,7 @@ class ChatTemplate(Template):
 
     def examples(
         self, conversation: Conversation, train_turns: TrainTurns = "all"
-    ) -> list[list[Segment]]:
+    ) -> list[list[Piece]]:
         if conversation.kind == "text":
             return super().examples(conversation, train_turns)
         self.odd = ""
@@ -205,7 +205,7 @@ class ChatTemplate(Template):
             else:
                 self._add(plan, spoken, learned, cut=True)
             if not spoken:
-                plan.pieces.append(Segment("text", "", learned, True))
+                plan.pieces.append(Piece("text", "", learned, True))
             at += len(spoken)
             at += self._add_end(plan, text[at:], learned)
         self._add(plan, text[at:], False, cut=bool(at))
@@ -217,7 +217,7 @@ class ChatTemplate(Template):
                 plan.pieces.append(_Gap("text", int(part), supervised, cut))
                 cut = False
             elif part:
-                plan.pieces.append(Segment("mark", part, supervised, cut))
+                plan.pieces.append(Piece("mark", part, supervised, cut))
                 cut = False
 
     def _add_end(self, plan: _Plan, tail: str, supervised: bool) -> int:
@@ -227,15 +227,15 @@ class ChatTemplate(Template):
         tokens = list(self._special.finditer(found[0])) if found else []
         place = next((t for t in tokens if t[0] == end), None)
         if place is None:
-            plan.pieces.append(Segment("silent_end", "", supervised))
+            plan.pieces.append(Piece("silent_end", "", supervised))
             return 0
         self._add(plan, tail[: place.start()], supervised, cut=False)
-        plan.pieces.append(Segment("end", "", supervised))
+        plan.pieces.append(Piece("end", "", supervised))
         return place.end()
 
-    def _fill_plan(self, plan: _Plan, texts: Sequence[str]) -> list[Segment]:
+    def _fill_plan(self, plan: _Plan, texts: Sequence[str]) -> list[Piece]:
         return [
-            Segment("text", self.harmless(texts[piece.number]), piece.supervised, piece.cut)
+            Piece("text", self.harmless(texts[piece.number]), piece.supervised, piece.cut)
             if isinstance(piece, _Gap)
             else piece
             for piece in plan.pieces

@@ -40,11 +40,11 @@ def differences(renderer: Renderer, thoughts: bool = False) -> list[str]:
             continue
         before = set(template.notes)
         segments = template.examples(Conversation(turns))[-1]
-        ids = renderer.encoder.encode(segments, renderer.end_id).ids.tolist()
+        ids = renderer.tokenizer.encode(segments, renderer.end_id).ids.tolist()
         text = template.reference(turns)
         if text is None:
             text = renderer.spelled(segments)
-        wanted = renderer.encoder.reference(text)
+        wanted = renderer.tokenizer.reference(text)
         notes = [n for n in template.notes if n not in before]
         found.update(dict.fromkeys(notes))
         if ids != wanted and not template.notes:
@@ -65,12 +65,12 @@ def _difference(renderer: Renderer, ids: Sequence[int], wanted: Sequence[int]) -
     at = min(len(ids), len(wanted)) if same is None else same
 
     def near(some: Sequence[int]) -> str:
-        return " ".join(renderer.encoder.token(i) for i in some[max(0, at - 1) : at + 3])
+        return " ".join(renderer.tokenizer.token(i) for i in some[max(0, at - 1) : at + 3])
 
     return (
         f"training has {near(ids)!r} and one call of the tokenizer {near(wanted)!r}, "
         "because an answer is encoded apart from what stands beside it"
-        if renderer.encoder.decode(ids) == renderer.encoder.decode(wanted)
+        if renderer.tokenizer.decode(ids) == renderer.tokenizer.decode(wanted)
         else f"training has {near(ids)!r}, the template's own rendering {near(wanted)!r}"
     )
 
@@ -82,6 +82,6 @@ def share_of_thoughts(examples: Iterable[Example], renderer: Renderer) -> float:
     for example in examples:
         learned = example.ids[1:][example.labels[:-1] != NO_TARGET].tolist()
         whole = example.ids.tolist() if not renderer.template.thinking_loss else learned
-        thoughts += bool(close) and close in renderer.encoder.spelled(whole)
+        thoughts += bool(close) and close in renderer.tokenizer.spelled(whole)
         count += 1
     return thoughts / count if count else 0.0

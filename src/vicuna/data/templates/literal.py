@@ -9,7 +9,7 @@ from typing import Any
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.skeleton import FIELD, Shape, Slot, number_ends, shape_of
-from vicuna.data.tokenizer import Segment
+from vicuna.data.tokenizer import Piece
 from vicuna.errors import UserError
 
 
@@ -96,7 +96,7 @@ class LiteralTemplate(Template):
         at = next(i for i, s in enumerate(slots) if s.kind == "assistant")
         return slots[at + 1 :]
 
-    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Segment]:
+    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Piece]:
         # The white space before an answer's text belongs to the answer (see templates.yaml).
         shape = shape_of(turns)
         last = len(shape.inputs) - 1

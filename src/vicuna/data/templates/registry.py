@@ -10,13 +10,13 @@ from typing import Any
 from vicuna.data.templates.base import Template
 from vicuna.data.templates.chat_template import ChatTemplate
 from vicuna.data.templates.literal import LiteralTemplate
-from vicuna.data.tokenizer import Vocabulary
+from vicuna.data.tokenizer import TokenizerData
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_yaml
 
 
 @lru_cache(maxsize=1)
-def builtin() -> dict[str, dict[str, Any]]:
+def builtin_templates() -> dict[str, dict[str, Any]]:
     """The templates that come with the project, by name."""
     import yaml
 
@@ -25,7 +25,7 @@ def builtin() -> dict[str, dict[str, Any]]:
     return specs
 
 
-def find(name: str, vocabulary: Vocabulary) -> Template:
+def find_template(name: str, vocabulary: TokenizerData) -> Template:
     """The template of this name: `auto`, a built-in one, or a YAML file of the user's.
 
     `auto` is the one that a merged model brings, else the tokenizer's own chat template, or alpaca
@@ -35,9 +35,9 @@ def find(name: str, vocabulary: Vocabulary) -> Template:
     """
     if name == "auto":
         if vocabulary.template:
-            return from_dict(vocabulary.template)
+            return template_from_dict(vocabulary.template)
         if not vocabulary.chat_template:
-            return LiteralTemplate("alpaca", builtin()["alpaca"])
+            return LiteralTemplate("alpaca", builtin_templates()["alpaca"])
         return ChatTemplate(
             vocabulary.chat_template,
             vocabulary.bos_token,
@@ -45,19 +45,20 @@ def find(name: str, vocabulary: Vocabulary) -> Template:
             list(vocabulary.special_tokens),
             words=vocabulary.named_tokens,
         )
-    if name in builtin():
-        return LiteralTemplate(name, builtin()[name])
+    if name in builtin_templates():
+        return LiteralTemplate(name, builtin_templates()[name])
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return LiteralTemplate(path.stem, read_yaml(path))
     raise UserError(
         f"no template {name!r}",
         where="template",
-        fix=f"Known: auto, {', '.join(builtin())}, or a YAML file of your own (docs/data.md).",
+        fix=f"Known: auto, {', '.join(builtin_templates())}, "
+        "or a YAML file of your own (docs/data.md).",
     )
 
 
-def from_dict(saved: dict[str, Any]) -> Template:
+def template_from_dict(saved: dict[str, Any]) -> Template:
     """The template that `to_dict` wrote, now or in an older version."""
     saved = dict(saved)
     kind, name = saved.pop("kind"), saved.pop("name")

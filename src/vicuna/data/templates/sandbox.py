@@ -35,7 +35,7 @@ _BOOT = (
     "import sys; sys.path[:] = sys.argv[1:]; "
     "from vicuna.data.templates.sandbox_worker import main; main()"
 )
-_ANOTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
+OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
 
 
 class RenderError(Exception):
@@ -67,7 +67,7 @@ def compile_template(source: str) -> Compiled:
         raise UserError(
             f"the tokenizer's chat template does not parse: {e}",
             where="template auto",
-            fix=_ANOTHER,
+            fix=OTHER,
         ) from e
     return Compiled(source)
 
@@ -216,7 +216,7 @@ class Program:
     """
 
     def __init__(self, source: str, words: dict[str, str], date: str = "") -> None:
-        self.date = (date or datetime.date.today().isoformat()) if asks_date(source) else ""
+        self.date = (date or datetime.now().date().isoformat()) if asks_date(source) else ""
         self._compiled = compile_template(source)
         self.watched = watched_in(source)
         self._words = words
@@ -237,7 +237,7 @@ class Program:
             given = {"enable_thinking": thinking, "thinking": thinking}
         return render(
             self._compiled,
-            now=datetime.datetime.fromisoformat(self.date) if self.date else None,
+            now=datetime.fromisoformat(self.date) if self.date else None,
             messages=messages,
             add_generation_prompt=generate,
             tools=None,
@@ -250,6 +250,3 @@ class Program:
 def asks_date(source: str) -> bool:
     """Whether a template asks what day it is."""
     return "strftime_now" in source
-
-
-OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
