@@ -188,11 +188,11 @@ class Bench:
             self.share_threads(engine)
             known, anew = [], []
             for _ in range(self.o.repeats):
-                engine.forget()
+                engine.reset()
                 for ids in turns:
                     seconds = self.first_token(engine, ids, first)
                 known.append(seconds)
-                engine.forget()
+                engine.reset()
                 anew.append(self.first_token(engine, turns[-1], first))
             found[name] = {"known": min(known), "anew": min(anew)}
         return found
@@ -207,7 +207,7 @@ class Bench:
         for name, engine in self.engines.items():
             self.share_threads(engine)
             timed = Timed(engine)
-            engine.forget()
+            engine.reset()
             marks = [
                 (time.perf_counter(), timed.seconds)
                 for _ in decode(timed, prompt, exact, self.renderer)
@@ -225,7 +225,7 @@ class Bench:
         return found
 
     def share_threads(self, engine: Any = None) -> None:
-        """PyTorch's threads as a command has them: one beside llama.cpp (see `openers`)."""
+        """PyTorch's threads as a command has them: one beside llama.cpp."""
         beside = engine is not None and not hasattr(engine, "tree")
         torch.set_num_threads(1 if beside else self.o.threads)
 
@@ -261,7 +261,7 @@ class Bench:
     ) -> Callable[[], list[int]]:
         def run() -> list[int]:
             self.share_threads(engine)
-            engine.forget()
+            engine.reset()
             if hasattr(engine, "tree"):
                 self.peak_cache = 0
             for event in decode(engine, prompt, settings, self.renderer):
@@ -278,13 +278,13 @@ class Bench:
         of the scores."""
         context = self.engines[name]._context
         self.share_threads(self.engines[name])
-        self.engines[name].forget()
+        self.engines[name].reset()
         context.decode(prompt, range(len(prompt)), [0] * len(prompt), 1)
         said = [int(context.scores(1)[0].argmax())]
         while len(said) < self.o.new:
             context.decode([said[-1]], [len(prompt) + len(said) - 1], [0], 1)
             said.append(int(context.scores(1)[0].argmax()))
-        self.engines[name].forget()
+        self.engines[name].reset()
         return said
 
     def first_token(self, engine: Any, prompt: Sequence[int], settings: Settings) -> float:
@@ -301,8 +301,8 @@ class Timed:
         self.engine, self.seconds = engine, 0.0
         self.context_length, self.max_rows = engine.context_length, engine.max_rows
 
-    def forget(self) -> None:
-        self.engine.forget()
+    def reset(self) -> None:
+        self.engine.reset()
 
     def prefill(self, *args: Any) -> Any:
         return self._timed(self.engine.prefill, *args)

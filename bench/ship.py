@@ -313,7 +313,7 @@ def speed(path: Path, threads: int) -> dict[str, float]:
     prompt = [(7 * i) % 4000 + 10 for i in range(256)]
     with LlamaCppEngine(path, context_length=512, threads=threads) as engine:
         engine.prefill(prompt[:8])
-        engine.forget()
+        engine.reset()
         began = time.perf_counter()
         engine.prefill(prompt)
         read = time.perf_counter() - began

@@ -387,10 +387,12 @@ def test_a_cache_of_16_bits_gives_the_same_answer(place: Path, engine: str) -> N
 
 def test_an_engine_with_its_own_forward_leaves_the_models_alone(place: Path) -> None:
     model = load(place, adapter=str(place / "adapter"))
-    layers = [m for m in model._loaded.model.modules() if hasattr(m, "lora_A")]
+    layers = [m for m in model._loaded.engine.model.modules() if hasattr(m, "lora_A")]
     assert layers
     assert not any("forward" in vars(layer) for layer in layers)
-    assert fused.install(model._loaded.model)[0] == len(layers)  # it could have been installed
+    assert fused.install(model._loaded.engine.model)[0] == len(
+        layers
+    )  # it could have been installed
 
 
 def test_what_is_odd_about_an_adapter_is_warned_of(place: Path, tmp_path: Path) -> None:

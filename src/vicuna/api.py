@@ -25,7 +25,7 @@ from vicuna.generate.chat import Fitted, fit
 from vicuna.generate.decode import decode
 from vicuna.generate.engines.base import never
 from vicuna.generate.events import Event, Finished
-from vicuna.generate.load import Loaded, open_model
+from vicuna.generate.load import ChatModel, open_model
 from vicuna.generate.settings import Settings
 
 # A question; or a conversation: turns, or OpenAI's messages.
@@ -106,8 +106,8 @@ class Model:
     notes: what was found when it was loaded.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self._opened: Loaded | None = loaded
+    def __init__(self, loaded: ChatModel) -> None:
+        self._opened: ChatModel | None = loaded
         self._request = object()  # stands for the request that may compute
         self.notes = [n for n in (*loaded.notes, loaded.about) if n]
         for note in loaded.notes:
@@ -193,7 +193,7 @@ class Model:
         if self._opened is None:
             return
         engine, self._opened, self._request = self._opened.engine, None, object()
-        getattr(engine, "close", engine.forget)()
+        engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -207,7 +207,7 @@ class Model:
         self.close()
 
     @property
-    def _loaded(self) -> Loaded:
+    def _loaded(self) -> ChatModel:
         if self._opened is None:
             raise UserError("this model was closed", fix="Load it again: vicuna.load(...).")
         return self._opened

@@ -25,7 +25,7 @@ def decoding(*words: str) -> Settings:
 
 
 class Ready:
-    """What `Loaded` is to the commands."""
+    """What `ChatModel` is to the commands."""
 
     def __init__(self, renderer: Renderer) -> None:
         self.engine: Any = None

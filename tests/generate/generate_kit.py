@@ -4,7 +4,7 @@ what it is told to."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.generate.engines.base import Cancelled, never
+from vicuna.model.adapter import AdapterFiles
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, again and again and again.",
@@ -111,6 +112,8 @@ class PathEngine:
     hook: called before each scoring with the number of tokens behind the prompt; may raise.
     """
 
+    about = ""
+
     def __init__(
         self,
         score: Callable[[list[list[int]]], Tensor],
@@ -138,8 +141,20 @@ class PathEngine:
         assert len(self.rows[0]) <= self.context_length
         return self._scores()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         self.rows = []
+
+    def load_adapter(self, name: str, files: AdapterFiles) -> None:
+        raise AssertionError(f"no adapter {name} of {files}")
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
+        assert not mix
+
+    def drop_adapter(self, name: str) -> None:
+        raise AssertionError(f"no adapter {name}")
+
+    def close(self) -> None:
+        self.reset()
 
     def _scores(self) -> Tensor:
         self.hook(len(self.rows[0]) - len(self.prompts[-1]))

@@ -240,7 +240,7 @@ def test_a_full_cache_is_told_and_the_engine_can_be_used_again(tiny: tuple[Any, 
 
 def test_forget_drops_everything(engine: LlamaCppEngine) -> None:
     engine.prefill(list(range(5, 45)))
-    engine.forget()
+    engine.reset()
     before = engine.computed
     engine.prefill(list(range(5, 45)))
     assert engine.computed - before == 40

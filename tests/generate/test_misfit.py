@@ -227,7 +227,7 @@ def test_on_the_page(base: str, good: str, tmp_path: Path) -> None:
 
     def scores() -> torch.Tensor:
         engine = worker.loaded.engine
-        engine.forget()
+        engine.reset()
         return engine.prefill([5, 6, 7, 8])
 
     try:

@@ -15,10 +15,10 @@ from torch import Tensor
 from vicuna.errors import UserError
 from vicuna.generate.engines import kv_store, kv_tree
 from vicuna.generate.engines import torch as engines
-from vicuna.generate.engines import torch_plain as plain_engines
+from vicuna.generate.engines import transformers as plain_engines
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
 from vicuna.generate.engines.torch import TorchEngine, open_engine
-from vicuna.generate.engines.torch_plain import PlainEngine
+from vicuna.generate.engines.transformers import PlainEngine
 from vicuna.model.llama import Layer
 
 

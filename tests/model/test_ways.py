@@ -82,7 +82,7 @@ def test_who_only_looks_alike_is_left_to_transformers(
 
 def test_answers_of_who_only_looks_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     from vicuna.generate.engines.torch import open_engine
-    from vicuna.generate.engines.torch_plain import PlainEngine
+    from vicuna.generate.engines.transformers import PlainEngine
 
     monkeypatch.setattr(llama, "MODEL_TYPES", (*llama.MODEL_TYPES, "smollm3"))
     model = model_of("SmolLM3Config", num_hidden_layers=4)

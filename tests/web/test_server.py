@@ -127,7 +127,7 @@ def test_what_goes_wrong_inside_is_told_and_the_page_lives(
 
     def short(tokens: Any, parents: Any) -> Any:
         if engine.tree.used > 40:
-            engine.forget()
+            engine.reset()
             raise OutOfMemory("none left")
         return step(tokens, parents)
 

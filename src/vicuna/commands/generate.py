@@ -13,7 +13,7 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.terminal import say, say_json
 
 if TYPE_CHECKING:
-    from vicuna.generate.load import Loaded
+    from vicuna.generate.load import ChatModel
     from vicuna.generate.settings import Settings
 
 
@@ -100,7 +100,7 @@ def _choice(settings: config.AnswerSettings, mistakes: Sequence[str]) -> Setting
     return choice
 
 
-def _open(settings: config.AnswerSettings) -> Loaded:
+def _open(settings: config.AnswerSettings) -> ChatModel:
     from vicuna.generate.load import open_model
 
     loaded = open_model(settings)
@@ -109,7 +109,7 @@ def _open(settings: config.AnswerSettings) -> Loaded:
     return loaded
 
 
-def _answer_file(loaded: Loaded, settings: config.GenerateSettings, choice: Settings) -> int:
+def _answer_file(loaded: ChatModel, settings: config.GenerateSettings, choice: Settings) -> int:
     from vicuna.generate.batch import answer_file
 
     tally = answer_file(
@@ -126,7 +126,7 @@ def _answer_file(loaded: Loaded, settings: config.GenerateSettings, choice: Sett
 
 
 def _answer(
-    loaded: Loaded, settings: config.GenerateSettings, choice: Settings, turns: Sequence[Turn]
+    loaded: ChatModel, settings: config.GenerateSettings, choice: Settings, turns: Sequence[Turn]
 ) -> None:
     """Print the answer, typed as it comes, or all answers as JSON."""
     from vicuna.commands.beam_view import view_of

@@ -19,7 +19,7 @@ def show(settings: type[Settings], usage: str, about: str) -> None:
     for name, field in settings.model_fields.items():
         extra = field.json_schema_extra
         group = str(extra.get("group", "Other")) if isinstance(extra, dict) else "Other"
-        default = "" if field.default in ("", [], None) else str(field.default)
+        default = "" if field.default in ("", [], (), None) else str(field.default)
         shown = "json" if name == "json_output" else name
         groups.setdefault(group, []).append((shown, default, field.description or ""))
     for group, rows in sorted(groups.items(), key=lambda item: item[0] in _LAST):

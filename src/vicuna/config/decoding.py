@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, Field
 
 from vicuna.config.base import EarlyStopping, Settings, Texts, setting
 
@@ -18,7 +22,9 @@ class ModelSettings(Settings):
         "auto", "Model", "type of the base's weights: auto, fp32, bf16, fp16, int8, nf4"
     )
     engine: Literal["torch", "llama.cpp", "vllm"] = setting(
-        "torch", "Model", "what computes: torch, llama.cpp, vllm"
+        "torch",
+        "Model",
+        "what computes: torch, llama.cpp; vllm is experimental (has not been run on a GPU)",
     )
     context_length: int = setting(
         0,
@@ -45,55 +51,169 @@ class ModelSettings(Settings):
     allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
 
 
-class AnswerSettings(ModelSettings):
-    """The settings of `vicuna generate` and `vicuna chat`."""
+# Strategies, and which groups of settings act in each (`acts` of a field below).
+STRATEGIES: dict[str, frozenset[str]] = {
+    "greedy": frozenset(),
+    "sample": frozenset({"sampling"}),
+    "beam": frozenset({"beams"}),
+    "beam-sample": frozenset({"sampling", "beams"}),
+}
 
-    system: str = setting("", "Talking", "system prompt")
-    max_new_tokens: int = setting(512, "Decoding", "longest answer in tokens", ge=1)
-    min_new_tokens: int = setting(0, "Decoding", "no end token before so many tokens", ge=0)
-    do_sample: bool = setting(False, "Decoding", "draw tokens instead of taking the likeliest")
-    temperature: float = setting(
-        0.7, "Decoding", "of sampling; 0 takes the likeliest", ge=0, le=100
+
+class Slider(NamedTuple):
+    """The range that the web page offers; what is outside of it is refused there."""
+
+    low: float
+    high: float
+    step: float
+
+
+def decode_setting(
+    default: Any,
+    text: str,
+    panel: str,
+    slider: tuple[float, float, float] | None = None,
+    acts: str = "",
+    **limits: Any,
+) -> Any:
+    """A field of `Decoding`.
+
+    Args:
+        default: the neutral value, which changes nothing.
+        text: its help.
+        panel: the part of the page that it is shown in; "" for none.
+        slider: low, high and step on the page; None for a text field or a menu.
+        acts: "sampling" or "beams" if it only acts in strategies of that group; "" for all.
+        limits: those of pydantic's `Field`.
+    """
+    extra: dict[str, Any] = {"group": "Decoding", "panel": panel, "acts": acts}
+    extra["slider"] = None if slider is None else Slider(*slider)
+    return Field(default, description=text, json_schema_extra=extra, **limits)
+
+
+# Rows of the table whose default on the command line is not the neutral one.
+_max_new_tokens = partial(
+    decode_setting, text="longest answer in tokens", panel="main", slider=(1, 2048, 1), ge=1
+)
+_temperature = partial(
+    decode_setting, text="of sampling; below 1 sharper, 0 takes the most likely token",
+    panel="sampling", slider=(0.05, 2, 0.05), acts="sampling", ge=0, le=100,
+)  # fmt: skip
+_top_p = partial(
+    decode_setting, text="sample from the most likely tokens that add up to p; 1: from all",
+    panel="sampling", slider=(0.05, 1, 0.01), acts="sampling", gt=0, le=1,
+)  # fmt: skip
+# Rows whose type on the command line is not the library's.
+_early_stopping = partial(
+    decode_setting, text="beams end when enough are finished (true), when a better one is unlikely "
+    "(false) or impossible (never)", panel="beams", acts="beams",
+)  # fmt: skip
+_logit_bias = partial(
+    decode_setting, text="TOKEN=BIAS, the token by id or spelling: added to its logit; -inf "
+    "forbids it", panel="words",
+)  # fmt: skip
+
+_Tokens = Annotated[
+    tuple[int | str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | int) else v)
+]
+_Strings = Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)]
+
+
+class Decoding(BaseModel):
+    """The one table of decode settings: names, types, bounds, neutral defaults, help and sliders.
+
+    From it come the library's settings (`generate.settings.Settings`), those of the commands
+    (`AnswerSettings`), and the controls of the web page, which shows a panel in the order of this
+    table. A new setting is a field here, its effect in `generate`, and its label in
+    `web/texts/set.yaml`.
+
+    Names and meanings are those of transformers' `generate`; `frequency_penalty`,
+    `presence_penalty` and `logit_bias` are those of OpenAI's API.
+    """
+
+    max_new_tokens: int = _max_new_tokens(256)
+    min_new_tokens: int = decode_setting(
+        0, "no end token before so many tokens", "words", (0, 512, 1), ge=0
     )
-    top_k: int = setting(0, "Decoding", "sample from the k likeliest; 0: all", ge=0)
-    top_p: float = setting(
-        0.9, "Decoding", "sample from the likeliest that add up to p", gt=0, le=1
-    )
-    min_p: float = setting(
-        0.0, "Decoding", "drop tokens below this share of the likeliest", ge=0, le=1
-    )
-    typical_p: float = setting(
-        1.0, "Decoding", "sample from the most typical that add up to p", gt=0, le=1
-    )
-    seed: int | None = setting(None, "Decoding", "makes sampling repeatable")
-    num_beams: int = setting(
-        1, "Decoding", "beams of a beam search, at most 16; 1: none", ge=1, le=16
-    )
-    num_return_sequences: int = setting(1, "Decoding", "how many answers", ge=1, le=16)
-    length_penalty: float = setting(
-        1.0, "Decoding", "scores of beams are divided by length to this power", ge=-10, le=10
-    )
-    early_stopping: EarlyStopping = setting(
-        "false", "Decoding", "beams end when enough are done (true), or no better one is likely "
-        "(false) or possible (never)"
+    do_sample: bool = decode_setting(False, "draw tokens instead of taking the most likely one", "")
+    temperature: float = _temperature(1.0)
+    top_k: int = decode_setting(
+        0, "sample from the k most likely tokens; 0: from all", "more_sampling", (0, 200, 1),
+        acts="sampling", ge=0,
     )  # fmt: skip
-    repetition_penalty: float = setting(1.0, "Decoding", "above 1: repeat less", gt=0, le=10)
-    frequency_penalty: float = setting(
-        0.0, "Decoding", "off a token's score each time the answer has it", ge=-2, le=2
+    top_p: float = _top_p(1.0)
+    min_p: float = decode_setting(
+        0.0, "drop tokens below this share of the most likely one's probability; 0: none",
+        "more_sampling", (0, 0.5, 0.01), acts="sampling", ge=0, le=1,
+    )  # fmt: skip
+    typical_p: float = decode_setting(
+        1.0, "sample from the most typical tokens that add up to p; 1: from all", "more_sampling",
+        (0.05, 1, 0.01), acts="sampling", gt=0, le=1,
+    )  # fmt: skip
+    seed: int | None = decode_setting(
+        None, "makes sampling repeatable", "more_sampling", acts="sampling"
     )
-    presence_penalty: float = setting(
-        0.0, "Decoding", "off a token's score where the answer has it", ge=-2, le=2
+    num_beams: int = decode_setting(
+        1, "beams of a beam search, at most 16; 1: none", "beams", (2, 16, 1), ge=1, le=16
     )
-    no_repeat_ngram_size: int = setting(0, "Decoding", "no n tokens in a row twice; 0: off", ge=0)
-    banned_words: Texts = setting([], "Decoding", "texts that no answer contains")
-    logit_bias: Texts = setting(
-        [], "Decoding", "TOKEN=BIAS (an id or its spelling): added to its score; -inf forbids it"
+    num_return_sequences: int = decode_setting(
+        1, "number of answers", "answers", (1, 16, 1), ge=1, le=16
     )
-    stop: Texts = setting([], "Decoding", "texts that end an answer")
-    stop_tokens: Texts = setting([], "Decoding", "tokens that end an answer, ids or spelled")
-    logprobs: int = setting(
-        0, "Decoding", "report log-probabilities, and those of the k likeliest", ge=0, le=20
+    length_penalty: float = decode_setting(
+        1.0, "a beam's score is divided by its length to this power", "beams", (-2, 4, 0.1),
+        acts="beams", ge=-10, le=10,
+    )  # fmt: skip
+    early_stopping: bool | Literal["never"] = _early_stopping(False)
+    repetition_penalty: float = decode_setting(
+        1.0, "above 1: repeat less; 1: off", "repeating", (0.5, 3, 0.05), gt=0, le=10
     )
+    frequency_penalty: float = decode_setting(
+        0.0, "subtracted from a token's logit per occurrence in the answer", "repeating",
+        (-2, 2, 0.1), ge=-2, le=2,
+    )  # fmt: skip
+    presence_penalty: float = decode_setting(
+        0.0, "subtracted from a token's logit once if the answer has it", "repeating",
+        (-2, 2, 0.1), ge=-2, le=2,
+    )  # fmt: skip
+    no_repeat_ngram_size: int = decode_setting(
+        0, "no n tokens in a row twice; 0: off", "repeating", (0, 10, 1), ge=0
+    )
+    banned_words: _Strings = decode_setting((), "texts that no answer contains", "words")
+    logit_bias: Mapping[int | str, Annotated[float, Field(allow_inf_nan=True)]] = _logit_bias({})
+    stop: _Strings = decode_setting((), "texts that end an answer and are not shown", "words")
+    stop_tokens: _Tokens = decode_setting(
+        (), "tokens that end an answer besides the model's own, by id or spelling", "words"
+    )
+    logprobs: int = decode_setting(
+        0, "report each token's log-probability, and the k most likely ones", "logprobs",
+        (0, 10, 1), ge=0, le=20,
+    )  # fmt: skip
+
+
+def fields_that_act(group: str) -> dict[str, Any]:
+    """Settings that only act in strategies of a group ("sampling", "beams"): neutral values by
+    name."""
+    fields = Decoding.model_fields
+    return {name: f.default for name, f in fields.items() if extra(name)["acts"] == group}
+
+
+def extra(name: str) -> dict[str, Any]:
+    """What the table says of a setting besides its type, default, bounds and help."""
+    found = Decoding.model_fields[name].json_schema_extra
+    assert isinstance(found, dict)
+    return found
+
+
+class AnswerSettings(Decoding, ModelSettings):
+    """The settings of `vicuna generate` and `vicuna chat`: their defaults of sampling are not
+    neutral, and count only when tokens are sampled."""
+
+    max_new_tokens: int = _max_new_tokens(512)
+    temperature: float = _temperature(0.7)
+    top_p: float = _top_p(0.9)
+    early_stopping: EarlyStopping = _early_stopping("false")  # type: ignore[assignment]
+    logit_bias: Texts = _logit_bias([])  # type: ignore[assignment]
+    system: str = setting("", "Talking", "system prompt")
     show_beams: bool = setting(False, "Talking", "draw all beams while they grow")
 
 

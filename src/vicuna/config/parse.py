@@ -162,7 +162,7 @@ class _Given(list[Any]):
 
 def _is_list(cls: type[Settings], key: str) -> bool:
     field = cls.model_fields.get(key)
-    return field is not None and typing.get_origin(field.annotation) is list
+    return field is not None and typing.get_origin(field.annotation) in (list, tuple)
 
 
 def _is_flag(cls: type[Settings], key: str, following: str) -> bool:

@@ -1,11 +1,11 @@
-"""A base and perhaps adapters, ready to answer, from the settings of a command."""
+"""A base and its adapters, loaded from the settings of a command and ready to answer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from vicuna.config import AnswerSettings
 from vicuna.data.templates.base import Template
@@ -13,7 +13,7 @@ from vicuna.data.templates.registry import find_template, template_from_dict
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.errors import UserError
-from vicuna.generate.engine_loading import Opened, open_engine
+from vicuna.generate.engines.base import Engine, check_adapter, load_engine
 from vicuna.generate.settings import OF_SAMPLING, Settings, biases_of
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
@@ -26,43 +26,42 @@ FIRST = adapters.FIRST  # the name of the adapter that a model is opened with
 
 
 @dataclass(frozen=True)
-class Attached:
+class LoadedAdapter:
     """An adapter that is loaded beside the base.
 
-    inner: the engine's name of it.
+    engine_name: the name that the engine knows it by.
     renderer: of the template that it was trained with.
     """
 
-    inner: str
+    engine_name: str
     files: AdapterFiles
     renderer: Renderer
 
 
-class Loaded:
-    """What answers: an engine over a base, and the adapters beside it.
+class ChatModel:
+    """An engine over a base, the adapters beside it, and the prompt template.
 
     base: its name.
-    renderer: of the next answer: the heaviest adapter's; that of the model as it was opened where
-        the base answers alone.
-    adapters: by name. mix: the strengths of those that answer now.
+    renderer: of the next answer: that of the heaviest adapter; if the base answers alone, that of
+        the model as it was opened.
+    adapters: by name. mix: the strengths of those in use.
     notes: what the user should know about base and adapters.
-    about: what computes, in words; "" where there is nothing to tell.
     """
 
-    def __init__(self, opened: Opened, settings: AnswerSettings, base: str) -> None:
-        self._opened, self._settings = opened, settings
-        self.base, self.engine, self.about = base, opened.engine, opened.about
-        self.vocabulary = load_vocabulary(opened.vocabulary)
-        self.adapters: dict[str, Attached] = {}
+    def __init__(self, engine: Engine, settings: AnswerSettings, base: str, folder: Path) -> None:
+        """folder: as from `load_engine`."""
+        self.engine, self._settings, self.base, self._folder = engine, settings, base, folder
+        self.vocabulary = load_vocabulary(folder)
+        self.adapters: dict[str, LoadedAdapter] = {}
         self.mix: dict[str, float] = {}
         self.notes: list[str] = []
         self._count = 0
         self._plain = self.renderer = self.render_with("")
 
     @property
-    def model(self) -> Any:
-        """Torch's, where torch computes."""
-        return getattr(self.engine, "model", None)
+    def about(self) -> str:
+        """What computes, for the user; "" if there is nothing to tell."""
+        return self.engine.about
 
     def render_with(self, template: str) -> Renderer:
         """A renderer of a template, by name; "" for the one of the settings, else the tokenizer's.
@@ -70,8 +69,8 @@ class Loaded:
         Raises: UserError where there is no such template.
         """
         name = template or self._settings.template or "auto"
-        found = find_template(name, self.vocabulary).asked(self._settings.thinking)
-        return Renderer(found, Tokenizer(self.vocabulary))
+        chosen = find_template(name, self.vocabulary).asked(self._settings.thinking)
+        return Renderer(chosen, Tokenizer(self.vocabulary))
 
     def open_with(self, name: str) -> None:
         """Answer with this adapter; its template is that of the base alone, too."""
@@ -93,18 +92,18 @@ class Loaded:
 
     def attach(self, name: str, files: AdapterFiles) -> list[str]:
         """The same, of an adapter that was read."""
-        notes = self._opened.check(files)
+        notes = check_adapter(files, self.base, self._folder, self._settings)
         template = template_of(self._settings.template, files, self.vocabulary)
         template = template.asked(self._settings.thinking)
         renderer = Renderer(template, Tokenizer(self.vocabulary))
         self._count += 1
-        inner = FIRST if self._count == 1 else f"{FIRST}{self._count}"
+        engine_name = FIRST if self._count == 1 else f"{FIRST}{self._count}"
         try:
-            self._opened.load(inner, files)
+            self.engine.load_adapter(engine_name, files)
         finally:
             self._apply()
         old = self.adapters.pop(name, None)
-        self.adapters[name] = Attached(inner, files, renderer)
+        self.adapters[name] = LoadedAdapter(engine_name, files, renderer)
         self._free(old)
         self.notes += [n for n in notes if n not in self.notes]
         return notes
@@ -118,10 +117,9 @@ class Loaded:
         self.mix.pop(name, None)
         self._free(self.adapters.pop(name))
 
-    def _free(self, old: Attached | None) -> None:
+    def _free(self, old: LoadedAdapter | None) -> None:
         if old is not None:
-            engine: Any = self.engine
-            engine.drop_adapter(old.inner)
+            self.engine.drop_adapter(old.engine_name)
         self._apply()
 
     def set_adapter(
@@ -168,7 +166,7 @@ class Loaded:
             return self._plain
         return self.adapters[heaviest].renderer
 
-    def _known(self, names: Any) -> None:
+    def _known(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self.adapters:
                 continue
@@ -184,13 +182,11 @@ class Loaded:
 
     def _apply(self) -> None:
         """Let the engine and the template follow the mix."""
-        if self._count:
-            engine: Any = self.engine  # every engine that has loaded an adapter can switch it
-            engine.use_adapters({self.adapters[n].inner: w for n, w in self.mix.items()})
+        self.engine.use_adapters({self.adapters[n].engine_name: w for n, w in self.mix.items()})
         self.renderer = self.renderer_of(self.mix)
 
 
-def open_model(settings: AnswerSettings) -> Loaded:
+def open_model(settings: AnswerSettings) -> ChatModel:
     """Load what the settings ask for.
 
     Raises: UserError where base and adapter do not belong together, or something is missing.
@@ -198,16 +194,17 @@ def open_model(settings: AnswerSettings) -> Loaded:
     files = adapters.read_adapter(settings.adapter) if settings.adapter else None
     base = settings.model or base_of(files)
     _check_rows(settings, base, files)
-    loaded = Loaded(open_engine(settings, base, files), settings, base)
+    engine, folder = load_engine(base, settings, files)
+    model = ChatModel(engine, settings, base, folder)
     if files is None:
-        return loaded
+        return model
     try:
-        loaded.attach(FIRST, files)
-        loaded.open_with(FIRST)
+        model.attach(FIRST, files)
+        model.open_with(FIRST)
     except UserError:
-        getattr(loaded.engine, "close", loaded.engine.forget)()
+        engine.close()
         raise
-    return loaded
+    return model
 
 
 def _check_rows(settings: AnswerSettings, base: str, files: adapters.AdapterFiles | None) -> None:

@@ -1,89 +1,32 @@
-"""The settings of an answer. Needs no torch, so that `vicuna --help` may show them at once."""
+"""The settings of one request, and which of them contradict each other. Needs no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 
+from vicuna.config.decoding import STRATEGIES, Decoding, fields_that_act
 from vicuna.errors import SettingsError
 
-# What acts in one mode only: a value other than the one that does nothing is refused elsewhere.
-OF_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-OF_BEAMS = {"length_penalty": 1.0, "early_stopping": False}
+# What only acts in some strategies: another value than the neutral one is refused in the others,
+# except for a seed, which is often given once for all requests.
+OF_SAMPLING = {n: v for n, v in fields_that_act("sampling").items() if n != "seed"}
+OF_BEAMS = fields_that_act("beams")
 
 
-class Settings(BaseModel):
-    """How an answer is chosen. The defaults take the likeliest token until the model ends.
+class Settings(Decoding):
+    """How an answer is chosen, from the table `config.decoding.Decoding`. The defaults take the
+    most likely token until the model ends.
 
     `num_beams` and `do_sample` make four strategies: greedy, sample, beam search and beam-sample.
-    Names and meanings are those of transformers' `generate`; `frequency_penalty`,
-    `presence_penalty` and `logit_bias` are those of OpenAI's API.
 
     Raises: SettingsError naming every setting that contradicts another, or that was given and has
         no effect with the others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
-    min_new_tokens: int = Field(0, ge=0, description="no end token before so many tokens")
-
-    do_sample: bool = Field(False, description="draw tokens instead of taking the likeliest")
-    temperature: float = Field(
-        1.0, ge=0, le=100, description="of sampling: below 1 surer, 0 takes the likeliest"
-    )
-    top_k: int = Field(0, ge=0, description="sample from the k likeliest; 0: from all")
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the likeliest that add up to p; 1: from all"
-    )
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="drop tokens below this share of the likeliest; 0: none"
-    )
-    typical_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the most typical that add up to p; 1: from all"
-    )
-    seed: int | None = Field(None, description="the same seed draws the same answer")
-
-    num_beams: int = Field(1, ge=1, le=16, description="beams of a beam search; 1: none")
-    num_return_sequences: int = Field(1, ge=1, le=16, description="how many answers")
-    length_penalty: float = Field(
-        1.0, ge=-10, le=10, description="scores of beams are divided by length to this power"
-    )
-    early_stopping: bool | Literal["never"] = Field(
-        False,
-        description="beams end: true: when enough are finished; false: when a better one is "
-        'unlikely; "never": when it is impossible',
-    )
-
-    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: repeat less; 1: off")
-    frequency_penalty: float = Field(
-        0.0, ge=-2, le=2, description="off the score for each time the answer has the token"
-    )
-    presence_penalty: float = Field(
-        0.0, ge=-2, le=2, description="off the score once where the answer has the token"
-    )
-    no_repeat_ngram_size: int = Field(0, ge=0, description="no n tokens in a row twice; 0: off")
-    banned_words: tuple[str, ...] = Field((), description="texts that no answer contains")
-    logit_bias: Mapping[int | str, Annotated[float, Field(allow_inf_nan=True)]] = Field(
-        {}, description="added to the scores of tokens, which are ids or spelled"
-    )
-
-    stop: tuple[str, ...] = Field((), description="texts that end an answer and are not shown")
-    stop_tokens: tuple[int | str, ...] = Field(
-        (), description="tokens that end an answer besides the model's own, ids or spelled"
-    )
-    logprobs: int = Field(
-        0, ge=0, le=20, description="report each token's log-probability and the k likeliest"
-    )
-
-    @field_validator("stop", "stop_tokens", "banned_words", mode="before")
-    @classmethod
-    def _one(cls, value: object) -> object:
-        """One text or token is a list of one."""
-        return (value,) if isinstance(value, str | int) else value
 
     @field_validator("early_stopping", mode="before")
     @classmethod
@@ -146,11 +89,11 @@ class Settings(BaseModel):
         return self.do_sample and self.temperature > 0
 
     @property
-    def strategy(self) -> Literal["greedy", "sample", "beam", "beam-sample"]:
-        """What the settings amount to."""
-        if self.num_beams > 1:
-            return "beam-sample" if self.samples else "beam"
-        return "sample" if self.samples else "greedy"
+    def strategy(self) -> str:
+        """The strategy that the settings amount to, a name in `STRATEGIES`."""
+        acting = {"sampling"} if self.samples else set()
+        acting |= {"beams"} if self.num_beams > 1 else set()
+        return next(name for name, groups in STRATEGIES.items() if groups == acting)
 
     @property
     def rows(self) -> int:

@@ -27,7 +27,7 @@ from vicuna.terminal import say_traceback
 
 if TYPE_CHECKING:
     from vicuna.generate.events import Finished, Step
-    from vicuna.generate.load import Loaded
+    from vicuna.generate.load import ChatModel
     from vicuna.generate.settings import Settings
 
 MAX_FPS = 25  # snapshots of an answer in progress per second, at most
@@ -104,9 +104,9 @@ class ModelWorker:
     Raises: what `open_model` raises.
     """
 
-    def __init__(self, open_model: Callable[[], Loaded]) -> None:
+    def __init__(self, open_model: Callable[[], ChatModel]) -> None:
         self.queue = FairQueue()
-        self._opened: Loaded | None = None
+        self._opened: ChatModel | None = None
         self._failed: BaseException | None = None
         self._stamps: dict[str, float] = {}
         ready = threading.Event()
@@ -118,7 +118,7 @@ class ModelWorker:
         if self._failed is not None:
             raise self._failed
 
-    def _live(self, open_model: Callable[[], Loaded], ready: threading.Event) -> None:
+    def _live(self, open_model: Callable[[], ChatModel], ready: threading.Event) -> None:
         try:
             self._opened = open_model()
         except BaseException as e:
@@ -132,7 +132,7 @@ class ModelWorker:
                 say_traceback(job.error)
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> ChatModel:
         """The model. Only what changes nothing may be asked of it outside of the thread."""
         assert self._opened is not None
         return self._opened
@@ -146,8 +146,7 @@ class ModelWorker:
         """End the thread, after the job that is being done."""
         self.queue.close()
         self._thread.join()
-        engine: Any = self.loaded.engine
-        getattr(engine, "close", engine.forget)()
+        self.loaded.engine.close()
 
     def submit(
         self,
@@ -251,7 +250,7 @@ def _stamp(adapter: str) -> float:
     return max(times, default=0.0)
 
 
-def _compute(loaded: Loaded, request: GenerateRequest, job: Job) -> Snapshot:
+def _compute(loaded: ChatModel, request: GenerateRequest, job: Job) -> Snapshot:
     """Compute an answer; pictures of it go into `job.latest`."""
     from vicuna.generate.decode import decode
     from vicuna.generate.events import Finished

@@ -6,77 +6,32 @@ Settings that have no effect in a mode are hidden, and not passed on: decode ref
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
 from vicuna import config
+from vicuna.config.decoding import STRATEGIES, AnswerSettings, Decoding, Slider, extra
 from vicuna.errors import SettingsError
-from vicuna.generate.settings import OF_BEAMS, OF_SAMPLING, Settings, biases_of
+from vicuna.generate.settings import Settings, biases_of
 from vicuna.web.i18n import say, t
 
-MODES = ("greedy", "sample", "beam", "beam-sample")
+MODES = tuple(STRATEGIES)
 PRESETS: dict[str, dict[str, Any]] = {
     "precise": {"mode": "greedy", "repetition_penalty": 1.1},
     "balanced": {"mode": "sample", "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.1},
     "creative": {"mode": "sample", "temperature": 1.0, "top_p": 0.95, "min_p": 0.05},
     "translation": {"mode": "beam", "num_beams": 4, "length_penalty": 1.0},
 }
-DEFAULTS: dict[str, Any] = {
-    "max_new_tokens": 512,
-    "min_new_tokens": 0,
-    "temperature": 0.7,
-    "top_k": 0,
-    "top_p": 0.9,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "seed": None,
-    "num_beams": 4,
-    "num_return_sequences": 1,
-    "length_penalty": 1.0,
-    "early_stopping": "false",
-    "repetition_penalty": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "no_repeat_ngram_size": 0,
-    "banned_words": "",
-    "logit_bias": "",
-    "stop": "",
-    "stop_tokens": "",
-    "logprobs": 0,
-}
-_LISTS = ("banned_words", "logit_bias", "stop", "stop_tokens")
-_WHOLE = (
-    "max_new_tokens", "min_new_tokens", "top_k", "seed", "num_beams", "num_return_sequences",
-    "no_repeat_ngram_size", "logprobs",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Slider:
-    low: float
-    high: float
-    step: float
-
-
-_SLIDERS = {
-    "max_new_tokens": _Slider(1, 2048, 1),
-    "min_new_tokens": _Slider(0, 512, 1),
-    "temperature": _Slider(0.05, 2, 0.05),
-    "top_k": _Slider(0, 200, 1),
-    "top_p": _Slider(0.05, 1, 0.01),
-    "min_p": _Slider(0, 0.5, 0.01),
-    "typical_p": _Slider(0.05, 1, 0.01),
-    "num_beams": _Slider(2, 16, 1),
-    "num_return_sequences": _Slider(1, 16, 1),
-    "length_penalty": _Slider(-2, 4, 0.1),
-    "repetition_penalty": _Slider(0.5, 3, 0.05),
-    "frequency_penalty": _Slider(-2, 2, 0.1),
-    "presence_penalty": _Slider(-2, 2, 0.1),
-    "no_repeat_ngram_size": _Slider(0, 10, 1),
-    "logprobs": _Slider(0, 10, 1),
-}
+# The mode says whether tokens are sampled.
+_TABLE = {n: f for n, f in AnswerSettings.model_fields.items() if n in Decoding.model_fields}
+del _TABLE["do_sample"]
+_LISTS = tuple(n for n in _TABLE if isinstance(Decoding.model_fields[n].default, tuple | dict))
+_WHOLE = tuple(n for n, f in _TABLE.items() if f.annotation in (int, int | None))
+_SLIDERS: dict[str, Slider] = {n: extra(n)["slider"] for n in _TABLE if extra(n)["slider"]}
+# A list is a text of one entry a line; a search on the page begins with four beams.
+DEFAULTS: dict[str, Any] = {n: "" if n in _LISTS else f.default for n, f in _TABLE.items()}
+DEFAULTS["num_beams"] = 4
 
 
 class Controls:
@@ -101,23 +56,17 @@ class Controls:
             [(t(f"set.{m}"), m) for m in MODES], value="sample", label=t("set.mode"),
             elem_id=f"{name}-mode", elem_classes="v-pills",
         )  # fmt: skip
-        self._slider("max_new_tokens")
+        self._panel("main")
         with gr.Group(visible=True) as self.sampling:
             self._sampling()
         with gr.Group(visible=False) as self.beams:
-            self._beams()
+            self._panel("beams")
         with gr.Accordion(t("set.repeating"), open=False):
-            for key in (
-                "repetition_penalty", "frequency_penalty", "presence_penalty",
-                "no_repeat_ngram_size",
-            ):  # fmt: skip
-                self._slider(key)
+            self._panel("repeating")
         with gr.Accordion(t("set.words"), open=False):
-            self._slider("min_new_tokens")
-            for key in _LISTS:
-                self._add(key, gr.Textbox(lines=1, max_lines=4, **self._common(key)))
-            if not self._several:  # where answers stand side by side there is no room to show them
-                self._slider("logprobs")
+            self._panel("words")
+            if not self._several:  # no room to show them when answers stand side by side
+                self._panel("logprobs")
         self.reset = gr.Button(t("set.reset"), size="sm", elem_id=f"{name}-reset")
         self.values = [self.mode, *self.inputs.values()]
         self.kept = [self.preset, *self.values]
@@ -131,28 +80,30 @@ class Controls:
             "elem_id": f"{self._name}-{key}",
         }
 
-    def _add(self, key: str, component: Any) -> None:
-        self.inputs[key] = component
+    def _panel(self, name: str) -> None:
+        """The components of a panel, in the order of the table."""
+        for key in _TABLE:
+            if extra(key)["panel"] == name:
+                self.inputs[key] = self._component(key)
 
-    def _slider(self, key: str) -> None:
-        s = _SLIDERS[key]
-        self._add(key, gr.Slider(s.low, s.high, step=s.step, **self._common(key)))
+    def _component(self, key: str) -> Any:
+        common = self._common(key)
+        if key in _SLIDERS:
+            low, high, step = _SLIDERS[key]
+            return gr.Slider(low, high, step=step, **common)
+        if key in _LISTS:
+            return gr.Textbox(lines=1, max_lines=4, **common)
+        if key in _WHOLE:
+            return gr.Number(precision=0, **common)
+        choices = [(t(f"set.{key}_{v}"), v) for v in get_args(_TABLE[key].annotation)]
+        return gr.Dropdown(choices, **common)
 
     def _sampling(self) -> None:
-        for key in ("temperature", "top_p"):
-            self._slider(key)
+        self._panel("sampling")
         with gr.Accordion(t("set.more_sampling"), open=False):
-            for key in ("top_k", "min_p", "typical_p"):
-                self._slider(key)
-            self._add("seed", gr.Number(precision=0, **self._common("seed")))
+            self._panel("more_sampling")
         if self._several:
-            self._slider("num_return_sequences")
-
-    def _beams(self) -> None:
-        for key in ("num_beams", "length_penalty"):
-            self._slider(key)
-        choices = [(t(f"set.early_{v}"), v) for v in ("false", "true", "never")]
-        self._add("early_stopping", gr.Dropdown(choices, **self._common("early_stopping")))
+            self._panel("answers")
 
     def _events(self) -> None:
         shown = [self.sampling, self.beams]
@@ -199,7 +150,7 @@ class Controls:
 
 def visible(mode: str) -> list[Any]:
     """Which groups of settings have an effect in a mode: sampling, beams."""
-    return [gr.update(visible="sample" in mode), gr.update(visible="beam" in mode)]
+    return [gr.update(visible=group in STRATEGIES[mode]) for group in ("sampling", "beams")]
 
 
 def build(chosen: dict[str, Any]) -> Settings:
@@ -208,14 +159,13 @@ def build(chosen: dict[str, Any]) -> Settings:
     Raises: SettingsError naming every mistake.
     """
     mode = chosen.pop("mode")
-    samples, beams = "sample" in mode, "beam" in mode
-    given: dict[str, Any] = {"do_sample": samples}
+    acting = STRATEGIES.get(mode, frozenset())
+    given: dict[str, Any] = {"do_sample": "sampling" in acting}
     for key, value in chosen.items():
-        if (key in OF_SAMPLING or key == "seed") and not samples:
+        group = "beams" if key == "num_beams" else extra(key)["acts"]
+        if group and group not in acting:
             continue
-        if (key in OF_BEAMS or key == "num_beams") and not beams:
-            continue
-        if key == "num_return_sequences" and mode == "greedy":
+        if key == "num_return_sequences" and not acting:
             continue
         given[key] = _value(key, value)
     settings = config.build(Settings, given)

@@ -53,8 +53,8 @@ def _answer(said: Parts, place: int, score: float, say: Say) -> str:
 
 
 def _growing(now: Snapshot, say: Say, draw: Draw) -> str:
-    several = len(now.branches) > 1
-    parts = now.parts("" if several or not now.branches else now.branches[0].text)
+    several = len(now.beams) > 1
+    parts = now.parts("" if several or not now.beams else now.beams[0].text)
     thoughts = chat_html.thought(parts.thought, bool(parts.answer), say, growing=True)
     text = f'<div class="v-md v-growing">{draw(parts.answer)}</div>'
     beams = chat_html.live_beams(now, "rows", say) if several else ""

@@ -60,6 +60,11 @@ class Tree:
         return len(self.trunk) + len(self._tokens)
 
     @property
+    def rows(self) -> int:
+        """Live rows: leaves of the tree."""
+        return len(self._leaves)
+
+    @property
     def memory(self) -> int:
         """Bytes of all keys and values."""
         return sum(layer.nbytes for layer in self.layers)

@@ -8,23 +8,38 @@ prompt is there once, and no key or value is ever copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
-from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
-from vicuna.generate.engines.rows import check_rows
+from vicuna.generate.engines.base import (
+    CHUNK,
+    Cancelled,
+    Engine,
+    OutOfMemory,
+    check_adapter,
+    check_loaded,
+    check_rows,
+    common_prefix,
+    never,
+    refuse_setting,
+    reset_on_failure,
+)
 from vicuna.llamacpp.context import Context, Model
 from vicuna.llamacpp.cores import physical_cores
-from vicuna.llamacpp.library import complaint
+from vicuna.llamacpp.library import complaint, library
+from vicuna.model import adapter_fit
+from vicuna.model.adapter import AdapterFiles
+from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
+from vicuna.model.config_files import read_config
 
-# Tokens of a prompt computed by one call. llama.cpp asks within a call, too, whether to go on.
-CHUNK = 512
+# precision -> type of the GGUF file that is written for it.
+_GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
 # A model made for 131,072 tokens would take gigabytes for an empty cache.
 LONGEST = 8192
 _FULL, _STOPPED, _NO_MEMORY = 1, 2, -2
@@ -46,6 +61,54 @@ class _Row:
     tail: _Node | None = None
 
 
+def load_engine(
+    base: str, settings: AnswerSettings, files: AdapterFiles | None
+) -> tuple[Engine, Path]:
+    """An engine over a base, written as GGUF if need be: `base.load_engine` for "llama.cpp".
+
+    A GGUF file that the user names is used as it is unless a precision is asked for; a folder is
+    written as GGUF once. So is the embedded base: its own file, of 4 bits, is only how it travels,
+    and llama.cpp would give other answers from it than torch does.
+    """
+    refuse_setting(settings, "device_map", "llama.cpp places the layers itself")
+    library()  # a missing wheel is reported before a base is converted
+    gguf = locate_gguf(base)
+    if gguf is not None and settings.precision == "auto" and base != EMBEDDED:
+        folder, about = locate_vocabulary(base), f"{gguf.name} as it is"
+        check_adapter(files, base, folder, settings)
+    else:
+        gguf_type = _GGUF_TYPES.get(settings.precision)
+        if gguf_type is None:
+            raise UserError(
+                f"llama.cpp has no {settings.precision}",
+                where="precision",
+                fix="Use auto, fp32, bf16, fp16 or int8 (q8_0), or a .gguf file of a 4-bit type.",
+            )
+        from vicuna.export.gguf_cache import base_file
+
+        folder, about = locate(base), f"{base} in {gguf_type.upper()}"
+        gguf = base_file(folder, gguf_type)
+        check_adapter(files, base, folder, settings)
+    # Filters and penalties are torch's. Its threads would spin between two of them, on the cores
+    # that llama.cpp computes on; a few rows of logits need no more than one.
+    torch.set_num_threads(1)
+    further = max(settings.num_beams, settings.num_return_sequences) - 1
+    engine = LlamaCppEngine(
+        gguf,
+        context_length=settings.context_length,
+        spare=lambda context: further * min(settings.max_new_tokens, context),
+        threads=settings.threads,
+        cache_type="f16" if settings.cache_type == "auto" else settings.cache_type,
+        folder=folder,
+    )
+    many = "" if engine.threads == 1 else "s"
+    engine.about = (
+        f"llama.cpp: {about}, {engine.threads} thread{many}, a context of {engine.context_length} "
+        f"tokens (the model was made for {engine.trained_context})"
+    )
+    return engine, folder
+
+
 class LlamaCppEngine:
     """An `Engine` over a GGUF file.
 
@@ -58,8 +121,9 @@ class LlamaCppEngine:
             part early. With n beams (n - 1) times the longest answer is always enough.
         threads: that compute; 0: what `physical_cores` finds.
         cache_type: of keys and values: f16, f32 or q8_0.
+        folder: with the base's config.json, to convert adapters.
 
-    Raises: UserError where the wheel is missing, the file cannot be read, or the cache does not fit
+    Raises: UserError if the wheel is missing, the file cannot be read, or the cache does not fit
         into memory.
     """
 
@@ -71,14 +135,17 @@ class LlamaCppEngine:
         spare: Callable[[int], int] = lambda _: 0,
         threads: int = 0,
         cache_type: str = "f16",
+        folder: Path | None = None,
     ) -> None:
         self._trunk: list[int] = []
         self._rows: list[_Row] = []
         self._free: list[int] = []  # sequences that no row owns
         self._depth = 0  # tokens of each row behind the trunk
         self._model = Model(path)
+        self._folder = folder
+        self.about = ""
         self._adapters: dict[str, int] = {}
-        self._wanted: tuple[tuple[int, float], ...] = ()
+        self._in_use: tuple[tuple[int, float], ...] = ()
         self.path = path
         self.max_rows = max_rows
         self.threads = threads or physical_cores()
@@ -95,14 +162,14 @@ class LlamaCppEngine:
                 where=str(path),
                 fix="Choose a smaller --context_length.",
             ) from e
-        self._reset()
+        self._clear_rows()
 
     # -- the interface of engines.base ----
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
-        """See `Engine.prefill`. `cancel` is also asked while a piece of the prompt is computed."""
+        """As `Engine.prefill`; `cancel` is asked within a chunk, too."""
         prompt = list(prompt_ids)
-        with self._whole_or_forgotten():
+        with reset_on_failure(self):
             sequence = self._keep_longest(prompt)
             for start in range(len(self._trunk), len(prompt), CHUNK):
                 if cancel():
@@ -111,9 +178,8 @@ class LlamaCppEngine:
         return self._scores(1)[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """See `Engine.step`."""
         check_rows(token_ids, parents, len(self._rows), self.max_rows)
-        with self._whole_or_forgotten():
+        with reset_on_failure(self):
             sequences = self._assign(parents)
             tails = [_Node(t, self._rows[p].tail) for t, p in zip(token_ids, parents)]
             self._rows = [_Row(s, tail) for s, tail in zip(sequences, tails)]
@@ -123,44 +189,49 @@ class LlamaCppEngine:
             self._decode(token_ids, [position] * n, sequences, n)
         return self._scores(n)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop everything. The cache's memory stays: it is one block, made once."""
         self._context.clear()
-        self._reset()
+        self._clear_rows()
 
     # -- adapters, and the end ----
 
-    def load_adapter(self, name: str, path: Path) -> None:
-        """Load a GGUF LoRA beside the base under a name. It changes nothing until it is chosen.
+    def load_adapter(self, name: str, files: AdapterFiles | Path) -> None:
+        """Load an adapter beside the base.
 
-        Raises: UserError where it does not fit the base.
+        Args:
+            files: an adapter, which is converted once into a GGUF LoRA in the cache; or the path of
+                a GGUF LoRA.
+
+        Raises: UserError if it does not fit the base.
         """
-        if name not in self._adapters:
-            self._adapters[name] = self._model.load_adapter(path)
+        if name in self._adapters:
+            return
+        path = files if isinstance(files, Path) else self._converted(files)
+        self._adapters[name] = self._model.load_adapter(path)
+
+    def _converted(self, files: AdapterFiles) -> Path:
+        from vicuna.export.gguf_cache import adapter_file
+
+        assert self._folder is not None, "an engine over a bare GGUF file takes GGUF LoRAs"
+        # Without weights in the folder a GGUF file is the base: llama.cpp compares the shapes.
+        if any(self._folder.glob("*.safetensors")):
+            adapter_fit.check_weights(files, self._folder)
+        return adapter_file(files, read_config(self._folder))
 
     def drop_adapter(self, name: str) -> None:
-        """Forget an adapter; none is chosen now. llama.cpp frees it with the model."""
+        """Forget an adapter. llama.cpp frees its memory only with the model."""
         self.use_adapters({})
         del self._adapters[name]
 
     def use_adapters(self, mix: Mapping[str, float]) -> None:
-        """Add these adapters to the base from now on, each scaled. What was read is forgotten.
-
-        Args:
-            mix: strength by name; empty: the base alone.
-
-        Raises: UserError where no adapter of a name was loaded.
-        """
-        for name in mix:
-            if name not in self._adapters:
-                known = ", ".join(self._adapters) or "none"
-                raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
-        wanted = tuple((self._adapters[name], strength) for name, strength in mix.items())
-        if wanted == self._wanted:
+        check_loaded(mix, self._adapters)
+        in_use = tuple((self._adapters[name], strength) for name, strength in mix.items())
+        if in_use == self._in_use:
             return
-        self.forget()
-        self._context.use_adapters(wanted)
-        self._wanted = wanted
+        self.reset()
+        self._context.use_adapters(in_use)
+        self._in_use = in_use
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text as llama.cpp's own tokenizer has them; to compare with ours."""
@@ -180,7 +251,7 @@ class LlamaCppEngine:
 
     # -- the tree ----
 
-    def _reset(self) -> None:
+    def _clear_rows(self) -> None:
         self._trunk, self._rows, self._depth = [], [], 0
         self._free = list(range(self.max_rows))
 
@@ -201,7 +272,7 @@ class LlamaCppEngine:
         best, length = None, 0
         for row in self._rows:
             # The last token is always computed: its scores are what is asked for.
-            common = min(_common(self._path(row), prompt), len(prompt) - 1)
+            common = min(common_prefix(self._path(row), prompt), len(prompt) - 1)
             if best is None or common > length:
                 best, length = row, common
         if best is None or not length:
@@ -216,9 +287,9 @@ class LlamaCppEngine:
     def _start(self, trunk: list[int], sequence: int) -> int:
         """Begin a tree: `trunk` is what the sequence holds already."""
         if trunk:
-            self._reset()
+            self._clear_rows()
         else:
-            self.forget()
+            self.reset()
         self._free.remove(sequence)
         self._trunk, self._rows = trunk, [_Row(sequence)]
         return sequence
@@ -277,22 +348,3 @@ class LlamaCppEngine:
     def _scores(self, rows: int) -> Tensor:
         """Scores (rows, V) of the last call: llama.cpp's own memory, not a copy."""
         return torch.from_numpy(self._context.scores(rows))
-
-    @contextmanager
-    def _whole_or_forgotten(self) -> Iterator[None]:
-        """A change of the tree that fails, or that Ctrl-C stops half way, leaves no tree at all."""
-        try:
-            yield
-        except Cancelled:
-            raise
-        except BaseException:
-            self.forget()
-            raise
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest prefix that both have."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

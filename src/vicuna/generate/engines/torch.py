@@ -8,8 +8,8 @@ not computed again, also after `/undo` and along the answer of a beam.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,13 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
-from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
+from vicuna.generate.engines.base import (
+    CHUNK,
+    Cancelled,
+    Engine,
+    check_adapter,
+    check_rows,
+    never,
+    reset_on_failure,
+)
 from vicuna.generate.engines.kv_store import CacheType
 from vicuna.generate.engines.kv_tree import Tree
-from vicuna.generate.engines.switching import CHUNK, MAX_ROWS, Switching, causal_of
-from vicuna.model import device_map, linear, self_check
+from vicuna.generate.engines.transformers import MAX_ROWS, PeftAdapters, PlainEngine, causal_of
+from vicuna.model import device_map, linear, load, self_check
+from vicuna.model.adapter import AdapterFiles
 from vicuna.model.attention_layout import AttentionShape
+from vicuna.model.base import locate
 from vicuna.model.layers import infer_norm, signed_sin
 from vicuna.model.linear import LinearGroup, release_weight
 from vicuna.model.llama import DecoderView, Layer, view_of
@@ -33,9 +44,28 @@ from vicuna.model.out_of_memory import is_memory
 ANGLES = 1024
 
 
+def load_engine(
+    base: str, settings: AnswerSettings, files: AdapterFiles | None
+) -> tuple[Engine, Path]:
+    """The base's weights in memory, and an engine over them: `base.load_engine` for "torch"."""
+    devices = device_map.devices(settings.device_map)
+    folder = locate(base)
+    check_adapter(files, base, folder, settings)
+    precision = load.choose(settings.precision, devices[0])
+    if len(devices) == 1:
+        model = load.load_base(folder, precision, devices[0])
+    else:
+        fill = settings.device_map == "auto"
+        model = load.load_base(folder, precision, devices[0], device_map.spread(devices, fill))
+        device_map.check(model, devices)
+    model.eval()
+    context = settings.context_length or load.context_length(model)
+    return open_engine(model, context, settings.cache_type, alone=True), folder
+
+
 def open_engine(
     model: Any, context_length: int, cache_type: CacheType = "auto", alone: bool = False
-) -> Any:
+) -> TorchEngine | PlainEngine:
     """The engine for a causal LM of transformers, or a PEFT model around one.
 
     Args:
@@ -43,8 +73,6 @@ def open_engine(
 
     Raises: UserError where this kind of model has no such cache, or a part of it is not in memory.
     """
-    from vicuna.generate.engines.torch_plain import PlainEngine
-
     device_map.check_present(model)
     found: Any = view_of(causal_of(model), training=False)
     if not isinstance(found, str):
@@ -95,7 +123,7 @@ def _far(model: Any, causal: Any) -> float:
     )
 
 
-class TorchEngine(Switching):
+class TorchEngine(PeftAdapters):
     """An `Engine` over a model whose parts are known.
 
     Args:
@@ -171,7 +199,7 @@ class TorchEngine(Switching):
         for group in self._groups:
             group.refresh()
         self._hold()
-        self.forget()
+        self.reset()
 
     def _hold(self) -> None:
         for layer in self._layers:
@@ -202,33 +230,31 @@ class TorchEngine(Switching):
     def _output(self) -> Any:
         return self._view.causal.get_output_embeddings()
 
-    def forget(self) -> None:
-        """See `Engine.forget`."""
+    def reset(self) -> None:
         heads = self._layers[0].shape
         dtype = self._layers[0].mlp.norm.dtype
         self._mixed = False
         self.tree = Tree(self._places, heads.key, heads.size, dtype, self.cache_type)
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
-        """See `Engine.prefill`."""
         if self._follow() or self._mixed:
-            self.forget()
-        with self._safely():
+            self.reset()
+        with reset_on_failure(self), torch.inference_mode():
             known = self.tree.begin(prompt_ids)
         new = list(prompt_ids[known:])
         for start in range(0, len(new), CHUNK):
             if cancel():
                 raise Cancelled
-            with self._safely():
+            with reset_on_failure(self), torch.inference_mode():
                 last = self._read(new[start : start + CHUNK])
-        with self._safely():
+        with reset_on_failure(self), torch.inference_mode():
             return self._scores(last)[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """See `Engine.step`."""
+        check_rows(token_ids, parents, self.tree.rows, self.max_rows)
         # As with transformers, what was computed before a switch stays in the cache of this answer.
         self._mixed |= self._follow()
-        with self._safely():
+        with reset_on_failure(self), torch.inference_mode():
             tree, rows = self.tree, len(token_ids)
             tree.reclaim()
             tree.reserve(tree.used + rows)
@@ -333,22 +359,6 @@ class TorchEngine(Switching):
         if a is not None and b is not None:
             y.addmm_(h @ a.t(), b.t())
         return y.float()
-
-    @contextmanager
-    def _safely(self) -> Iterator[None]:
-        """No gradients inside; what stops between two layers leaves no sequence at all."""
-        whole = False
-        try:
-            with torch.inference_mode():
-                yield
-            whole = True
-        except RuntimeError as e:
-            if is_memory(e):
-                raise OutOfMemory(str(e)) from e
-            raise
-        finally:
-            if not whole:
-                self.forget()
 
 
 class _Angles:

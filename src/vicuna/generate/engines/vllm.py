@@ -19,13 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
-from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
-from vicuna.generate.engines.rows import check_rows
+from vicuna.generate.engines.base import (
+    Cancelled,
+    Engine,
+    check_adapter,
+    check_loaded,
+    check_rows,
+    never,
+    refuse_setting,
+    reset_on_failure,
+)
+from vicuna.model import adapter as adapters
+from vicuna.model import adapter_fit
+from vicuna.model.adapter import AdapterFiles
+from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
 
 # The ranks vLLM reserves memory for; an adapter's is rounded up to one of them.
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
+_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def library() -> Any:
@@ -45,6 +59,26 @@ def library() -> Any:
     return vllm
 
 
+def load_engine(
+    base: str, settings: AnswerSettings, files: AdapterFiles | None
+) -> tuple[Engine, Path]:
+    """A base in vLLM: `base.load_engine` for "vllm"."""
+    refuse_setting(settings, "device_map", "vLLM places the layers itself")
+    refuse_setting(settings, "cache_type", "vLLM's cache has types of its own")
+    library()
+    folder = locate(base)
+    check_adapter(files, base, folder, settings)
+    dtype = _DTYPES.get(settings.precision)
+    if dtype is None:
+        raise UserError(
+            f"{settings.precision} is not passed on to vLLM",
+            where="precision",
+            fix="Use auto, fp32, bf16 or fp16, or a base that is quantised on disk.",
+        )
+    rank = files.lora.largest if files else 0
+    return VllmEngine(folder, settings.context_length, dtype, lora_rank=rank), folder
+
+
 class VllmEngine:
     """An `Engine` over vLLM. Its scores are log-probabilities.
 
@@ -58,6 +92,8 @@ class VllmEngine:
     Raises: UserError where vLLM is not installed.
     """
 
+    about = "vLLM (experimental: has not been run on a GPU)"
+
     def __init__(
         self,
         folder: Path,
@@ -67,6 +103,7 @@ class VllmEngine:
         lora_rank: int = 0,
     ) -> None:
         vllm = library()
+        self._folder = folder
         config = read_config(folder)
         self.max_rows = max_rows
         self.context_length = context_length or int(config["max_position_embeddings"])
@@ -90,35 +127,42 @@ class VllmEngine:
         self._rows: list[list[int]] = []
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
-        """See `Engine.prefill`. `cancel` is asked once: vLLM computes a prompt in one call."""
+        """As `Engine.prefill`; `cancel` is asked once: vLLM computes a prompt in one call."""
         if cancel():
             raise Cancelled
         self._rows = [list(prompt_ids)]
         return self._scores()[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """See `Engine.step`."""
         check_rows(token_ids, parents, len(self._rows), self.max_rows)
         self._rows = [[*self._rows[p], t] for t, p in zip(token_ids, parents)]
         return self._scores()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop everything, vLLM's own cache included."""
         self._rows = []
         self._llm.reset_prefix_cache()
 
-    def load_adapter(self, name: str, folder: Path) -> None:
-        """Name a LoRA adapter in PEFT's layout. vLLM reads it when it is first used.
+    def load_adapter(self, name: str, files: AdapterFiles | Path) -> None:
+        """Register a LoRA adapter. vLLM reads it when it is first used.
 
-        Raises: UserError where the folder is not in that layout.
+        Args:
+            files: an adapter; or a folder in PEFT's layout.
+
+        Raises: UserError if it does not fit the base, or the folder is not in that layout.
         """
         if not self._takes_adapters:
             raise UserError(
                 "vLLM takes adapters only where it was opened with one",
                 fix="Name one when the model is loaded: --adapter RUN, vicuna.load(adapter=...).",
             )
-        files = ("adapter_config.json", "adapter_model.safetensors")
-        missing = [f for f in files if not (folder / f).is_file()]
+        if isinstance(files, Path):
+            folder = files
+        else:
+            adapter_fit.check_weights(files, self._folder)
+            folder = adapters.plain_folder(files)
+        needed = ("adapter_config.json", "adapter_model.safetensors")
+        missing = [f for f in needed if not (folder / f).is_file()]
         if missing:
             raise UserError(
                 f"vLLM reads adapters in PEFT's layout of today only; {missing[0]} is missing",
@@ -129,6 +173,10 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         self._adapters[name] = LoRARequest(name, len(self._adapters) + 1, str(folder))
+
+    def close(self) -> None:
+        """Drop the rows and the cache; vLLM frees its weights with this object."""
+        self.reset()
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter; none is chosen now."""
@@ -144,10 +192,7 @@ class VllmEngine:
 
         Raises: UserError where no adapter of this name was loaded, or vLLM cannot do it.
         """
-        for name in mix:
-            if name not in self._adapters:
-                known = ", ".join(self._adapters) or "none"
-                raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+        check_loaded(mix, self._adapters)
         active = {name: strength for name, strength in mix.items() if strength}
         if len(active) > 1:
             raise UserError(
@@ -166,16 +211,10 @@ class VllmEngine:
     def _scores(self) -> Tensor:
         """Log-probabilities of the next token after each row (n, V)."""
         prompts = [{"prompt_token_ids": row} for row in self._rows]
-        try:
+        with reset_on_failure(self):
             outputs = self._llm.generate(
                 prompts, self._params, use_tqdm=False, lora_request=self._adapter
             )
-        except torch.OutOfMemoryError as e:
-            self.forget()
-            raise OutOfMemory(str(e)) from e
-        except BaseException:
-            self._rows = []
-            raise
         return torch.stack([self._row(output.outputs[0].logprobs[0]) for output in outputs])
 
     def _row(self, logprobs: Any) -> Tensor:

@@ -9,25 +9,95 @@ tried on a few tokens first: what does not agree with the model without a cache 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from vicuna.generate.engines.base import Cancelled, OutOfMemory, never
-from vicuna.generate.engines.switching import CHUNK, MAX_ROWS, Switching, causal_of
+from vicuna.generate.engines.base import (
+    CHUNK,
+    Cancelled,
+    OutOfMemory,
+    check_rows,
+    common_prefix,
+    never,
+    reset_on_failure,
+)
+from vicuna.model import adapter as adapters
 from vicuna.model import fused, self_check
+from vicuna.model.adapter import AdapterFiles
 from vicuna.model.out_of_memory import is_memory
 from vicuna.model.peft_switches import Watch
 
 # What a cache is good for. kept: a further prompt goes on where an earlier one ended. steps: token
 # by token behind a prompt that was read in one piece. nothing: all is computed again each time.
 Trust = Literal["kept", "steps", "nothing"]
+MAX_ROWS = 64
 
 
-class PlainEngine(Switching):
+def causal_of(model: Any) -> Any:
+    """The causal language model itself, also where PEFT is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class PeftAdapters:
+    """How an engine over a model of transformers, or PEFT's around one, handles adapters."""
+
+    model: Any
+    about = ""
+
+    def reset(self) -> None:
+        """Implemented by the engine."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Read the adapters again, and reset."""
+        raise NotImplementedError
+
+    def _take(self, model: Any) -> None:
+        """Compute with this model from now on."""
+        raise NotImplementedError
+
+    def load_adapter(self, name: str, files: AdapterFiles) -> None:
+        """Attach an adapter with PEFT, unmerged. Raises: UserError if it does not fit the base."""
+        peft = adapters.attach_saved(self.model, files, name=name)
+        peft.eval()  # PEFT has put each layer's adapter where that layer is
+        _use(peft, {})
+        self._take(peft)
+
+    def drop_adapter(self, name: str) -> None:
+        """Delete an adapter; none is active afterwards."""
+        self.model.delete_adapter(name)
+        self.use_adapters({})
+
+    def use_adapters(self, mix: Mapping[str, float]) -> None:
+        """Activate these adapters alone, each scaled, and reset."""
+        _use(self.model, mix)
+        self.refresh()
+
+    def close(self) -> None:
+        """Drop the cache. The model belongs to the caller."""
+        self.reset()
+
+
+def _use(model: Any, mix: Mapping[str, float]) -> None:
+    """Make adapters of a PEFT model the active ones; none if the mix is empty."""
+    if not hasattr(model, "get_base_model"):  # no adapter was attached to it yet
+        return
+    if not mix:
+        model.base_model.disable_adapter_layers()
+        return
+    model.base_model.enable_adapter_layers()
+    model.base_model.set_adapter(list(mix))
+    for module in model.modules():
+        if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
+            for name, strength in mix.items():
+                module.set_scale(name, strength)
+
+
+class PlainEngine(PeftAdapters):
     """An `Engine` over any causal LM of transformers, or a PEFT model around one.
 
     Args:
@@ -46,7 +116,7 @@ class PlainEngine(Switching):
         self._trust: Trust | None = None  # not known yet
         self._trying = False
         self._watch = Watch(model)
-        self.forget()
+        self.reset()
 
     @property
     def trust(self) -> Trust:
@@ -57,12 +127,12 @@ class PlainEngine(Switching):
                 self._trust = self._tried()
             finally:
                 self.computed, self._trying = before, False
-                self.forget()
+                self.reset()
         return self._trust
 
     def refresh(self) -> None:
         """What was computed with other weights is of no use."""
-        self.forget()
+        self.reset()
 
     def _take(self, model: Any) -> None:
         self.model = model
@@ -70,19 +140,17 @@ class PlainEngine(Switching):
         self._watch = Watch(model)
         self.refresh()
 
-    def forget(self) -> None:
-        """See `Engine.forget`."""
+    def reset(self) -> None:
         self._mixed = False
         self._rows: list[list[int]] = [[]]  # the ids whose keys and values the cache holds
         self._cache: Any = None
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
-        """See `Engine.prefill`."""
         prompt = list(prompt_ids)
         changed = self._watch.changed(search=True)
         if changed or self._mixed or self.trust != "kept":
-            self.forget()
-        lengths = [_common(row, prompt) for row in self._rows]
+            self.reset()
+        lengths = [common_prefix(row, prompt) for row in self._rows]
         best = max(range(len(lengths)), key=lambda i: lengths[i])
         self._select([best])
         # The last token is always computed: its scores are what is asked for.
@@ -96,7 +164,7 @@ class PlainEngine(Switching):
         return scores[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
-        """See `Engine.step`."""
+        check_rows(token_ids, parents, len(self._rows), self.max_rows)
         # What was computed before a switch stays in the cache of this answer, not of the next.
         self._mixed |= self._watch.changed()
         self._select(parents)
@@ -106,7 +174,7 @@ class PlainEngine(Switching):
         """Make the cache's rows those of `parents`."""
         if list(parents) == list(range(len(self._rows))):
             return
-        with self._whole_or_forgotten():
+        with reset_on_failure(self):
             if self._cache is not None:
                 device = self._causal.get_input_embeddings().weight.device
                 index = torch.tensor(list(parents), device=device)
@@ -119,7 +187,7 @@ class PlainEngine(Switching):
         if not surplus:
             return
         # Layers with a sliding window raise: what would come back into sight is gone.
-        with suppress(RuntimeError, ValueError), self._whole_or_forgotten():
+        with suppress(RuntimeError, ValueError), reset_on_failure(self):
             self._cache.crop(-surplus)
             del self._rows[0][length:]
 
@@ -134,21 +202,16 @@ class PlainEngine(Switching):
         cache = {"past_key_values": self._cache} if cached else {}
         device = self._causal.get_input_embeddings().weight.device
         self.computed += sum(map(len, given))
-        try:
-            answering = nullcontext() if self._trying else _answering(self.model)
-            with self._whole_or_forgotten(), answering:
-                output = self.model(
-                    input_ids=torch.tensor(given, device=device),
-                    use_cache=cached,
-                    **cache,
-                    **self._last_only,
-                )
-                for row, new in zip(self._rows, ids):
-                    row += new
-        except RuntimeError as e:
-            if is_memory(e):
-                raise OutOfMemory(str(e)) from e
-            raise
+        inference = nullcontext() if self._trying else _inference(self.model)
+        with reset_on_failure(self), inference:
+            output = self.model(
+                input_ids=torch.tensor(given, device=device),
+                use_cache=cached,
+                **cache,
+                **self._last_only,
+            )
+            for row, new in zip(self._rows, ids):
+                row += new
         scores: Tensor = output.logits[:, -1].float()
         return scores
 
@@ -159,7 +222,7 @@ class PlainEngine(Switching):
             found: tuple[Trust, ...] = ("kept", "steps")
             for trust in found:
                 self._trust = trust
-                self.forget()
+                self.reset()
                 try:
                     if all(far <= allowed for far in self._distances()):
                         return trust
@@ -184,28 +247,9 @@ class PlainEngine(Switching):
                 paths = [[*paths[p], t] for p, t in zip(parents, tokens)]
                 yield far(self.step(tokens, parents))
 
-    @contextmanager
-    def _whole_or_forgotten(self) -> Iterator[None]:
-        """A change of the cache that stops between two layers leaves no sequence at all."""
-        whole = False
-        try:
-            yield
-            whole = True
-        finally:
-            if not whole:
-                self.forget()
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the longest prefix that both have."""
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
-
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
+def _inference(model: Any) -> Iterator[None]:
     """No gradients and no dropout inside; a model that is being trained goes on training after."""
     if not model.training:
         with torch.inference_mode():
