@@ -34,5 +34,5 @@ def same_type_on_any_chip() -> Iterator[None]:
     """`precision auto` is fp32 here, whether or not this CPU has bf16: what tests compare must not
     depend on the machine. bf16 is asked for by name where it is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vicuna.model.load._cpu_has_bf16", lambda: False)
+        patch.setattr("vicuna.model.load.cpu_has_bf16", lambda: False)
         yield

@@ -202,7 +202,7 @@ def test_advice_names_only_what_is_not_on_already(
     given: dict[str, Any], checkpointing: str, device: str, named: list[str], silent: list[str]
 ) -> None:
     settings = build(TrainSettings, {"precision": "bf16", **given})
-    trainable = SimpleNamespace(checkpointing=checkpointing, device=torch.device(device), fast=1)
+    trainable = SimpleNamespace(checkpointing=checkpointing, device=torch.device(device), llama=1)
     state = State(settings={"precision": settings.precision})
     run = SimpleNamespace(path="runs/mine")
     session: Any = SimpleNamespace(settings=settings, trainable=trainable, state=state, run=run)

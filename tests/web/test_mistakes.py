@@ -267,7 +267,7 @@ def _late(_: str, words: list[str], **__: Any) -> None:
 def of_trainings(say: Heard) -> None:
     shape: Any = SimpleNamespace(max_position_embeddings=64)
     say(plan.make, train(cutoff_len=128), shape, None)
-    trainable = SimpleNamespace(device=torch.device("cpu"), fast=1, checkpointing="none")
+    trainable = SimpleNamespace(device=torch.device("cpu"), llama=1, checkpointing="none")
     state = SimpleNamespace(
         step=3, settings={"precision": "fp32"}, cut={oom.TRAINING: 64, oom.EVALUATION: 64},
         nonfinite=0, nonfinite_in_a_row=9, loss_scale=1.0,

@@ -11,6 +11,7 @@ import torch
 
 from vicuna import config
 from vicuna.config import MergeSettings
+from vicuna.config.precisions import PRECISIONS
 from vicuna.convert.combine import Method, combine
 from vicuna.convert.merge import Merge
 from vicuna.data.templates.registry import template_from_dict
@@ -32,7 +33,6 @@ from vicuna.verify.scorers import FolderScorer
 from vicuna.weights.output_folder import check_space, result_folder
 from vicuna.weights.read import Weights, nbytes, open_weights
 
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FEW = 0.02  # share of changed values below which a note says so
 
 WeightedAdapters = list[tuple[AdapterFiles, float]]
@@ -140,7 +140,9 @@ def _merge(settings: MergeSettings, inputs: _Inputs, target: Path, largest: int)
     if len(weighted) > 1 and settings.method != "linear":
         method = Method(settings.method, settings.density, settings.combined_rank, settings.seed)
         weighted = [(combine(weighted, method), 1.0)]
-    merge = Merge(inputs.config, inputs.weights, LoraDelta(weighted), _TYPES.get(settings.dtype))
+    name = settings.dtype
+    dtype = None if name == "auto" else getattr(torch, PRECISIONS[name].dtype)
+    merge = Merge(inputs.config, inputs.weights, LoraDelta(weighted), dtype)
     check_space(target, merge.size)
     full = all(p.dtype == torch.float32 for p in merge.tensors)
     gate = "32bit" if full else "16bit"

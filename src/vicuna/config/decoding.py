@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vicuna.config.base import EarlyStopping, Settings, Texts, setting
+from vicuna.config.precisions import PrecisionName
 
 
 class ModelSettings(Settings):
@@ -18,7 +19,7 @@ class ModelSettings(Settings):
         "", "Model", "the base; where not given, the one that the adapter names, else smollm2-135m"
     )
     adapter: str = setting("", "Model", "an adapter, a run folder, or a hub id, of any age")
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = setting(
+    precision: PrecisionName = setting(
         "auto", "Model", "type of the base's weights: auto, fp32, bf16, fp16, int8, nf4"
     )
     engine: Literal["torch", "llama.cpp", "vllm"] = setting(

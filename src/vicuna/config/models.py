@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from vicuna.config.base import Places, Settings, Words, setting
+from vicuna.config.precisions import FloatName
 
 
 def _whole(value: Any) -> Any:
@@ -70,7 +71,7 @@ class MergeSettings(VerifySettings):
     )
     seed: int = setting(42, "Combining", "decides what dare drops")
     output_dir: str = setting("", "Result", "the folder to write")
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+    dtype: FloatName = setting(
         "auto", "Result", "type of the weights: auto (the base's own), fp32, bf16, fp16"
     )
     max_shard_size: str = setting("2GB", "Result", "largest file of weights, such as 500MB, 2GB")

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator
 
 from vicuna.config.base import Checkpointing, Datasets, Texts, Words, setting
 from vicuna.config.data import DataSettings
+from vicuna.config.precisions import PrecisionName
 
 
 class TrainSettings(DataSettings):
@@ -58,7 +59,7 @@ class TrainSettings(DataSettings):
     )
     use_rslora: bool = setting(False, "LoRA", "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
 
-    precision: Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"] = setting(
+    precision: PrecisionName = setting(
         "auto", "Hardware", "type of the frozen base: auto takes the fastest this chip has"
     )
     memory: Literal["auto", "manual"] = setting(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vicuna.config.precisions import fastest_precision
 from vicuna.errors import UserError
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -43,12 +44,7 @@ class Device:
 
     def fastest(self) -> tuple[str, str]:
         """The fastest type for frozen weights on this device, and the reason."""
-        version = f"{self.capability[0]}.{self.capability[1]}"
-        if self.bf16:
-            return "bf16", f"{self.name} has bf16 matrix units"
-        if self.kind == "cuda" and self.capability[0] >= 7:
-            return "fp16", f"{self.name} (compute capability {version}) has fp16 units, no bf16"
-        return "fp32", f"{self.name} has no fast 16-bit type"
+        return fastest_precision(self.name, self.kind, self.capability, self.bf16)
 
 
 def by_name(name: str) -> Device:
@@ -111,13 +107,14 @@ def at_hand(kind: str) -> Device:
         free, _ = torch.cuda.mem_get_info()
         capability = torch.cuda.get_device_capability()
         return _cuda(torch.cuda.get_device_name(), free, capability, 0)
-    from vicuna.model.load import fastest
-
-    bf16 = fastest(torch.device("cpu"))[0] == "bf16"
     import psutil
 
+    from vicuna.model import load
+
     memory = available_host() + int(psutil.Process().memory_info().rss)
-    return Device("this CPU", "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, bf16)
+    return Device(
+        "this CPU", "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, load.cpu_has_bf16()
+    )
 
 
 def cpu(memory: int, bf16: bool = True) -> Device:

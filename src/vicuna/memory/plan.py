@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vicuna.config import TrainSettings
+from vicuna.config.precisions import QUANTIZED, SMALLEST
 from vicuna.errors import UserError
 from vicuna.memory import devices
 from vicuna.memory.devices import Device
@@ -96,7 +97,7 @@ def _alternatives(
     enough = min(FEW_ROWS[planner.device.kind], rows[0])
     ways = wide.checkpointings
     others = [w for w in ways if CHECKPOINTING.index(w) > CHECKPOINTING.index(job.checkpointing)]
-    quantised = [p for p in ("int8", "nf4") if p not in room.precisions]
+    quantised = [p for p in QUANTIZED if p not in room.precisions]
     for precision in (room.precisions[-1], *quantised):
         if not planner.fits(frugal(job, precision, wide)):
             continue
@@ -110,7 +111,7 @@ def _alternatives(
                 break
     if found:
         return
-    least = replace(job, precision="nf4", checkpointing=ways[-1])
+    least = replace(job, precision=SMALLEST, checkpointing=ways[-1])
     for changed in (replace(least, target=("q_proj", "v_proj")), _shorter(planner, least)):
         if changed is None:
             continue

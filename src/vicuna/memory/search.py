@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from vicuna.config import TrainSettings
+from vicuna.config.precisions import SMALLEST
 from vicuna.memory.devices import GIB, Device
 from vicuna.memory.footprint import Footprint, Planner
 from vicuna.memory.traced_step import Job
@@ -93,8 +94,8 @@ def room_of(
     if settings.precision == "auto":
         first = device.fastest()[0]
         smaller = ["bf16"] if first == "fp32" and device.kind == "cpu" else []
-        # nf4 rather than int8: half its size, and nearer to 16 bits' speed.
-        smaller += ["nf4"] if device.kind == "cuda" or find_spec("bitsandbytes") else []
+        # Rather than int8: half its size, and nearer to 16 bits' speed.
+        smaller += [SMALLEST] if device.kind == "cuda" or find_spec("bitsandbytes") else []
         precisions = (first, *smaller)
     asked = str(settings.gradient_checkpointing)
     kept = "gradient_checkpointing" in given and asked != "auto"

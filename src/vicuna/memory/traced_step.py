@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vicuna.config.precisions import PRECISIONS
 from vicuna.data.pack import Pack, PackSegment
 from vicuna.memory.devices import Device
 from vicuna.memory.emulate_device import as_on
@@ -22,9 +23,9 @@ from vicuna.memory.tracker import Trace, Tracker, without_collection
 from vicuna.model import dropout, self_check
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.config_files import library_error
+from vicuna.model.load import dtype_of
 from vicuna.model.trainable import TrainableModel
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 META = torch.device("meta")
 
 
@@ -32,7 +33,7 @@ META = torch.device("meta")
 class Job:
     """What decides the memory of a step, beside the base's shape and the device.
 
-    precision: fp32, bf16, fp16, int8 or nf4. checkpointing: none, selective, full or offload.
+    precision: one of `config.precisions`. checkpointing: none, selective, full or offload.
     rows: tokens computed at a time. longest: tokens of the longest example. rank, target, dropout:
     the adapter's. optimizer: adamw or paged_adamw_8bit.
     """
@@ -48,8 +49,7 @@ class Job:
 
     def dtype(self, device: Device) -> torch.dtype:
         """The type of activations and of weights that are not quantised."""
-        name = self.precision if self.precision in _DTYPES else device.fastest()[0]
-        return _DTYPES[name]
+        return dtype_of(self.precision, device.fastest)
 
 
 def worst_pack(job: Job) -> Pack:
@@ -114,7 +114,7 @@ def build(config: Any, job: Job, device: Device) -> TrainableModel:
             raise library_error(e, "transformers cannot make this model", name) from e
         model.requires_grad_(False)
         model.config.use_cache = False
-        if job.precision in ("int8", "nf4"):
+        if PRECISIONS[job.precision].is_quantized:
             quantize(model, job.precision, device.kind)
         lora = LoraSettings(job.rank, dropout=job.dropout, target=job.target)
         peft = attach(model, lora, seed=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from vicuna.config.precisions import PRECISIONS, PrecisionName, fastest_precision
 from vicuna.errors import UserError
 from vicuna.model import attention
 from vicuna.model.base import quiet_transformers
@@ -15,8 +17,16 @@ from vicuna.model.config_files import library_error
 from vicuna.system_errors import install_extra
 from vicuna.weights.read import check_weights
 
-Precision = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+def dtype_of(precision: str, fastest: Callable[[], tuple[str, str]]) -> torch.dtype:
+    """The type of activations, and of weights that are not quantised.
+
+    Args:
+        fastest: gives the fastest type of the device, which a quantised base computes in.
+    """
+    name = fastest()[0] if PRECISIONS[precision].is_quantized else precision
+    dtype: torch.dtype = getattr(torch, PRECISIONS[name].dtype)
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,7 @@ class Chosen:
     @property
     def dtype(self) -> torch.dtype:
         """The type of activations and of weights that are not quantised."""
-        if self.precision in _DTYPES:
-            return _DTYPES[self.precision]
-        return _DTYPES[fastest(pick_device())[0]]
+        return dtype_of(self.precision, lambda: fastest(pick_device()))
 
 
 def pick_device() -> torch.device:
@@ -44,23 +52,16 @@ def pick_device() -> torch.device:
 
 
 def fastest(device: torch.device) -> tuple[str, str]:
-    """The fastest type for frozen weights on this device, and the reason."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        name = torch.cuda.get_device_name(device)
-        if major >= 8:
-            return "bf16", f"{name} (compute capability {major}.{minor}) has bf16 matrix units"
-        if major == 7:
-            return "fp16", f"{name} (compute capability {major}.{minor}) has fp16 units, no bf16"
-        return "fp32", f"{name} (compute capability {major}.{minor}) has no fast 16-bit type"
-    if device.type == "mps":
-        return "fp16", "Apple's GPU: fp16 halves the memory"
-    if _cpu_has_bf16():
-        return "bf16", "this CPU has bf16 instructions"
-    return "fp32", "this CPU has no bf16 instructions"
+    """The fastest type for frozen weights on this device, and the reason in words."""
+    if device.type != "cuda":
+        bf16 = device.type == "cpu" and cpu_has_bf16()
+        return fastest_precision("this CPU", device.type, bf16=bf16)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return fastest_precision(name, "cuda", capability)
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 instructions (AVX-512 BF16 or AMX)."""
     for probe in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         ask = getattr(torch.cpu, probe, None)
         if ask is not None and ask():
@@ -68,7 +69,7 @@ def _cpu_has_bf16() -> bool:
     return False
 
 
-def choose(precision: Precision, device: torch.device) -> Chosen:
+def choose(precision: PrecisionName, device: torch.device) -> Chosen:
     """Turn `auto` into a type; say why."""
     if precision != "auto":
         return Chosen(precision, "asked for")
@@ -91,7 +92,7 @@ def load_base(
     attention.register()
     check_weights(folder)
     extra: dict[str, Any] = dict(spread or {})
-    if chosen.precision in ("int8", "nf4"):
+    if PRECISIONS[chosen.precision].is_quantized:
         extra = {"device_map": {"": device}, **extra, "quantization_config": _quantization(chosen)}
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=chosen.dtype, **extra)
@@ -136,14 +137,10 @@ def _quantization(chosen: Chosen) -> Any:
             where=f"precision {chosen.precision}",
             fix=f"{install_extra('gpu')}. Or choose bf16, fp16 or fp32.",
         )
-    if chosen.precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=chosen.dtype,
-    )
+    loads = dict(PRECISIONS[chosen.precision].loads)
+    if loads.get("load_in_4bit"):
+        loads["bnb_4bit_compute_dtype"] = chosen.dtype
+    return BitsAndBytesConfig(**loads)
 
 
 def context_length(model: Any) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from vicuna.config.precisions import SMALLEST, share_of_memory
 from vicuna.data.loss_mask import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.errors import UserError
@@ -144,9 +145,9 @@ def advice(session: Session, rows: int, use: str = TRAINING) -> str:
     if kinds and use == TRAINING:
         same.append(f"{again} --gradient_checkpointing {kinds[0]}" + _or(kinds[1:]))
     precision = session.state.settings["precision"]
-    if precision != "nf4":
-        less = {"int8": "half", "fp32": "an eighth"}.get(precision, "a quarter")
-        other.append(f"--precision nf4 ({less} of the base's memory)")
+    if precision != SMALLEST:
+        share = share_of_memory(precision, SMALLEST)
+        other.append(f"--precision {SMALLEST} ({share} of the base's memory)")
     if rows > 32:
         other.append(f"--cutoff_len {max(16, rows // 2)} (one example is computed in one piece)")
     if settings.lora_dropout and use == TRAINING:

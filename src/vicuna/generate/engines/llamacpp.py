@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vicuna.config import AnswerSettings
+from vicuna.config.precisions import PRECISIONS
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import (
     CHUNK,
@@ -38,8 +39,6 @@ from vicuna.model.adapter import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate, locate_gguf, locate_vocabulary
 from vicuna.model.config_files import read_config
 
-# precision -> type of the GGUF file that is written for it.
-_GGUF_TYPES = {"auto": "f16", "fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "q8_0"}
 # A model made for 131,072 tokens would take gigabytes for an empty cache.
 LONGEST = 8192
 _FULL, _STOPPED, _NO_MEMORY = 1, 2, -2
@@ -77,8 +76,9 @@ def load_engine(
         folder, about = locate_vocabulary(base), f"{gguf.name} as it is"
         check_adapter(files, base, folder, settings)
     else:
-        gguf_type = _GGUF_TYPES.get(settings.precision)
-        if gguf_type is None:
+        auto = settings.precision == "auto"
+        gguf_type = "f16" if auto else PRECISIONS[settings.precision].gguf
+        if not gguf_type:
             raise UserError(
                 f"llama.cpp has no {settings.precision}",
                 where="precision",
