@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,28 @@ def visitor(browser: Any, served: tuple[App, str]) -> Iterator[Visitor]:
 @pytest.fixture
 def slow(served: tuple[App, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model takes its time, and does not end by itself: an answer can be seen growing."""
-    engine: Any = served[0].room.loaded.engine
+    _slow(served[0], monkeypatch, lambda: True)
+
+
+@pytest.fixture
+def held(served: tuple[App, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """As `slow`, and an answer that has begun does not end as long as this list holds something."""
+    holding: list[str] = []
+    _slow(served[0], monkeypatch, lambda: not holding)
+    yield holding
+    holding.clear()
+
+
+def _slow(app: App, monkeypatch: pytest.MonkeyPatch, may_go_on: Callable[[], bool]) -> None:
+    engine: Any = app.worker.loaded.engine
+    steps = [0]
     step = engine.step
 
     def late(tokens: Any, parents: Any) -> Any:
+        steps[0] += 1
         time.sleep(0.02)
+        while steps[0] > 10 and not may_go_on():
+            time.sleep(0.02)
         scores = step(tokens, parents).clone()  # its own are made in inference mode
         scores[:, [1, 3]] = -100.0  # </s> and <|im_end|>
         return scores

@@ -60,8 +60,11 @@ def test_what_is_asked_at_opening_changes_nothing_where_it_comes_late(visitor: V
     assert visitor.answered(1)
 
 
-def test_a_reload_in_the_middle_of_an_answer_finds_it_again(slow: None, visitor: Visitor) -> None:
+def test_a_reload_in_the_middle_of_an_answer_finds_it_again(
+    held: list[str], visitor: Visitor
+) -> None:
     page = visitor.page
+    held.append("until it was found again")
     longest(visitor, 120)
     page.get_by_text("Prompt and memory").click()
     page.fill("#chat-system textarea", "be brief")
@@ -69,12 +72,42 @@ def test_a_reload_in_the_middle_of_an_answer_finds_it_again(slow: None, visitor:
     page.wait_for_selector("#chat-live .v-growing")
     page.reload()
     page.wait_for_selector("#chat-live .v-growing")
-    assert page.locator("#chat-stop").is_visible()
+    page.wait_for_selector("#chat-stop")
+    held.clear()
     assert visitor.answered(1)
     assert "120 tokens" in page.inner_text("#chat-history .v-stats")
     page.get_by_text("Prompt and memory").click()
-    assert page.input_value("#chat-system textarea") == "be brief"
+    page.wait_for_function("document.querySelector('#chat-system textarea').value === 'be brief'")
     visitor.ask("and?")
+    visitor.answered(2)
+
+
+def test_a_page_that_was_not_told_its_conversation_yet_does_not_write_to_it(
+    visitor: Visitor, served: tuple[App, str]
+) -> None:
+    page, session = visitor.page, served[0].sessions.get(visitor.name())
+    longest(visitor, 8)
+    page.get_by_text("Prompt and memory").click()
+    page.fill("#chat-system textarea", "be brief")
+    visitor.ask("hello?")
+    visitor.answered(1)
+    assert session.chat.system == "be brief"
+    held: list[Any] = []
+    opening = True
+    page.route("**/queue/join*", lambda r: held.append(r) if opening else r.continue_())
+    page.reload()
+    visitor.until(lambda: len(held) >= 4)
+    opening = False
+    page.get_by_text("Prompt and memory").click()
+    page.focus("#chat-system textarea")
+    page.focus("#chat-box textarea")  # the prompt's field is left: its value is counted
+    page.wait_for_timeout(500)
+    visitor.ask("and?")
+    visitor.answered(2)
+    assert session.chat.system == "be brief"
+    for route in held:
+        route.continue_()
+    page.wait_for_function("document.querySelector('#chat-system textarea').value === 'be brief'")
     visitor.answered(2)
 
 

@@ -203,3 +203,21 @@ def test_read_only_fetches_nothing(page: tuple[App, str], monkeypatch: pytest.Mo
     _, told = send(url, str(look[0]), sent, "look")
     assert not fetched
     assert app.registry.adapters()
+
+
+def test_what_was_told_once_is_not_sent_a_second_time(page: tuple[App, str]) -> None:
+    """Gradio sends a generator's last update twice: somebody may have typed in between."""
+    app, url = page
+    config = httpx.get(f"{url}config").json()
+    system = next(
+        c["id"] for c in config["components"] if c["props"].get("elem_id") == "chat-system"
+    )
+    tab = f"{8:032x}"
+    app.sessions.get(tab).chat.system = "be brief"
+    event = next(
+        d for d in config["dependencies"] if {system, app.tab._id} <= set(d["outputs"])
+    )  # fmt: skip
+    good, told = send(url, str(event["id"]), asked(app, tab), "come back")
+    assert good
+    assert told.count("be brief") == 1
+    assert app.sessions.get(tab).chat.system == "be brief"

@@ -169,7 +169,7 @@ def _drawn(curve: Curve, frame: _Frame) -> str:
     colour = f"c{curve.colour % COLOURS}"
     path = f'<path class="{curve.kind} {colour}" d="M{"L".join(points)}"/>'
     if curve.kind == "dots" or len(points) == 1:
-        # A line of no length with round ends: a dot that stays round in a stretched snapshot.
+        # A line of no length with round ends: a dot that stays round in a stretched picture.
         path += f'<path class="dot {colour}" d="{"".join(f"M{p}h0" for p in points)}"/>'
     return path
 

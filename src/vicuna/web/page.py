@@ -66,7 +66,7 @@ _OPEN = """(...now) => {
       if (e.key === 'Escape') document.querySelector('#chat-note [data-act=leave]')?.click();
     });
   }
-  return [vicunaTab(), ...KEPT];
+  return KEPT;
 }"""
 
 
@@ -81,7 +81,7 @@ def build(app: App) -> gr.Blocks:
         delete_cache=(CLEAN, CLEAN),
     ) as page:
         app.tab = gr.Textbox(visible="hidden", elem_id="session", show_label=False)
-        for noted in (app.opening, app.loading, app.arriving, app.kept):
+        for noted in (app.opening, app.loading, app.arriving, app.kept, app.of_session):
             noted.clear()
         with gr.Row(elem_id="top"):
             read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
@@ -106,12 +106,12 @@ def build(app: App) -> gr.Blocks:
         kept_values.keep(app.kept)
         _watch_adapters(app)
         opened = page.load(
-            None, app.kept, [app.tab, *app.kept], show_progress="hidden",
+            None, app.kept, app.kept, show_progress="hidden",
             js=_OPEN.replace("KEPT", kept_values.restored(app.kept)),
         )  # fmt: skip
         for fn, inputs, outputs in [*app.loading, *app.opening]:
             opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
-    _name(page, app.tab)
+    _name(page, app)
     return page
 
 
@@ -130,13 +130,19 @@ def _watch_adapters(app: App) -> None:
         known.change(fn, inputs, outputs, **quiet)
 
 
-def _name(page: gr.Blocks, tab: gr.Textbox) -> None:
-    """Every event tells its mistakes (`plainly`), and one that belongs to somebody is given the
-    tab's name where it is sent. Some are sent before the page has opened: by gradio, which selects
-    the first tab, or by a quick hand."""
+def _name(page: gr.Blocks, app: App) -> None:
+    """Every event reports its errors (`plainly`), and one that belongs to a session is given the
+    tab's name when it is sent. Some are sent before the page has opened: by gradio, which selects
+    the first tab, or by a quick hand. The hidden field of the name holds it once the page has been
+    told its session (`ChatTab.come_back`): until then the page sends null for what belongs to the
+    session, so that an empty field does not replace what the server has."""
     for event in page.fns.values():
         if event.fn is not None:
             event.fn = plainly(event.fn)
-        if tab in event.inputs:
-            place = event.inputs.index(tab)
-            event.js = f"(...sent) => {{ sent[{place}] = vicunaTab(); return sent; }}"
+        if app.tab in event.inputs:
+            tab = event.inputs.index(app.tab)
+            owned = [event.inputs.index(c) for c in app.of_session if c in event.inputs]
+            event.js = (
+                f"(...sent) => {{ if (sent[{tab}] !== vicunaTab()) for (const i of {owned}) "
+                f"sent[i] = null; sent[{tab}] = vicunaTab(); return sent; }}"
+            )

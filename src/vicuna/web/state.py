@@ -35,6 +35,8 @@ class App:
     loading: the same of what is done only when it opens the page.
     arriving: the same of what is done when an adapter appeared or went while the page is open.
     kept: components whose values a reload brings back (`kept_values.py`).
+    of_session: components whose values the session has: the page sends them only once it has been
+        told its session.
     gate: what decides who may ask; None while no server is open.
     """
 
@@ -44,6 +46,7 @@ class App:
     loading: list[Event] = field(default_factory=list)
     arriving: list[Event] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
+    of_session: list[Any] = field(default_factory=list)
     gate: Gate | None = None
 
     @cached_property

@@ -59,6 +59,7 @@ class ChatTab:
         app.kept += [
             self.strength, self.template, self.memory, self.view, *self.controls.kept,
         ]  # fmt: skip
+        app.of_session.append(self.system)
         self._events()
 
     # What is there.
@@ -143,7 +144,9 @@ class ChatTab:
             (self.opened, self.inputs, [self.gauge, self.adapters, self.strength])
         )
         self.app.arriving.append((self.arrived, None, self.adapters))
-        self.app.loading.append((self.come_back, self.inputs, [*self.shown, self.system]))
+        self.app.loading.append(
+            (self.come_back, self.inputs, [*self.shown, self.system, self.app.tab])
+        )
 
     def asked(
         self, values: tuple[Any, ...], strict: bool = False
@@ -251,9 +254,8 @@ class ChatTab:
         except Exception as e:
             silent, problem = _silent(job), self._problem(e, words)
         if session.job is not job:  # the conversation was replaced by another meanwhile
-            # Gradio sends the last thing twice: it must not be a snapshot of the old answer.
-            idle = {self.live: "", **self._running(False)}
-            yield {self.note: gr.skip()} if session.busy else idle
+            # Gradio sends the last update twice: it must not be a snapshot of the old answer.
+            yield self._last() if session.busy else {self.live: "", **self._running(False)}
             return
         yield {
             self.box: question if silent else gr.skip(), self.live: "", self.note: problem,
@@ -318,6 +320,7 @@ class ChatTab:
                 return
             changed = self._do(act, i, session, words)
             yield {**changed, self.gauge: await asyncio.to_thread(self._gauge, session, ask, words)}
+            yield self._last()
         except UserError as e:
             yield {self.note: chat_html.mistake(e, words)}
 
@@ -405,11 +408,19 @@ class ChatTab:
                 self.note: chat_html.editing(session.editing, words),
             }
         yield {
-            self.history: self._history(session, words), self.system: session.chat.system, **shown,
+            self.history: self._history(session, words), self.system: session.chat.system,
+            self.app.tab: session.name, **shown,
         }  # fmt: skip
         if session.busy:
             async for update in self._follow(session, ask, view, request):
                 yield update
+        else:
+            yield self._last()
+
+    def _last(self) -> Updates:
+        """An update that changes nothing: gradio sends the last one twice, and what a visitor has
+        typed since the first time must stay."""
+        return {self.note: gr.skip()}
 
 
 def _silent(job: Job) -> bool:

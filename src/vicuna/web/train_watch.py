@@ -223,7 +223,7 @@ class Watch:
         return gr.update(selected="chat")
 
     def _asking(self, wish: str) -> Callable[..., Updates]:
-        """GenerateRequest whether it is really meant."""
+        """Ask whether it is really meant."""
 
         # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
         def ask(name: str | None, request: gr.Request) -> Updates:
