@@ -11,7 +11,6 @@ import pytest
 from browser_kit import Visitor
 from page_kit import open_page
 
-from vicuna.web.i18n import say
 from vicuna.web.state import App
 
 LONG = 300
@@ -129,7 +128,7 @@ def test_edit_again_take_back_and_begin_anew(visitor: Visitor, served: tuple[App
 def test_another_adapter_gives_another_answer_without_a_new_base(
     visitor: Visitor, served: tuple[App, str]
 ) -> None:
-    page, base = visitor.page, served[0].room.loaded.engine
+    page, base = visitor.page, served[0].worker.loaded.engine
     greedy(visitor)
     visitor.ask("hello?")
     alone = visitor.answered(1)
@@ -142,7 +141,7 @@ def test_another_adapter_gives_another_answer_without_a_new_base(
     visitor.ask("hello?")
     assert visitor.answered(1) != alone
     assert "law" in page.inner_text("#chat-history .v-stats")
-    assert served[0].room.loaded.engine is base
+    assert served[0].worker.loaded.engine is base
 
 
 def test_answers_side_by_side(visitor: Visitor) -> None:
@@ -306,7 +305,7 @@ def test_nothing_is_wider_than_a_phone(browser: Any, served: tuple[App, str], lo
     phone.ask("床前明月光" * 30)
     phone.answered(1)
     for name in ("chat", "instruct", "adapters", "data", "train"):
-        word = say(locale[:2], f"page.{name}")
+        word = translate(locale[:2], f"page.{name}")
         page.get_by_role("tab", name=word, exact=True).first.click()
         page.wait_for_selector(f"#tab-{name} > div")
         assert page.evaluate("document.documentElement.scrollWidth") <= 390

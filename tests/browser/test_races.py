@@ -135,7 +135,7 @@ def test_a_conversation_that_is_cleared_while_it_grows_stays_so(
     page.wait_for_selector("#chat-history .v-hello")
     page.wait_for_selector("#chat-send")
     page.wait_for_selector("#chat-live .v-turn", state="detached")
-    visitor.until(lambda: served[0].room.queue.length() == 0)
+    visitor.until(lambda: served[0].worker.queue.length() == 0)
     assert (session.chat.turns, session.notes) == ([], [])
     visitor.longest(8)
     visitor.ask("anew?")
@@ -210,7 +210,7 @@ def test_the_newest_choice_of_a_data_set_is_what_is_shown(
     for name, count in (("slow", 5), ("quick", 7)):
         lines = [json.dumps({"instruction": f"{i}?", "output": "ja"}) for i in range(count)]
         (place / "data" / f"{name}.jsonl").write_text("\n".join(lines), "utf-8")
-    page, look = visitor.page, data_view._look
+    page, look = visitor.page, data_view._prepare
     begun: list[str] = []
     ready: list[str] = []
 
@@ -221,7 +221,7 @@ def test_the_newest_choice_of_a_data_set_is_what_is_shown(
             data_view.threading.Event().wait(0.05)
         return look(wish, say)
 
-    monkeypatch.setattr(data_view, "_look", late)
+    monkeypatch.setattr(data_view, "_prepare", late)
     visitor.tab("Data")
     source = page.locator("#data-source input").first
     for name in ("slow", "quick"):

@@ -12,8 +12,8 @@ from vicuna.errors import SettingsError
 from vicuna.generate.settings import OF_BEAMS, Settings
 from vicuna.web import controls
 from vicuna.web.controls import DEFAULTS, MODES, PRESETS, build, visible
-from vicuna.web.error_texts import in_words
-from vicuna.web.i18n import say, texts
+from vicuna.web.error_texts import localize_error
+from vicuna.web.i18n import catalog, translate
 
 # What is not among the controls: the mode says it.
 ELSEWHERE = {"do_sample"}
@@ -26,10 +26,10 @@ def chosen(mode: str, **changes: Any) -> dict[str, Any]:
 def test_every_setting_of_decode_has_a_control_and_words() -> None:
     assert DEFAULTS.keys() == Settings.model_fields.keys() - ELSEWHERE
     for key in DEFAULTS:
-        assert f"set.{key}" in texts()
-        assert f"set.{key}_info" in texts()
+        assert f"set.{key}" in catalog()
+        assert f"set.{key}_info" in catalog()
     for name in (*MODES, *PRESETS):
-        assert f"set.{name}" in texts()
+        assert f"set.{name}" in catalog()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -75,7 +75,7 @@ def test_a_number_beyond_a_slider_is_answered_in_the_page_s_language(key: str) -
     for value in (slider.high + 10_000, slider.low - 10_000):
         with pytest.raises(SettingsError, match=key) as wrong:
             build(chosen(mode, **{key: value}))
-        assert re.search("[一-鿿]", in_words(str(wrong.value), partial(say, "zh")))
+        assert re.search("[一-鿿]", localize_error(str(wrong.value), partial(translate, "zh")))
     with pytest.raises(SettingsError, match=key) as wrong:
         build(chosen(mode, **{key: None}))  # the box was emptied
-    assert re.search("[一-鿿]", in_words(str(wrong.value), partial(say, "zh")))
+    assert re.search("[一-鿿]", localize_error(str(wrong.value), partial(translate, "zh")))

@@ -24,11 +24,11 @@ from vicuna.data.records import file_types, find_files, read_file
 from vicuna.data.records import reasons as said
 from vicuna.errors import UserError
 from vicuna.web import data_html, files, number_input, tab_data
-from vicuna.web.data_view import Look, Looks, Wish
-from vicuna.web.i18n import say, texts
+from vicuna.web.data_view import DatasetCache, DatasetQuery, DatasetView
+from vicuna.web.i18n import catalog, translate
 from vicuna.web.state import App
 
-EN, ZH = partial(say, "en"), partial(say, "zh")
+EN, ZH = partial(translate, "en"), partial(translate, "zh")
 EVIL = "<script>alert(1)</script><|im_end|> &amp; ${7*7} {{value}}"
 
 
@@ -49,13 +49,13 @@ def good(i: int = 0, answer: str = "很好。") -> dict[str, str]:
 
 
 @pytest.fixture
-def mixed(tmp_path: Path, tiny: str) -> Look:
+def mixed(tmp_path: Path, tiny: str) -> DatasetView:
     records = [good(0), {"instruction": "没有回答"}, "{broken", good(3, EVIL), {"<img src=x>": 1}]
     path = write(tmp_path / "<b>mixed.jsonl", [*records, good(5, 9), good(6, "长" * 900)])
-    return Looks().get(Wish((path,), tiny, "auto", 256))
+    return DatasetCache().get(DatasetQuery((path,), tiny, "auto", 256))
 
 
-def test_the_report_counts_and_names_reasons_in_both_languages(mixed: Look) -> None:
+def test_the_report_counts_and_names_reasons_in_both_languages(mixed: DatasetView) -> None:
     html = data_html.report(mixed.report, EN)
     for words in ("<b>7</b>", "<b>3</b>", "no answer", "unknown format", "number taken as text"):
         assert words in html
@@ -64,7 +64,7 @@ def test_the_report_counts_and_names_reasons_in_both_languages(mixed: Look) -> N
     assert "没有回答" in data_html.report(mixed.report, ZH)
 
 
-def test_rows_are_paged_and_filtered(mixed: Look) -> None:
+def test_rows_are_paged_and_filtered(mixed: DatasetView) -> None:
     every, dropped = mixed.rows(), mixed.rows("dropped")
     assert [p.line for _, p in dropped] == [2, 3, 5, 7]
     assert len(every) > len(dropped)
@@ -77,7 +77,7 @@ def test_rows_are_paged_and_filtered(mixed: Look) -> None:
     assert "No rows" in data_html.problems([], 0, EN)
 
 
-def test_no_word_of_a_file_becomes_html(mixed: Look) -> None:
+def test_no_word_of_a_file_becomes_html(mixed: DatasetView) -> None:
     shown = [data_html.report(mixed.report, EN), data_html.problems(mixed.rows(), 0, EN)]
     for i in range(len(mixed.whole)):
         shown += [data_html.example(mixed, i, borders, EN) for borders in (False, True)]
@@ -92,7 +92,7 @@ def test_no_word_of_a_file_becomes_html(mixed: Look) -> None:
     )
 
 
-def test_an_example_shows_what_is_learned_and_its_control_tokens(mixed: Look) -> None:
+def test_an_example_shows_what_is_learned_and_its_control_tokens(mixed: DatasetView) -> None:
     html = data_html.example(mixed, 0, False, EN)
     assert '<span class="learned">很好。</span>' in html
     assert html.count('<b class="control" title=') == 3
@@ -102,7 +102,7 @@ def test_an_example_shows_what_is_learned_and_its_control_tokens(mixed: Look) ->
     assert "longer than the cutoff of 256" in long
 
 
-def test_a_cutoff_is_told_in_numbers(mixed: Look) -> None:
+def test_a_cutoff_is_told_in_numbers(mixed: DatasetView) -> None:
     lengths = mixed.lengths
     assert len(lengths) == 4
     assert ">75.0%<" in data_html.lost(lengths, 256, EN)
@@ -125,7 +125,7 @@ def test_a_cutoff_can_keep_everything_however_long_one_example_is(longest: int) 
     [(999_999, 999_999), (4097.0, 4097), (1, 16), (-5, 16), (None, 2048), ("x", 2048), (1e300, 1_000_000)],
 )  # fmt: skip
 def test_every_typed_cutoff_is_taken(typed: Any, taken: int) -> None:
-    wish = Wish((), "tiny")
+    wish = DatasetQuery((), "tiny")
     assert tab_data._cutoff(typed, wish) == taken
     replace(wish, cutoff=taken).settings()
     number_input.take_all_numbers()
@@ -149,7 +149,7 @@ def test_files_that_are_damaged_are_told_in_words(
 ) -> None:
     path = tmp_path / "f.jsonl"
     path.write_bytes(content)
-    look = Looks().get(Wish((path,), tiny))
+    look = DatasetCache().get(DatasetQuery((path,), tiny))
     assert len(look.whole) == used
     assert words in data_html.report(look.report, EN)
     data_html.report(look.report, ZH)
@@ -159,15 +159,15 @@ def test_files_that_are_damaged_are_told_in_words(
 def test_a_look_is_told_as_it_goes_kept_and_made_anew_where_the_file_changed(
     tmp_path: Path, tiny: str
 ) -> None:
-    looks = Looks()
+    looks = DatasetCache()
     path = write(tmp_path / "a.jsonl", [good(i) for i in range(3)])
-    *_, look = looks.watch(Wish((path,), tiny))
-    assert isinstance(look, Look)
-    assert looks.get(Wish((path,), tiny)) is look
+    *_, look = looks.watch(DatasetQuery((path,), tiny))
+    assert isinstance(look, DatasetView)
+    assert looks.get(DatasetQuery((path,), tiny)) is look
     write(path, [good(i) for i in range(5)])
-    assert len(looks.get(Wish((path,), tiny)).whole) == 5
+    assert len(looks.get(DatasetQuery((path,), tiny)).whole) == 5
     with pytest.raises(UserError, match="no template"):
-        list(looks.watch(Wish((path,), tiny, "nope")))
+        list(looks.watch(DatasetQuery((path,), tiny, "nope")))
 
 
 def test_every_reason_has_its_words_in_chinese() -> None:
@@ -185,11 +185,11 @@ def test_every_reason_has_its_words_in_chinese() -> None:
         "exact duplicate: of line 3",
     ]
     assert len(reasons) > 25
-    left = [r for r in reasons if data_html.reason_words(r, ZH) == r]
+    left = [r for r in reasons if data_html.localize_reason(r, ZH) == r]
     assert left == []
-    assert [r for r in reasons if english_half(data_html.reason_words(r, ZH))] == []
+    assert [r for r in reasons if english_half(data_html.localize_reason(r, ZH))] == []
     # And what is new is shown as it is rather than not at all.
-    assert data_html.reason_words("never seen: x", ZH) == "「never seen: x」"
+    assert data_html.localize_reason("never seen: x", ZH) == "「never seen: x」"
 
 
 @pytest.mark.parametrize(
@@ -212,11 +212,11 @@ def test_every_reason_has_its_words_in_chinese() -> None:
     ],
 )  # fmt: skip
 def test_details_are_chinese_or_between_quotes(reason: str, words: str) -> None:
-    assert data_html.reason_words(reason, ZH) == words
-    assert data_html.reason_words(reason, EN) == reason
+    assert data_html.localize_reason(reason, ZH) == words
+    assert data_html.localize_reason(reason, EN) == reason
 
 
-def test_too_long_is_told_with_length_and_limit(mixed: Look) -> None:
+def test_too_long_is_told_with_length_and_limit(mixed: DatasetView) -> None:
     rows = [p.reason for _, p in mixed.rows() if p.reason.startswith("too long")]
     assert rows
     for reason in rows:
@@ -279,10 +279,10 @@ def test_a_dropped_file_is_kept_once_under_a_name_of_its_own(tmp_path: Path) -> 
 def test_a_page_that_only_looks_keeps_and_fetches_nothing(tmp_path: Path) -> None:
     app = app_of(tmp_path, read_only=True)
     dropped = write(tmp_path / "tmp" / "a.jsonl", [good()])
-    with pytest.raises(UserError, match="writes nothing"):
+    with pytest.raises(UserError, match="read-only"):
         files.keep(app, dropped)
     assert not (tmp_path / "data").exists()
-    with pytest.raises(UserError, match="fetches nothing"):
+    with pytest.raises(UserError, match="read-only"):
         files.allowed_model(app, "evil-owner/huge-model")
     assert files.allowed_model(app, files.models(app)[0]) == files.models(app)[0]
 
@@ -337,7 +337,7 @@ def test_no_name_of_a_data_set_is_fetched(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_texts_of_these_tabs_are_there_in_both_languages() -> None:
-    for key, (english, chinese) in texts().items():
+    for key, (english, chinese) in catalog().items():
         if key.split(".")[0] in ("data", "train", "plan", "state", "group", "reason", "time"):
             assert english.strip(), key
             assert re.search("[\u4e00-\u9fff]", chinese) or key in ("group.LoRA",), key

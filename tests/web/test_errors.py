@@ -16,9 +16,9 @@ from app_kit import english_half
 
 import vicuna
 from vicuna.web import error_texts
-from vicuna.web.i18n import say, texts
+from vicuna.web.i18n import catalog, translate
 
-CHINESE = partial(say, "zh")
+CHINESE = partial(translate, "zh")
 SOURCE = Path(vicuna.__file__).parent
 # What a page meets: it answers, reads data, plans, and shows what a training says.
 MET = (
@@ -67,7 +67,7 @@ def test_every_mistake_that_the_page_meets_has_chinese_words(path: Path) -> None
     # A text whose end is put together elsewhere, or that is only fields, cannot be told here.
     lines = [line for line in said(path) if re.search("[a-z]{2}", line)]
     lines = [line for line in lines if not re.search("[a-z]7$", line)]
-    words = {line: error_texts.in_words(line, CHINESE) for line in lines}
+    words = {line: error_texts.localize_error(line, CHINESE) for line in lines}
     assert [line for line, chinese in words.items() if not re.search("[一-鿿]", chinese)] == []
     assert {line: half for line, c in words.items() if (half := english_half(c))} == {}
 
@@ -75,4 +75,4 @@ def test_every_mistake_that_the_page_meets_has_chinese_words(path: Path) -> None
 def test_no_words_are_kept_for_what_nobody_says() -> None:
     every = [line for path in SOURCE.rglob("*.py") for line in said(path)]
     met = {error_texts.match(line)[0] for line in every}
-    assert {key for key in texts() if key.startswith("said.")} - met == set()
+    assert {key for key in catalog() if key.startswith("said.")} - met == set()

@@ -17,7 +17,7 @@ from vicuna.errors import UserError
 from vicuna.runs.manager import Runs
 from vicuna.serve.registry import AdapterRegistry
 from vicuna.web import adapters_html, train_html
-from vicuna.web.i18n import say
+from vicuna.web.i18n import translate
 
 NESTED = "[" * 20_000 + "]" * 20_000
 # What a file may hold where a number, a text, a table is expected.
@@ -44,7 +44,7 @@ EVENTS = [
     {"event": "warning", "message": "OSError: m", "time": 2.0},
     {"event": "end", "step": 1, "reason": "finished", "time": 3.0},
 ]  # fmt: skip
-words = partial(say, "zh")
+words = partial(translate, "zh")
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -195,7 +195,7 @@ def test_read_only_fetches_nothing(page: tuple[App, str], monkeypatch: pytest.Mo
         if "adapters-where" in [components.get(i) for i in d["inputs"]]
     ]  # fmt: skip
     _, told = send(url, str(put), [f"{8:032x}", "evil-owner/huge-model"], "put")
-    assert "fetches nothing" in told
+    assert "read-only" in told
     look = [
         d["id"] for d in events if "data-source" in [components.get(i) for i in d["inputs"]]
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from vicuna.data.templates.base import ThoughtMarks
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.worker import BeamState, Snapshot
 from vicuna.web import chat_html, code_html, markdown
-from vicuna.web.i18n import say
+from vicuna.web.i18n import translate
 from vicuna.web.sessions import Session
 
 ATTACKS = [
@@ -166,7 +166,7 @@ def test_conversations_and_beams_are_as_safe(text: str) -> None:
     session.end(
         session.asked, Parts(text, text), {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text}
     )
-    words = partial(say, "zh")
+    words = partial(translate, "zh")
     snapshot = Snapshot(text, (BeamState(text, -1.0, 3), BeamState("b", -2.0, 3)))
     for html in (
         chat_html.history(session, words),

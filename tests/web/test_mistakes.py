@@ -49,15 +49,15 @@ from vicuna.train import oom, resume, samples, setup
 from vicuna.train.checkpoint import State
 from vicuna.web import chat_files, error_texts, files, sessions, train_plan
 from vicuna.web.controls import build as answer_settings
-from vicuna.web.data_view import Wish
-from vicuna.web.error_texts import in_words
-from vicuna.web.i18n import say, texts
+from vicuna.web.data_view import DatasetQuery
+from vicuna.web.error_texts import localize_error
+from vicuna.web.i18n import catalog, translate
 from vicuna.web.sessions import Session, Sessions, rate
 from vicuna.web.state import App
 from vicuna.weights import size_limits
 from vicuna.weights.torch_files import load_pickled
 
-CHINESE = partial(say, "zh")
+CHINESE = partial(translate, "zh")
 Say = Callable[..., None]
 
 
@@ -207,7 +207,7 @@ def _adapter(folder: Path, more: str) -> None:
 def of_files(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     say(app.inside, "/etc/passwd")
     say(files.allowed, app, " ")
-    say(Wish((folder / "gone",), "m").marks)
+    say(DatasetQuery((folder / "gone",), "m").marks)
     say(find_files.expand, str(folder / "*.nothing"))
     (folder / "bare").mkdir()
     say(find_files.expand, str(folder / "bear"))
@@ -238,7 +238,6 @@ def of_files(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch
 def of_runs(say: Heard, folder: Path, app: App, monkeypatch: pytest.MonkeyPatch) -> None:
     say(App(WebSettings(read_only=True)).may_write)
     runs = Runs(folder / "runs")
-    say(Runs(folder, read_only=True).delete, "a")
     say(runs.get, "nothing")
     say(runs.get, "../x")
     (folder / "runs" / "full").mkdir(parents=True)
@@ -393,18 +392,20 @@ def test_every_sentence_of_the_table_is_really_said(
         return key, fields
 
     monkeypatch.setattr(error_texts, "match", match)
-    english = [line for line in heard if in_words(line, CHINESE) == line]
-    assert {line: half for line in heard if (half := english_half(in_words(line, CHINESE)))} == {}
+    english = [line for line in heard if localize_error(line, CHINESE) == line]
+    assert {
+        line: half for line in heard if (half := english_half(localize_error(line, CHINESE)))
+    } == {}
     tables = tuple(table for table in error_texts._TABLES if table != "said.")  # test_errors.py
-    unmet = {k for k in texts() if k.startswith(tables)} - met
+    unmet = {k for k in catalog() if k.startswith(tables)} - met
     assert unmet == set(), english
 
 
 def test_a_message_keeps_its_lines_its_places_and_what_is_not_known() -> None:
     words = "2 mistakes in the settings:\n- batch_size is 0, but must be at least 1\n- odd"
-    assert in_words(words, partial(say, "en")) == words
-    assert in_words(words, CHINESE).split("\n") == [
+    assert localize_error(words, partial(translate, "en")) == words
+    assert localize_error(words, CHINESE).split("\n") == [
         "设置中有 2 处错误：", "- batch_size 为 0，至少应为 1", "- odd",
     ]  # fmt: skip
-    assert in_words("runs: one: no such run", CHINESE) == "runs: one：没有这个训练"
-    assert in_words("<b>", CHINESE) == "<b>"
+    assert localize_error("runs: one: no such run", CHINESE) == "runs: one：没有这个训练"
+    assert localize_error("<b>", CHINESE) == "<b>"

@@ -19,11 +19,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
 from app_kit import write_run
 from run_kit import save_tiny_model, write_data
 
+from vicuna.config import WebSettings
 from vicuna.errors import SettingsError, UserError
 from vicuna.runs import process
 from vicuna.runs.manager import Run, Runs
 from vicuna.web import train_html
-from vicuna.web.i18n import texts
+from vicuna.web.i18n import catalog
+from vicuna.web.state import App
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +135,10 @@ def test_mistakes_in_settings_start_nothing(place: Path, tmp_path: Path) -> None
 
 def test_a_page_that_only_looks_does_nothing(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "old", {"event": "end", "reason": "done", "step": 3, "time": 5.0})
-    runs = Runs(tmp_path / "runs", read_only=True)
+    runs = Runs(tmp_path / "runs", App(WebSettings(read_only=True)).may_write)
     assert [r.state for r in runs.all()] == ["finished"]
     for act in (runs.resume, runs.pause, runs.stop, runs.delete, lambda n: runs.start({}, n)):
-        with pytest.raises(UserError, match="only looks"):
+        with pytest.raises(UserError, match="read-only"):
             act("old")
     assert (tmp_path / "runs" / "old").is_dir()
 
@@ -190,7 +192,7 @@ def test_a_paused_run_that_is_refused_stays_paused_and_says_what_differs(place: 
     what, way_out = run.words.split("\n")
     assert what.startswith("the data are not those of the checkpoint: ")
     assert "--allow_changes data" in way_out
-    html = train_html.head(run, lambda key, **fields: texts()[key][1].format(**fields))
+    html = train_html.head(run, lambda key, **fields: catalog()[key][1].format(**fields))
     assert "仍为暂停" in html
     assert "数据不是检查点的数据" in html
     assert "失败" not in html

@@ -203,7 +203,7 @@ def test_a_busy_port_is_said_or_passed_over() -> None:
 
 def test_nothing_is_written_where_the_page_is_read_only(place: Path) -> None:
     app = App(WebSettings(adapters=[str(place / "runs")], read_only=True))
-    with pytest.raises(UserError, match="writes nothing"):
+    with pytest.raises(UserError, match="read-only"):
         app.may_write()
     with pytest.raises(UserError, match="outside of the folders"):
         app.inside("/etc/passwd")

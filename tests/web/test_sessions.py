@@ -25,7 +25,7 @@ def session() -> Session:
 
 def said(session: Session, question: str, answer: str) -> None:
     session.begin(question)
-    session.end(session.asked, Parts("", answer), {"tokens": 1})
+    session.end(session.request_id, Parts("", answer), {"tokens": 1})
 
 
 def texts(session: Session) -> list[str]:
@@ -60,7 +60,7 @@ def test_an_answer_to_a_conversation_that_is_gone_goes_nowhere(
     session: Session, meanwhile: str
 ) -> None:
     session.begin("四")
-    asked, job = session.asked, Job("a", lambda _: None)
+    asked, job = session.request_id, Job("a", lambda _: None)
     session.job = job
     if meanwhile == "load":
         session.load(json.dumps({"instruction": "译 cat", "output": "猫"}))

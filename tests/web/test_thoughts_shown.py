@@ -14,11 +14,11 @@ from vicuna.generate.thoughts import Parts
 from vicuna.serve.queue import Job
 from vicuna.serve.worker import BeamState, Snapshot
 from vicuna.web import chat_html, instruct_html, markdown, tab_chat
-from vicuna.web.i18n import say
-from vicuna.web.probabilities import Said, thought_tokens
+from vicuna.web.i18n import translate
+from vicuna.web.probabilities import ShownToken, thought_tokens
 from vicuna.web.sessions import Session
 
-ZH = partial(say, "zh")
+ZH = partial(translate, "zh")
 WHOLE = "<think>\n2 + 2 是 4\n</think>\n\n四"
 # (marks, what the model says): the prompt may have opened the thought already.
 WAYS = [(ThoughtMarks(), WHOLE), (ThoughtMarks(opened=True), WHOLE.removeprefix("<think>\n"))]
@@ -87,8 +87,10 @@ def test_an_answer_that_was_stopped_in_its_thought_is_kept_and_says_so() -> None
 
 
 def test_tokens_of_a_thought_are_apart_where_their_probabilities_are_shown() -> None:
-    tokens = [Said(text, 0.5, ((text, 0.5),)) for text in ("<think>", "hm", "</think>", "\n", "四")]
-    tokens.append(Said("", 0.9, (("<|im_end|>", 0.9),)))
+    tokens = [
+        ShownToken(text, 0.5, ((text, 0.5),)) for text in ("<think>", "hm", "</think>", "\n", "四")
+    ]
+    tokens.append(ShownToken("", 0.9, (("<|im_end|>", 0.9),)))
     assert thought_tokens(tokens, Parts("hm", "四")) == 4
     assert thought_tokens(tokens, Parts("hm", "")) == 6
     assert thought_tokens(tokens, Parts("", "hm")) == 0

@@ -22,11 +22,11 @@ from vicuna.config import TrainSettings, WebSettings
 from vicuna.errors import SettingsError, UserError
 from vicuna.runs.manager import Runs
 from vicuna.web import train_form, train_html
-from vicuna.web.i18n import say, texts
+from vicuna.web.i18n import catalog, translate
 from vicuna.web.state import App
 from vicuna.web.train_plan import longest_example, plan
 
-EN, ZH = partial(say, "en"), partial(say, "zh")
+EN, ZH = partial(translate, "en"), partial(translate, "zh")
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def test_every_setting_of_the_table_is_offered_or_left_out_and_has_its_words() -
     assert set(offered) | set(train_form.LEFT_OUT) == set(TrainSettings.model_fields)
     assert set(train_form.MAIN) <= set(offered)
     for name, field in offered.items():
-        english, chinese = texts()[f"settings.{name}"]
+        english, chinese = catalog()[f"settings.{name}"]
         assert english == TrainSettings.model_fields[name].description
         assert re.search("[\u4e00-\u9fff]", chinese)
-        assert f"group.{field.group}" in texts()
+        assert f"group.{field.group}" in catalog()
 
 
 def test_a_form_that_nobody_touched_says_nothing() -> None:

@@ -15,7 +15,7 @@ FIELD = re.compile(r"\{(\w+)")
 
 
 def test_every_text_is_in_both_languages_with_the_same_fields() -> None:
-    for key, (english, chinese) in i18n.texts().items():
+    for key, (english, chinese) in i18n.catalog().items():
         assert english.strip(), key
         assert chinese.strip(), key
         assert sorted(FIELD.findall(english)) == sorted(FIELD.findall(chinese)), key
@@ -28,11 +28,11 @@ def test_no_key_stands_twice_in_a_file() -> None:
 
 
 def test_a_mark_becomes_the_text_of_the_language_inside_json_too() -> None:
-    body = json.dumps({"label": i18n.t("page.chat"), "other": "@@no.such.key@@"})
-    assert json.loads(i18n.translated(body, "zh")) == {"label": "对话", "other": "@@no.such.key@@"}
-    assert json.loads(i18n.translated(body, "en"))["label"] == "Chat"
+    body = json.dumps({"label": i18n.label("page.chat"), "other": "@@no.such.key@@"})
+    assert json.loads(i18n.fill_labels(body, "zh")) == {"label": "对话", "other": "@@no.such.key@@"}
+    assert json.loads(i18n.fill_labels(body, "en"))["label"] == "Chat"
     with pytest.raises(KeyError):
-        i18n.t("no.such.key")
+        i18n.label("no.such.key")
 
 
 @pytest.mark.parametrize(

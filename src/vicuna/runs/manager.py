@@ -10,7 +10,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +77,12 @@ class Runs:
     """All runs under a folder.
 
     Args:
-        read_only: looking is all that is allowed.
+        may_write: raises a UserError if runs may only be looked at.
     """
 
-    def __init__(self, folder: Path, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, may_write: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
-        self.read_only = read_only
+        self._may_write = may_write
         self._logs: dict[Path, RunLog] = {}
         self._reading = threading.Lock()
         self._starting = threading.Lock()
@@ -230,13 +230,6 @@ class Runs:
                 "another training works already, and two would share the memory",
                 where=other.name,
                 fix="Wait until it is done, or pause it.",
-            )
-
-    def _may_write(self) -> None:
-        if self.read_only:
-            raise UserError(
-                "this page only looks: nothing can be trained, changed or deleted here",
-                fix="Start the page without --read_only.",
             )
 
     @contextmanager

@@ -1,8 +1,8 @@
-"""Charts as HTML: curves over updates, and a histogram with a cutoff.
+"""Charts as HTML: curves over steps, and a histogram with a cutoff.
 
 The plot is an SVG that is stretched to whatever room there is; its lines keep their width, and the
 words around it are HTML, so that they keep their size on a phone. Colours are those of the theme
-(`style_train.css`), light or dark; nothing is fetched, and no script runs.
+(`style.css`), light or dark; nothing is fetched, and no script runs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+
+from markupsafe import Markup
+
+from vicuna.web.render import join, render
 
 POINTS = 300  # of a curve: more are no wider than a pixel
 BANDS = 60  # places over which the mouse tells the numbers
@@ -46,17 +49,17 @@ def curves(
     x_label: str,
     x_end: float = 0.0,
     number: Callable[[float], str] = plain,
-) -> str:
-    """Curves over updates; "" where there is no point yet.
+) -> Markup:
+    """Curves over steps; "" where there is no point yet.
 
     Args:
-        x_end: how far x goes at least: a run's last update.
+        x_end: how far x goes at least: a run's last step.
         number: how a value is written that the mouse points at.
     """
     drawn = [_finite(curve) for curve in found]
     drawn = [curve for curve in drawn if curve.x]
     if not drawn:
-        return ""
+        return Markup()
     low, high = _range(drawn)
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
@@ -65,24 +68,19 @@ def curves(
     x_high = max(x_end, *(curve.x[-1] for curve in drawn))
     x_high = x_high if x_high > x_low else x_low + 1
     frame = _Frame(x_low, x_high, low, high)
-    lines = "".join(_drawn(curve, frame) for curve in drawn)
-    grid = "".join(f'<path class="grid" d="M0 {frame.y(t):.1f}H1000"/>' for t in ticks)
-    y_words = "".join(
-        f'<span style="top:{frame.y(t) / 10:.2f}%">{escape(plain(t))}</span>' for t in ticks
-    )
     across = [t for t in _ticks(x_low, x_high, 5) if x_low <= t <= x_high]
-    x_words = "".join(f'<span style="left:{frame.x(t) / 10:.2f}%">{t:,.6g}</span>' for t in across)
-    return (
-        f'<figure class="v-chart"><figcaption><b>{escape(title)}</b>{_legend(drawn)}</figcaption>'
-        f'<div class="v-plot"><div class="v-y">{y_words}</div><div class="v-area">'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)}">{grid}{lines}</svg>{_bands(drawn, frame, x_label, number)}'
-        f'</div><div class="v-x">{x_words}</div><div class="v-x-label">{escape(x_label)}</div>'
-        "</div></figure>"
-    )
+    return render(
+        "charts.curves", title=title, x_label=x_label,
+        legend=[(f"{c.kind} {_colour(c)}", c.name) for c in drawn if c.name],
+        y_ticks=[(f"{frame.y(t) / 10:.2f}", plain(t)) for t in ticks],
+        grid=[f"{frame.y(t):.1f}" for t in ticks],
+        paths=[path for curve in drawn for path in _paths(curve, frame)],
+        bands=_bands(drawn, frame, x_label, number),
+        x_ticks=[(f"{frame.x(t) / 10:.2f}", f"{t:,.6g}") for t in across],
+    )  # fmt: skip
 
 
-def histogram(counts: Sequence[int], limit: int, cutoff: int, title: str, x_label: str) -> str:
+def histogram(counts: Sequence[int], limit: int, cutoff: int, title: str, x_label: str) -> Markup:
     """How many examples are how long; what lies beyond the cutoff is marked.
 
     Args:
@@ -97,25 +95,20 @@ def histogram(counts: Sequence[int], limit: int, cutoff: int, title: str, x_labe
         height = max(height, 8.0) if count else 0.0
         beyond = " beyond" if (i + 1) * step > cutoff + 1e-9 else ""
         bars.append(
-            f'<rect class="bar{beyond}" x="{i * width + 0.08 * width:.2f}" '
-            f'y="{1000 - height:.1f}" width="{0.84 * width:.2f}" height="{height:.1f}"/>'
-        )
+            (f"bar{beyond}", f"{i * width + 0.08 * width:.2f}", f"{1000 - height:.1f}",
+             f"{0.84 * width:.2f}", f"{height:.1f}")
+        )  # fmt: skip
         last = "+" if i == len(counts) - 1 else ""
-        words = f"<b>{count:,}</b> · {i * step + 1:,.0f}–{(i + 1) * step:,.0f}{last}"
-        bands.append(_band(i * width / 10, width / 10, words, line=False))
+        span = f"{i * step + 1:,.0f}–{(i + 1) * step:,.0f}{last}"
+        inner = render("charts.count", count=f"{count:,}", range=span)
+        bands.append(_band(i * width / 10, width / 10, inner, line=False))
     ticks = [t for t in _ticks(0, limit, 5) if t <= limit]
-    x_words = "".join(f'<span style="left:{100 * t / limit:.2f}%">{t:,.0f}</span>' for t in ticks)
     place = min(100.0, 100 * cutoff / limit)
-    side = " right" if place > 75 else ""
-    return (
-        f'<figure class="v-chart v-histogram"><figcaption><b>{escape(title)}</b></figcaption>'
-        f'<div class="v-plot"><div class="v-area">'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)}">{"".join(bars)}</svg>'
-        f'<div class="v-cut{side}" style="left:{place:.2f}%"><span>{cutoff:,}</span></div>'
-        f'{"".join(bands)}</div><div class="v-x">{x_words}</div>'
-        f'<div class="v-x-label">{escape(x_label)}</div></div></figure>'
-    )
+    return render(
+        "charts.histogram", title=title, x_label=x_label, bars=bars, bands=join(bands),
+        cut_side=" right" if place > 75 else "", cut_place=f"{place:.2f}", cutoff=f"{cutoff:,}",
+        x_ticks=[(f"{100 * t / limit:.2f}", f"{t:,.0f}") for t in ticks],
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -164,28 +157,23 @@ def _ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def _drawn(curve: Curve, frame: _Frame) -> str:
+def _colour(curve: Curve) -> str:
+    return f"c{curve.colour % COLOURS}"
+
+
+def _paths(curve: Curve, frame: _Frame) -> list[tuple[str, str]]:
+    """(class, d) of the SVG paths of a curve."""
     points = [f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in zip(curve.x, curve.y)]
-    colour = f"c{curve.colour % COLOURS}"
-    path = f'<path class="{curve.kind} {colour}" d="M{"L".join(points)}"/>'
+    paths = [(f"{curve.kind} {_colour(curve)}", f"M{'L'.join(points)}")]
     if curve.kind == "dots" or len(points) == 1:
         # A line of no length with round ends: a dot that stays round in a stretched picture.
-        path += f'<path class="dot {colour}" d="{"".join(f"M{p}h0" for p in points)}"/>'
-    return path
-
-
-def _legend(drawn: Sequence[Curve]) -> str:
-    entries = "".join(
-        f'<span class="{c.kind} c{c.colour % COLOURS}"><i></i>{escape(c.name)}</span>'
-        for c in drawn
-        if c.name
-    )
-    return f'<span class="v-legend">{entries}</span>'
+        paths.append((f"dot {_colour(curve)}", "".join(f"M{p}h0" for p in points)))
+    return paths
 
 
 def _bands(
     drawn: Sequence[Curve], frame: _Frame, x_label: str, number: Callable[[float], str]
-) -> str:
+) -> Markup:
     """Strips over the plot that tell the numbers below the mouse."""
     places = sorted({x for curve in drawn for x in curve.x})
     if len(places) > BANDS:
@@ -195,15 +183,14 @@ def _bands(
     for i, x in enumerate(places):
         begin = frame.x(edges[i - 1]) / 10 if i else 0.0
         end = frame.x(edges[i]) / 10 if i < len(edges) else 100.0
-        words = f"<b>{escape(x_label)} {x:,.6g}</b>"
-        for curve in drawn:
-            y = _at(curve, x, frame)
-            if y is not None:
-                colour = f"c{curve.colour % COLOURS}"
-                name = escape(curve.name or "")
-                words += f'<span class="{curve.kind} {colour}"><i></i>{name} {number(y)}</span>'
-        bands.append(_band(begin, end - begin, words, at=frame.x(x) / 10))
-    return "".join(bands)
+        values = [
+            (f"{curve.kind} {_colour(curve)}", f"{curve.name or ''} {number(y)}")
+            for curve in drawn
+            if (y := _at(curve, x, frame)) is not None
+        ]
+        inner = render("charts.values", title=f"{x_label} {x:,.6g}", values=values)
+        bands.append(_band(begin, end - begin, inner, at=frame.x(x) / 10))
+    return join(bands)
 
 
 def _at(curve: Curve, x: float, frame: _Frame) -> float | None:
@@ -213,11 +200,12 @@ def _at(curve: Curve, x: float, frame: _Frame) -> float | None:
     return curve.y[nearest] if near else None
 
 
-def _band(left: float, width: float, words: str, at: float | None = None, line: bool = True) -> str:
+def _band(
+    left: float, width: float, inner: Markup, at: float | None = None, line: bool = True
+) -> Markup:
     middle = left + width / 2 if at is None else at
-    side = " right" if middle > 60 else ""
-    mark = f'<i style="left:{100 * (middle - left) / (width or 1):.1f}%"></i>' if line else ""
-    return (
-        f'<div class="v-band{side}" style="left:{left:.2f}%;width:{width:.2f}%">'
-        f"{mark}<div>{words}</div></div>"
-    )
+    mark = f"{100 * (middle - left) / (width or 1):.1f}" if line else None
+    return render(
+        "charts.band", side=" right" if middle > 60 else "", left=f"{left:.2f}",
+        width=f"{width:.2f}", mark=mark, inner=inner,
+    )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,9 @@ import gradio as gr
 
 from vicuna.errors import UserError
 from vicuna.web import chat_html
-from vicuna.web.error_texts import in_words
-from vicuna.web.i18n import say, t
+from vicuna.web.events import QUIET
+from vicuna.web.i18n import label, translate
+from vicuna.web.render import toast
 
 if TYPE_CHECKING:
     from vicuna.web.tab_chat import ChatTab
@@ -35,31 +35,33 @@ class ChatFiles:
     def __init__(self, chat: ChatTab) -> None:
         self._chat = chat
         self.save = gr.Button(
-            t("chat.save"), size="sm", visible=not chat.app.settings.read_only, elem_id="chat-save"
+            label("chat.save"),
+            size="sm",
+            visible=not chat.app.settings.read_only,
+            elem_id="chat-save",
         )
-        self.download = gr.Button(t("chat.download"), size="sm", elem_id="chat-download")
+        self.download = gr.Button(label("chat.download"), size="sm", elem_id="chat-download")
         self.export = gr.Textbox(visible="hidden", show_label=False)
         self.load = gr.UploadButton(
-            t("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load",
+            label("chat.load"), file_types=[".jsonl", ".json"], size="sm", elem_id="chat-load",
             visible=not chat.app.settings.read_only,
         )  # fmt: skip
 
     def events(self) -> None:
         """Say what the buttons do, now that the whole tab is there."""
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         inputs, shown = self._chat.inputs, [*self._chat.shown, self._chat.system]
-        self.save.click(self.keep, inputs, None, **quiet)
-        self.download.click(self.hand_out, inputs, self.export, **quiet).then(
+        self.save.click(self.save_conversation, inputs, None, **QUIET)
+        self.download.click(self.download_conversation, inputs, self.export, **QUIET).then(
             None, self.export, None, js=_DOWNLOAD
         )
-        self.load.upload(self.take, [self.load, *inputs], shown, **quiet)
+        self.load.upload(self.load_conversation, [self.load, *inputs], shown, **QUIET)
 
-    def keep(self, request: gr.Request, *values: Any) -> None:
+    def save_conversation(self, request: gr.Request, *values: Any) -> None:
         """Save the conversation on the server, in the data folder."""
-        words, app = partial(say, request), self._chat.app
+        tr, app = partial(translate, request), self._chat.app
         session, _, _ = self._chat.asked(values)
         if not session.notes:
-            gr.Warning(words("chat.nothing"))
+            gr.Warning(tr("chat.nothing"))
             return
         try:
             app.may_write()
@@ -67,30 +69,30 @@ class ChatFiles:
             folder.mkdir(parents=True, exist_ok=True)
             session.answered().save(folder / "conversations.jsonl")
         except UserError as e:
-            gr.Warning(escape(in_words(str(e), words)))
+            gr.Warning(toast(e, tr))
             return
-        gr.Info(words("chat.saved", path="conversations.jsonl"))
+        gr.Info(tr("chat.saved", path="conversations.jsonl"))
 
-    def hand_out(self, request: gr.Request, *values: Any) -> str:
+    def download_conversation(self, request: gr.Request, *values: Any) -> str:
         """The conversation as a line of JSONL, which the browser keeps as a file."""
         session, _, _ = self._chat.asked(values)
         if not session.notes:
-            gr.Warning(say(request, "chat.nothing"))
+            gr.Warning(translate(request, "chat.nothing"))
             return ""
         return json.dumps({"messages": session.answered().messages()}, ensure_ascii=False) + "\n"
 
-    def take(self, request: gr.Request, file: str, *values: Any) -> dict[Any, Any]:
+    def load_conversation(self, request: gr.Request, file: str, *values: Any) -> dict[Any, Any]:
         """Go on with a conversation from a file: its first line."""
-        words, chat = partial(say, request), self._chat
+        tr, chat = partial(translate, request), self._chat
         session, ask, _ = chat.asked(values)
         try:
             session.load(_first_line(Path(file)))
         except UserError as e:
-            return {chat.note: chat_html.mistake(e, words)}
+            return {chat.note: chat_html.error_note(e, tr)}
         finally:
             Path(file).unlink(missing_ok=True)
-        gr.Info(words("chat.loaded", number=len(session.notes)))
-        return {**chat.replaced(session, ask, words), chat.system: session.chat.system}
+        gr.Info(tr("chat.loaded", number=len(session.notes)))
+        return {**chat.replaced(session, ask, tr), chat.system: session.chat.system}
 
 
 def _first_line(file: Path) -> str:

@@ -14,7 +14,9 @@ from vicuna import config
 from vicuna.config.decoding import STRATEGIES, AnswerSettings, Decoding, Slider, extra
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings, biases_of
-from vicuna.web.i18n import say, t
+from vicuna.web.events import QUIET
+from vicuna.web.i18n import label, translate
+from vicuna.web.render import render
 
 MODES = tuple(STRATEGIES)
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,14 +48,14 @@ class Controls:
         self._name, self._several = name, several
         self.inputs: dict[str, Any] = {}
         self.preset = gr.Radio(
-            [(t(f"set.{p}"), p) for p in PRESETS], value="balanced", label=t("set.preset"),
+            [(label(f"set.{p}"), p) for p in PRESETS], value="balanced", label=label("set.preset"),
             elem_id=f"{name}-preset", elem_classes="v-pills",
         )  # fmt: skip
         self.about = gr.HTML(
-            f"<p class='v-fine'>{t('set.about_balanced')}</p>", elem_classes="v-bare"
+            render("page.fine", text=label("set.about_balanced")), elem_classes="v-bare"
         )
         self.mode = gr.Radio(
-            [(t(f"set.{m}"), m) for m in MODES], value="sample", label=t("set.mode"),
+            [(label(f"set.{m}"), m) for m in MODES], value="sample", label=label("set.mode"),
             elem_id=f"{name}-mode", elem_classes="v-pills",
         )  # fmt: skip
         self._panel("main")
@@ -61,21 +63,21 @@ class Controls:
             self._sampling()
         with gr.Group(visible=False) as self.beams:
             self._panel("beams")
-        with gr.Accordion(t("set.repeating"), open=False):
+        with gr.Accordion(label("set.repeating"), open=False):
             self._panel("repeating")
-        with gr.Accordion(t("set.words"), open=False):
+        with gr.Accordion(label("set.words"), open=False):
             self._panel("words")
             if not self._several:  # no room to show them when answers stand side by side
                 self._panel("logprobs")
-        self.reset = gr.Button(t("set.reset"), size="sm", elem_id=f"{name}-reset")
+        self.reset = gr.Button(label("set.reset"), size="sm", elem_id=f"{name}-reset")
         self.values = [self.mode, *self.inputs.values()]
         self.kept = [self.preset, *self.values]
         self._events()
 
     def _common(self, key: str) -> dict[str, Any]:
         return {
-            "label": t(f"set.{key}"),
-            "info": t(f"set.{key}_info"),
+            "label": label(f"set.{key}"),
+            "info": label(f"set.{key}_info"),
             "value": DEFAULTS[key],
             "elem_id": f"{self._name}-{key}",
         }
@@ -95,37 +97,32 @@ class Controls:
             return gr.Textbox(lines=1, max_lines=4, **common)
         if key in _WHOLE:
             return gr.Number(precision=0, **common)
-        choices = [(t(f"set.{key}_{v}"), v) for v in get_args(_TABLE[key].annotation)]
+        choices = [(label(f"set.{key}_{v}"), v) for v in get_args(_TABLE[key].annotation)]
         return gr.Dropdown(choices, **common)
 
     def _sampling(self) -> None:
         self._panel("sampling")
-        with gr.Accordion(t("set.more_sampling"), open=False):
+        with gr.Accordion(label("set.more_sampling"), open=False):
             self._panel("more_sampling")
         if self._several:
             self._panel("answers")
 
     def _events(self) -> None:
         shown = [self.sampling, self.beams]
-        self.mode.change(
-            visible, self.mode, shown, show_progress="hidden", api_visibility="private"
-        )
+        self.mode.change(visible, self.mode, shown, **QUIET)
         # A mode of one's own is no preset any more.
         self.mode.input(
-            lambda: None, None, self.preset, show_progress="hidden", api_visibility="private",
+            lambda: None, None, self.preset, **QUIET
         )  # fmt: skip
         self.preset.change(
-            self._explain, self.preset, self.about, show_progress="hidden",
-            api_visibility="private",
+            self._explain, self.preset, self.about, **QUIET
         )  # fmt: skip
         filled = [self.mode, *self.inputs.values()]
         self.preset.input(
-            self._fill, self.preset, filled, trigger_mode="always_last", show_progress="hidden",
-            api_visibility="private",
+            self._fill, self.preset, filled, trigger_mode="always_last", **QUIET
         )  # fmt: skip
         self.reset.click(
-            self._back, None, [self.preset, *filled], show_progress="hidden",
-            api_visibility="private",
+            self._back, None, [self.preset, *filled], **QUIET
         )  # fmt: skip
 
     def _back(self) -> list[Any]:
@@ -138,7 +135,7 @@ class Controls:
     def _explain(self, preset: str | None, request: gr.Request) -> str:
         """What a preset is good for; nothing where none is chosen."""
         known = preset in PRESETS
-        return f"<p class='v-fine'>{say(request, f'set.about_{preset}')}</p>" if known else ""
+        return render("page.fine", text=translate(request, f"set.about_{preset}")) if known else ""
 
     def settings(self, values: Sequence[Any]) -> Settings:
         """Decode's settings, from the values of `self.values`.

@@ -1,11 +1,13 @@
-"""What the tab Data shows, as HTML. Every word that comes from a file is escaped here."""
+"""What the tab Data shows, as HTML (`templates/data.html`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from html import escape
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from vicuna.data.conversation import Action, Problem
 from vicuna.data.dataset import Lengths
@@ -13,120 +15,92 @@ from vicuna.data.loss_mask import NO_TARGET
 from vicuna.data.preview import Span, spans, tokens
 from vicuna.data.report import NOT_USED, OWN_NAMES, DataReport
 from vicuna.web import charts
-from vicuna.web.data_view import ROWS, Look
-from vicuna.web.error_texts import chinese, in_words, quoted
-
-# A text of the page in the language of whoever asks: `words.say` with its request.
-Say = Callable[..., str]
+from vicuna.web.data_view import ROWS, DatasetView
+from vicuna.web.error_texts import chinese, quoted
+from vicuna.web.render import Translate, join, note, render
 
 ACTIONS: tuple[Action, ...] = ("dropped", "repaired", "warned")
 PAGE = 25  # rows of a page
 BARS = 64
 SHOWN = 6000  # tokens of one example: a page of a megabyte helps nobody
-_CONTROLS = {"\n": "↵\n", "\t": "⇥\t"}
-
-
-def note(kind: str, text: str, fix: str = "") -> str:
-    """A line that says how things are. kind: `busy`, `error`, `empty`, `good`, `warn`."""
-    parts = [f"<p>{escape(part)}</p>" for part in (text, *fix.splitlines()) if part]
-    return f'<div class="v-note {kind}" role="status">{"".join(parts)}</div>'
-
-
-def toast(error: Exception, say: Say) -> str:
-    """What went wrong, for a notice of gradio's: it takes HTML, and must get none of others."""
-    return escape(in_words(str(error), say)).replace("\n", "<br>")
-
-
-def report(found: DataReport, say: Say) -> str:
-    """Counts, formats, and what happened for which reason how often."""
-    total = {k: sum(getattr(f, k) for f in found.files) for k in _COUNTS}
-    numbers = "".join(
-        f'<div class="v-number {k if total[k] else "none"}"><b>{total[k]:,}</b>'
-        f"<span>{escape(say(f'data.{k}'))}</span></div>"
-        for k in _COUNTS
-    )
-    formats: dict[str, int] = {}
-    for file in found.files:
-        for name, count in file.formats.items():
-            formats[name] = formats.get(name, 0) + count
-    kinds = "".join(f"<li><b>{n:,}</b> {escape(k)}</li>" for k, n in formats.items())
-    notes = "".join(note("warn", line) for line in _notes(found, say))
-    files = _files(found, say) if len(found.files) > 1 else ""
-    return (
-        f'<section class="v-report"><div class="v-numbers">{numbers}</div>'
-        f'<ul class="v-formats" aria-label="{escape(say("data.formats"))}">{kinds}</ul>'
-        f"{notes}{files}{_reasons(found, say)}</section>"
-    )
+_SIGNS = {"\n": "↵", "\t": "⇥"}
+_PIECES = re.compile(r"[\n\t]|[^\n\t]+")
 
 
 _COUNTS = ("records", "used", "repaired", "dropped")
-
-
-def _notes(found: DataReport, say: Say) -> list[str]:
-    lines = []
-    for file in found.files:
-        for words in file.notes():
-            text = say("data.no_rows") if words.endswith(": no rows") else reason_words(words, say)
-            text = say("data.no_usable_rows") if words == "no usable rows" else text
-            for head, key in ((NOT_USED, "data.not_used"), (OWN_NAMES, "data.own_names")):
-                if words.startswith(f"{head}: "):
-                    text = say(key, names=words.removeprefix(f"{head}: "))
-            lines.append(f"{Path(file.path).name}: {text}")
-    return lines
-
-
-def _files(found: DataReport, say: Say) -> str:
-    head = _head(("file", *_COUNTS), say)
-    rows = "".join(
-        f"<tr><td>{escape(Path(f.path).name)}</td>"
-        + "".join(f'<td class="n">{getattr(f, k):,}</td>' for k in _COUNTS)
-        + "</tr>"
-        for f in found.files
-    )
-    return table(head, rows)
-
-
-def _reasons(found: DataReport, say: Say) -> str:
-    counts = found.reasons()
-    if not counts:
-        return note("good", say("data.no_problems")) if any(f.used for f in found.files) else ""
-    rows = "".join(
-        f"<tr><td>{_chip(action, say)}</td><td>{escape(reason_words(reason, say))}</td>"
-        f'<td class="n">{count:,}</td><td class="places">{escape(", ".join(places))}</td></tr>'
-        for action, reason, count, places in counts
-    )
-    return table(_head(("action", "reason", "count", "places"), say), rows)
-
-
 _CLASSES = {"line": "n", "count": "n", "places": "places", "file": "file"}
 _CLASSES |= dict.fromkeys(_COUNTS, "n")
 
 
-def _head(names: Sequence[str], say: Say) -> str:
-    return "".join(
-        f'<th class="{_CLASSES.get(name, "")}">{escape(say(f"data.{name}"))}</th>' for name in names
-    )
+def report(found: DataReport, tr: Translate) -> Markup:
+    """Counts, formats, and what happened for which reason how often."""
+    total = {k: sum(getattr(f, k) for f in found.files) for k in _COUNTS}
+    numbers = [
+        _number(k if total[k] else "none", f"{total[k]:,}", tr(f"data.{k}")) for k in _COUNTS
+    ]
+    formats: dict[str, int] = {}
+    for file in found.files:
+        for name, count in file.formats.items():
+            formats[name] = formats.get(name, 0) + count
+    files = [_files(found, tr)] if len(found.files) > 1 else []
+    return render(
+        "data.report", numbers=join(numbers), formats=list(formats.items()),
+        title=tr("data.formats"), notes=join([note("warn", line) for line in _notes(found, tr)]),
+        tables=join([*files, _reasons(found, tr)]),
+    )  # fmt: skip
 
 
-def _chip(action: str, say: Say) -> str:
-    return f'<span class="v-chip {action}">{escape(say(f"data.action_{action}"))}</span>'
+def _number(kind: str, value: str, text: str) -> Markup:
+    return render("common.number", kind=kind, value=value, text=text)
 
 
-def table(head: str, rows: str) -> str:
-    """A table of cells that are HTML already; it scrolls by itself where it is too wide."""
-    return (
-        f'<div class="v-scroll"><table class="v-table"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+def _notes(found: DataReport, tr: Translate) -> list[str]:
+    lines = []
+    for file in found.files:
+        for line in file.notes():
+            text = tr("data.no_rows") if line.endswith(": no rows") else localize_reason(line, tr)
+            text = tr("data.no_usable_rows") if line == "no usable rows" else text
+            for head, key in ((NOT_USED, "data.not_used"), (OWN_NAMES, "data.own_names")):
+                if line.startswith(f"{head}: "):
+                    text = tr(key, names=line.removeprefix(f"{head}: "))
+            lines.append(f"{Path(file.path).name}: {text}")
+    return lines
+
+
+def _files(found: DataReport, tr: Translate) -> Markup:
+    rows = [(Path(f.path).name, [getattr(f, k) for k in _COUNTS]) for f in found.files]
+    return _table(("file", *_COUNTS), render("data.file_rows", rows=rows), tr)
+
+
+def _reasons(found: DataReport, tr: Translate) -> Markup:
+    counts = found.reasons()
+    if not counts:
+        usable = any(f.used for f in found.files)
+        return note("good", tr("data.no_problems")) if usable else Markup()
+    rows = [
+        (_chip(action, tr), localize_reason(reason, tr), count, ", ".join(places))
+        for action, reason, count, places in counts
+    ]
+    names = ("action", "reason", "count", "places")
+    return _table(names, render("data.reason_rows", rows=rows), tr)
+
+
+def _table(names: Sequence[str], rows: Markup, tr: Translate) -> Markup:
+    cells = [(_CLASSES.get(name, ""), tr(f"data.{name}")) for name in names]
+    return render("common.table", head=render("data.head", cells=cells), rows=rows)
+
+
+def _chip(action: str, tr: Translate) -> Markup:
+    return render("common.chip", kind=action, text=tr(f"data.action_{action}"))
 
 
 # Tables of texts: reasons by their English, and the details behind their colons.
 _REASONS = ("reason.", "detail.")
 
 
-def reason_words(reason: str, say: Say) -> str:
+def localize_reason(reason: str, tr: Translate) -> str:
     """A reason and its details in the language of the page; words of others between quotes."""
-    if say("page.code") == "en":
+    if tr("page.code") == "en":
         return reason
     if (whole := chinese(reason, _REASONS)) is not None:
         return whole
@@ -136,86 +110,69 @@ def reason_words(reason: str, say: Say) -> str:
     return quoted(reason)
 
 
-def problems(rows: Sequence[tuple[str, Problem]], page: int, say: Say) -> str:
+def problems(rows: Sequence[tuple[str, Problem]], page: int, tr: Translate) -> Markup:
     """A page of the rows with problems, from 0."""
     if not rows:
-        return note("empty", say("data.no_rows_here"))
-    shown = rows[page * PAGE : (page + 1) * PAGE]
-    body = "".join(
-        f'<tr><td class="file">{escape(name)}</td><td class="n">{p.line:,}</td>'
-        f"<td><code>{escape(reason_words(p.field, say))}</code></td>"
-        f"<td>{escape(reason_words(p.reason, say))}</td>"
-        f"<td>{_chip(p.action, say)}</td></tr>"
-        for name, p in shown
-    )
-    head = _head(("file", "line", "field", "reason", "action"), say)
-    more = note("warn", say("data.more_rows", count=ROWS)) if len(rows) == ROWS else ""
-    return table(head, body) + more
+        return note("empty", tr("data.no_rows_here"))
+    shown = [
+        (file, p.line, localize_reason(p.field, tr), localize_reason(p.reason, tr),
+         _chip(p.action, tr))
+        for file, p in rows[page * PAGE : (page + 1) * PAGE]
+    ]  # fmt: skip
+    names = ("file", "line", "field", "reason", "action")
+    table = _table(names, render("data.problem_rows", rows=shown), tr)
+    more = note("warn", tr("data.more_rows", count=ROWS)) if len(rows) == ROWS else Markup()
+    return table + more
 
 
 def pages(rows: Sequence[Any]) -> int:
     return max(1, -(-len(rows) // PAGE))
 
 
-def example(look: Look, i: int, borders: bool, say: Say) -> str:
-    """An example as the model sees it: what is learned in colour, control tokens framed.
+def example(view: DatasetView, i: int, borders: bool, tr: Translate) -> Markup:
+    """An example as the model sees it: what is in the loss in colour, special tokens framed.
 
     Args:
         borders: show where one token ends and the next begins.
     """
-    found = look.example(i)
-    length = len(found.ids)
-    learned = int((found.labels != NO_TARGET).sum())
-    left = SHOWN
+    shown = view.example(i)
+    length, cutoff, tokenizer = len(shown.ids), view.query.cutoff, view.renderer.tokenizer
+    in_loss = int((shown.labels != NO_TARGET).sum())
+    left, cut = SHOWN, ""
     parts = []
-    for span in spans(found, look.renderer):
-        parts.append(_span(span, look, borders, say))
+    for span in spans(shown, view.renderer):
+        parts.append(_span(span, view, borders, tr))
         left -= len(span.ids)
         if left <= 0:
-            parts.append(f"<em>{escape(say('data.cut_short', count=SHOWN))}</em>")
+            cut = tr("data.cut_short", count=SHOWN)
             break
-    cutoff = look.wish.cutoff
-    long = f" · {escape(say('data.beyond', cutoff=cutoff))}" if length > cutoff else ""
-    about = escape(say("data.example_about", length=length, learned=learned))
-    return (
-        f'<div class="v-example"><p class="about">{about}{long}</p>'
-        f'<div class="v-tokens{" borders" if borders else ""}" dir="auto">{"".join(parts)}</div>'
-        f"{_legend(look, say)}</div>"
-    )
+    about = tr("data.example_about", length=length, learned=in_loss)
+    about += f" · {tr('data.beyond', cutoff=cutoff)}" if length > cutoff else ""
+    return render(
+        "data.example", about=about, borders=borders, inner=join(parts), cut=cut,
+        template=view.renderer.template.name, end=tokenizer.token(view.renderer.end_id), tr=tr,
+    )  # fmt: skip
 
 
-def _span(span: Span, look: Look, borders: bool, say: Say) -> str:
-    classes = ["learned"] if span.learned else []
+def _span(span: Span, view: DatasetView, borders: bool, tr: Translate) -> Markup:
+    kinds = ["learned"] if span.learned else []
     if span.control:
-        classes += ["control"] + (["silent"] if span.silent else [])
-        title = say("data.silent_end") if span.silent else f"{span.ids[0]}"
-        return f'<b class="{" ".join(classes)}" title="{escape(title)}">{escape(span.text)}</b>'
+        kinds += ["control"] + (["silent"] if span.silent else [])
+        title = tr("data.silent_end") if span.silent else f"{span.ids[0]}"
+        return render("data.special_token", kinds=" ".join(kinds), title=title, text=span.text)
     if not borders:
-        return f'<span class="{" ".join(classes)}">{_visible(span.text)}</span>'
-    pieces = "".join(
-        f'<i title="{", ".join(map(str, ids))}">{_visible(text)}</i>'
-        for text, ids in tokens(span, look.renderer.tokenizer)
-    )
-    return f'<span class="{" ".join(classes)}">{pieces}</span>'
+        return render("data.span", kinds=" ".join(kinds), inner=_visible(span.text))
+    pieces = [
+        render("data.piece", ids=", ".join(map(str, ids)), inner=_visible(text))
+        for text, ids in tokens(span, view.renderer.tokenizer)
+    ]
+    return render("data.span", kinds=" ".join(kinds), inner=join(pieces))
 
 
-def _visible(text: str) -> str:
-    """Escaped, and line breaks and tabs shown: the model sees them, so people should."""
-    shown = escape(text)
-    for character, sign in _CONTROLS.items():
-        shown = shown.replace(character, f"<u>{sign[0]}</u>{character}")
-    return shown
-
-
-def _legend(look: Look, say: Say) -> str:
-    end = escape(look.renderer.tokenizer.token(look.renderer.end_id))
-    return (
-        f'<p class="v-key"><span class="learned">{escape(say("data.key_learned"))}</span>'
-        f"<span>{escape(say('data.key_other'))}</span>"
-        f'<b class="control">{escape(say("data.key_control"))}</b>'
-        f"<span>{escape(say('data.key_template'))} {escape(look.renderer.template.name)}, "
-        f"{escape(say('data.key_end'))} <code>{end}</code></span></p>"
-    )
+def _visible(text: str) -> Markup:
+    """Text with its line breaks and tabs shown: the model sees them, so people should."""
+    pieces = [(part, _SIGNS.get(part[:1], "")) for part in _PIECES.findall(text)]
+    return render("data.visible", pieces=pieces)
 
 
 def limit_of(lengths: Lengths) -> int:
@@ -235,31 +192,29 @@ def _round_up(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def lengths(found: Lengths, cutoff: int, say: Say) -> str:
+def lengths(found: Lengths, cutoff: int, tr: Translate) -> Markup:
     """The histogram with the cutoff in it."""
     limit = _axis(found)
     counts = found.histogram(limit, BARS)
-    return charts.histogram(counts, limit, cutoff, say("data.histogram"), say("data.tokens_axis"))
+    return charts.histogram(counts, limit, cutoff, tr("data.histogram"), tr("data.tokens_axis"))
 
 
-def lost(found: Lengths, cutoff: int, say: Say) -> str:
+def lost(found: Lengths, cutoff: int, tr: Translate) -> Markup:
     """What a cutoff loses, in numbers."""
     at = found.lost(cutoff)
     n = len(found)
     total = int(found.tokens.sum()) or 1
     cells = (
-        ("kept", f"{1 - at.longer:.1%}", say("data.kept", count=round(n * (1 - at.longer)))),
-        ("longer", f"{at.longer:.1%}", say("data.longer", count=round(n * at.longer))),
-        ("dropped", f"{at.tokens_dropped / total:.1%}", say("data.tokens_dropped")),
-        ("cut", f"{at.tokens_cut / total:.1%}", say("data.tokens_cut")),
-        ("lost", f"{at.answer_lost:.1%}", say("data.answer_lost")),
+        ("kept", f"{1 - at.longer:.1%}", tr("data.kept", count=round(n * (1 - at.longer)))),
+        ("longer", f"{at.longer:.1%}", tr("data.longer", count=round(n * at.longer))),
+        ("dropped", f"{at.tokens_dropped / total:.1%}", tr("data.tokens_dropped")),
+        ("cut", f"{at.tokens_cut / total:.1%}", tr("data.tokens_cut")),
+        ("lost", f"{at.answer_lost:.1%}", tr("data.answer_lost")),
     )
-    numbers = "".join(
-        f'<div class="v-number {name if value != "0.0%" else "none"}"><b>{value}</b>'
-        f"<span>{escape(words)}</span></div>"
-        for name, value, words in cells
-    )
+    numbers = [
+        _number(kind if value != "0.0%" else "none", value, text) for kind, value, text in cells
+    ]
     named = [(f"p{q}", found.quantile(q)) for q in (50, 90, 99)]
-    named.append((say("data.longest"), found.longest))
+    named.append((tr("data.longest"), found.longest))
     marks = " · ".join(f"{name} {value:,}" for name, value in named)
-    return f'<div class="v-numbers small">{numbers}</div><p class="v-fine">{escape(marks)}</p>'
+    return render("data.lost", numbers=join(numbers), marks=marks)

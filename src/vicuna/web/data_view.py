@@ -30,7 +30,7 @@ ROWS = 20_000  # problems that can be paged through; `vicuna data check --json` 
 
 
 @dataclass(frozen=True)
-class Wish:
+class DatasetQuery:
     """What somebody wants to look at, and as which base and template see it."""
 
     files: tuple[Path, ...]
@@ -58,10 +58,10 @@ class Wish:
 
 
 @dataclass
-class Look:
+class DatasetView:
     """A data set that was looked at. whole: all examples, whatever their length."""
 
-    wish: Wish
+    query: DatasetQuery
     report: DataReport
     whole: Dataset
     renderer: Renderer
@@ -86,29 +86,31 @@ class Look:
         return self.whole[i]
 
 
-class Looks:
+class DatasetCache:
     """The newest looks; safe for many threads, and nothing is prepared twice at once."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[object, ...], Look] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, ...], DatasetView] = OrderedDict()
         self._lock = threading.Lock()
         self._preparing: dict[tuple[object, ...], threading.Lock] = {}
 
-    def get(self, wish: Wish, say: Callable[[str], None] = lambda _: None) -> Look:
+    def get(
+        self, query: DatasetQuery, progress: Callable[[str], None] = lambda _: None
+    ) -> DatasetView:
         """The look at what is wished for.
 
         Args:
-            say: told what is being worked on.
+            progress: told what is being worked on.
 
         Raises: UserError where a file, the base or the template cannot be used.
         """
-        key = wish.marks()
+        key = query.marks()
         if (found := self._find(key)) is not None:
             return found
         with self._lock:
             preparing = self._preparing.setdefault(key, threading.Lock())
         with preparing:
-            found = self._find(key) or _look(wish, say)
+            found = self._find(key) or _prepare(query, progress)
         with self._lock:
             self._preparing.pop(key, None)
             self._kept[key] = found
@@ -116,46 +118,46 @@ class Looks:
                 self._kept.popitem(last=False)
         return found
 
-    def _find(self, key: tuple[object, ...]) -> Look | None:
+    def _find(self, key: tuple[object, ...]) -> DatasetView | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def watch(self, wish: Wish) -> Iterator[str | Look]:
+    def watch(self, query: DatasetQuery) -> Iterator[str | DatasetView]:
         """What is being worked on, as it changes, and the look at the end.
 
         Raises: as `get`.
         """
-        words: list[str] = []
-        results: list[Look] = []
+        steps: list[str] = []
+        results: list[DatasetView] = []
         errors: list[BaseException] = []
 
         def work() -> None:
             try:
-                results.append(self.get(wish, words.append))
+                results.append(self.get(query, steps.append))
             except BaseException as e:
                 errors.append(e)
 
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
-        said = 0
+        told = 0
         while worker.is_alive():
             worker.join(0.25)
-            if len(words) > said:
-                said = len(words)
-                yield words[-1]
+            if len(steps) > told:
+                told = len(steps)
+                yield steps[-1]
         if errors:
             raise errors[0]
         yield results[0]
 
 
-def _look(wish: Wish, say: Callable[[str], None]) -> Look:
-    settings = wish.settings()
+def _prepare(query: DatasetQuery, progress: Callable[[str], None]) -> DatasetView:
+    settings = query.settings()
     renderer = renderer_for(settings)
-    entries = [DatasetEntry(path=str(path)) for path in wish.files]
-    _, report = dataset.load(entries, settings, renderer, say)
+    entries = [DatasetEntry(path=str(path)) for path in query.files]
+    _, report = dataset.load(entries, settings, renderer, progress)
     # The same stores, now in the cache: every length counts, so nothing is dropped for it.
     whole = settings.model_copy(update={"cutoff_len": 1 << 30})
     found, _ = dataset.load(entries, whole, renderer)
-    return Look(wish, report, found, renderer)
+    return DatasetView(query, report, found, renderer)

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from vicuna.errors import UserError
-from vicuna.web.i18n import texts
+from vicuna.web.i18n import catalog
 
-Say = Callable[..., str]
+Translate = Callable[..., str]
 _TABLES = ("mistake.", "choice.", "cost.", "said.")
 _FIELD = re.compile(r"\\\{(\w+)\\\}")
 _NUMBERS = ("count", "some", "all", "line", "number", "cutoff")
@@ -24,20 +24,20 @@ _ENGLISH = re.compile(r"(?<![-\w/.「])[A-Za-z][a-z']+,? [A-Za-z']{2,}(?![\w=/(]
 _CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
-def in_words(text: str, say: Say) -> str:
-    """A message in the language that `say` speaks, line by line.
+def localize_error(text: str, tr: Translate) -> str:
+    """A message in the language of `tr`, line by line.
 
     A line that is not in the table as it is may be a point of a list (`- ...`), or begin with the
     place it is about (`PLACE: ...`).
     """
-    if say("page.code") == "en":
+    if tr("page.code") == "en":
         return text
     return "\n".join(_line(line) for line in text.split("\n"))
 
 
-def told(error: UserError, say: Say) -> tuple[str, str]:
+def localized_parts(error: UserError, tr: Translate) -> tuple[str, str]:
     """(what happened, the way out)."""
-    return in_words(error.what, say), in_words(error.fix, say)
+    return localize_error(error.what, tr), localize_error(error.fix, tr)
 
 
 def _line(line: str) -> str:
@@ -70,7 +70,7 @@ def chinese(sentence: str, tables: tuple[str, ...]) -> str | None:
     have none."""
     key, given = match(sentence, tables)
     fields = {name: chinese(text, tables) or _listed(text) for name, text in given.items()}
-    return texts()[key][1].format(**fields) if key else None
+    return catalog()[key][1].format(**fields) if key else None
 
 
 def _listed(text: str) -> str:
@@ -93,7 +93,7 @@ def match(sentence: str, tables: tuple[str, ...] = _TABLES) -> tuple[str, dict[s
 @lru_cache
 def _patterns(tables: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
     """(key, what its English matches), those with the most words of their own first."""
-    found = [(key, both[0]) for key, both in texts().items() if key.startswith(tables)]
+    found = [(key, both[0]) for key, both in catalog().items() if key.startswith(tables)]
     found.sort(key=lambda entry: -len(re.sub(r"\{\w+\}", "", entry[1])))
     return [(k, re.compile(_FIELD.sub(_any_of, re.escape(text)))) for k, text in found]
 

@@ -13,8 +13,8 @@ import gradio as gr
 
 from vicuna import terminal
 from vicuna.errors import UserError
-from vicuna.web.data_html import toast
-from vicuna.web.i18n import say
+from vicuna.web.i18n import translate
+from vicuna.web.render import toast
 
 WIDE = 400  # characters of a line of the log: an error may quote all that somebody sent
 
@@ -31,7 +31,7 @@ def plainly(fn: Callable[..., Any]) -> Callable[..., Any]:
                     async for step in inner:
                         yield step
             except Exception as e:
-                raise _told(e, given) from None
+                raise _reported(e, given) from None
 
         made = steps
     elif inspect.iscoroutinefunction(fn):
@@ -40,7 +40,7 @@ def plainly(fn: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return await fn(*given, **named)
             except Exception as e:
-                raise _told(e, given) from None
+                raise _reported(e, given) from None
 
         made = coming
     elif inspect.isgeneratorfunction(fn):
@@ -50,7 +50,7 @@ def plainly(fn: Callable[..., Any]) -> Callable[..., Any]:
                 with closing(fn(*given, **named)) as inner:
                     yield from inner
             except Exception as e:
-                raise _told(e, given) from None
+                raise _reported(e, given) from None
 
         made = each
     else:
@@ -59,18 +59,18 @@ def plainly(fn: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 return fn(*given, **named)
             except Exception as e:
-                raise _told(e, given) from None
+                raise _reported(e, given) from None
 
         made = plain
     return functools.wraps(fn)(made)
 
 
-def _told(error: Exception, given: tuple[Any, ...]) -> Exception:
+def _reported(error: Exception, given: tuple[Any, ...]) -> Exception:
     if isinstance(error, gr.Error):
         return error
     request = next((value for value in given if isinstance(value, gr.Request)), None)
     if isinstance(error, UserError):
-        return gr.Error(toast(error, functools.partial(say, request)), print_exception=False)
+        return gr.Error(toast(error, functools.partial(translate, request)), print_exception=False)
     lines = "".join(traceback.format_exception(error)).splitlines()
     terminal.say("\n".join(line[:WIDE] for line in lines), error=True)
-    return gr.Error(say(request, "page.failed"), print_exception=False)
+    return gr.Error(translate(request, "page.failed"), print_exception=False)

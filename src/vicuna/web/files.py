@@ -125,17 +125,8 @@ def allowed_model(app: App, model: str) -> str:
     if app.exists(model) or not is_hub_id(model):
         app.inside(model)
         return model
-    may_fetch(app, model)
+    app.may_write()  # a hub id is fetched
     return model
-
-
-def may_fetch(app: App, hub_id: str) -> None:
-    """Raises: UserError where the server was started with --read-only: nothing is fetched then."""
-    if app.settings.read_only:
-        raise UserError(
-            "this page fetches nothing", where=hub_id,
-            fix="It was started with --read-only; start it without.",
-        )  # fmt: skip
 
 
 def templates() -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from vicuna.web.i18n import Message, Receive, Scope, Send, language_in, say
+from vicuna.web.i18n import Message, Receive, Scope, Send, language_in, translate
 from vicuna.web.login import Brake
 
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -253,7 +253,7 @@ async def _refuse(scope: Scope, send: Send, status: int, key: str, **fields: Any
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    text = say(language_in(scope), key, **fields).encode()
+    text = translate(language_in(scope), key, **fields).encode()
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
     headers += [(b"content-length", str(len(text)).encode()), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,8 +1,8 @@
 """Buttons inside of HTML that tell the server what they are for.
 
-An element with `data-act` inside of an `acting()` component triggers its click event with that act
-and everything else that the element carries as `data-...` (`data-path` must not be among it: gradio
-takes a path for a file); a range or a checkbox tells its value.
+An element with `data-act` inside of a `clickable_html()` component triggers its click event with
+that act and everything else that the element carries as `data-...` (`data-path` must not be among
+it: gradio takes a path for a file); a range or a checkbox tells its value.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ element.addEventListener('input', (e) => {
 """
 
 
-def acting(value: str = "", **options: Any) -> gr.HTML:
-    """An HTML component whose buttons act; `told` reads what they say."""
+def clickable_html(value: str = "", **options: Any) -> gr.HTML:
+    """An HTML component whose buttons act; `event_payload` reads what they carry."""
     return gr.HTML(value, js_on_load=_LISTEN, **options)
 
 
-def told(event: gr.EventData) -> dict[str, str]:
+def event_payload(event: gr.EventData) -> dict[str, str]:
     """What the button carried: `act`, and the rest of its data. Nothing of it is to be trusted."""
     found = event._data if isinstance(event._data, dict) else {}
     return {str(k): str(v) for k, v in found.items()}

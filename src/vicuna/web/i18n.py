@@ -2,12 +2,12 @@
 
 They are in `texts/*.yaml`, a file for each tab, `key: [English, Chinese]` each. Two ways to them:
 
-    gr.Button(t("chat.send"))                        # while the page is built, once for everybody
-    gr.Info(say(request, "chat.saved", path=path))   # in an event, for the browser that asks
+    gr.Button(label("chat.send"))                          # while the page is built
+    gr.Info(translate(request, "chat.saved", path=path))   # in an event, for the browser that asks
 
-`t` returns a mark that is replaced where a page leaves the server (`Translation`), in whatever it
-stands: labels, choices, HTML. So it must reach the browser as it is: no text may be cut, compared
-or formatted on the way. `say` gives the text itself, with its {fields} filled in.
+`label` returns a mark that is replaced when a page leaves the server (`Translation`), whatever it
+is part of: labels, choices, HTML. So it must reach the browser as it is: no text may be cut,
+compared or formatted on the way. `translate` gives the text itself, with its {fields} filled in.
 
 The language is the one that the tab speaks already, which it says in a header or its address; else
 that of the cookie `vicuna_language` ("en" or "zh"), which the page's switch sets for tabs to come;
@@ -31,7 +31,7 @@ _WISH = re.compile(r"\s*([A-Za-z]+)(?:-[\w-]+)?\s*(?:;\s*q=([\d.]+))?\s*$")
 
 
 @lru_cache
-def texts() -> dict[str, tuple[str, str]]:
+def catalog() -> dict[str, tuple[str, str]]:
     """Every text by its key: (English, Chinese).
 
     Raises: ValueError where a key is there twice, or lacks a language.
@@ -42,7 +42,7 @@ def texts() -> dict[str, tuple[str, str]]:
     for path in sorted((Path(__file__).parent / "texts").glob("*.yaml")):
         loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if path.stem == "settings":
-            loaded = {f"settings.{name}": [_help(name), text] for name, text in loaded.items()}
+            loaded = {f"settings.{name}": [help_text(name), text] for name, text in loaded.items()}
         for key, both in loaded.items():
             if key in found or not isinstance(both, list) or len(both) != len(LANGUAGES):
                 raise ValueError(f"{path.name}: {key} is there twice or lacks a language")
@@ -50,20 +50,20 @@ def texts() -> dict[str, tuple[str, str]]:
     return found
 
 
-def _help(setting: str) -> str:
+def help_text(setting: str) -> str:
     """What a setting of a training is for, in English: the table of `config/` has it."""
     from vicuna.config import TrainSettings
 
     return TrainSettings.model_fields[setting].description or ""
 
 
-def t(key: str) -> str:
+def label(key: str) -> str:
     """A mark that becomes the text where the page is sent. Raises: KeyError for an unknown key."""
-    texts()[key]
+    catalog()[key]
     return f"@@{key}@@"
 
 
-def say(request: Any, key: str, **fields: Any) -> str:
+def translate(request: Any, key: str, **fields: Any) -> str:
     """A text in the language of the browser that asks.
 
     Args:
@@ -71,7 +71,7 @@ def say(request: Any, key: str, **fields: Any) -> str:
         fields: put into the places of that name.
     """
     language = request if isinstance(request, str) else language_of(request)
-    text = texts()[key][LANGUAGES.index(language)]
+    text = catalog()[key][LANGUAGES.index(language)]
     return text.format(**fields) if fields else text
 
 
@@ -92,12 +92,12 @@ def _choose(tab: str, cookie: str, wishes: str) -> str:
     return max(ranked, key=lambda r: r[0])[1] if ranked else LANGUAGES[0]
 
 
-def translated(body: str, language: str) -> str:
+def fill_labels(body: str, language: str) -> str:
     """A page or a JSON text with its marks replaced: inside strings of JSON, as JSON has them."""
     place = LANGUAGES.index(language)
 
     def text(found: re.Match[str]) -> str:
-        both = texts().get(found[1])
+        both = catalog().get(found[1])
         if both is None:
             return found[0]
         return json.dumps(both[place], ensure_ascii=False)[1:-1].replace("<", "\\u003c")
@@ -136,7 +136,7 @@ class Translation:
             parts.append(message.get("body", b""))
             if message.get("more_body"):
                 return
-            body = translated(b"".join(parts).decode("utf-8"), language)
+            body = fill_labels(b"".join(parts).decode("utf-8"), language)
             if scope["path"] == "/":
                 body = body.replace('lang="en"', f'lang="{language}"', 1)
                 body = body.replace("<head>", f"<head>{_browser_words(language)}", 1)
@@ -151,10 +151,10 @@ class Translation:
 
 def language_in(scope: Mapping[str, Any]) -> str:
     """The language of the browser behind an ASGI request."""
-    return _choose(*_told(scope))
+    return _choose(*_language_headers(scope))
 
 
-def _told(scope: Mapping[str, Any]) -> tuple[str, str, str]:
+def _language_headers(scope: Mapping[str, Any]) -> tuple[str, str, str]:
     """(language of the tab, language cookie, languages that the browser wishes for)."""
     headers = {k.lower(): v.decode("latin-1") for k, v in scope["headers"]}
     asked = re.search(r"(?:^|&)language=(\w+)", scope.get("query_string", b"").decode("latin-1"))

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from functools import lru_cache
-from html import escape
 from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererProtocol
 from markdown_it.token import Token
 from markdown_it.utils import OptionsDict
+from markupsafe import Markup
 
 from vicuna.web import code_html
 
@@ -45,9 +45,9 @@ def _link(
 
 
 @lru_cache(maxsize=256)
-def html(text: str) -> str:
+def html(text: str) -> Markup:
     """Markdown as HTML."""
-    return str(_reader().render(text))
+    return Markup(_reader().render(text))
 
 
 class Growing:
@@ -60,7 +60,7 @@ class Growing:
     def __init__(self) -> None:
         self._done, self._html = "", ""
 
-    def __call__(self, text: str) -> str:
+    def __call__(self, text: str) -> Markup:
         """All of the text as HTML. Where its beginning is another one, it begins anew."""
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         if not text.startswith(self._done):
@@ -70,13 +70,8 @@ class Growing:
         tokens = reader.parse(rest, env)
         blocks = [t.map[0] for t in tokens if t.level == 0 and t.map and t.nesting >= 0]
         if len(blocks) < 3:
-            return self._html + str(reader.renderer.render(tokens, reader.options, env))
+            return Markup(self._html + str(reader.renderer.render(tokens, reader.options, env)))
         done = "".join(f"{line}\n" for line in rest.split("\n")[: blocks[-2]])
         self._html += str(reader.render(done))
         self._done += done
-        return self._html + str(reader.render(rest[len(done) :]))
-
-
-def plain(text: str) -> str:
-    """Text as HTML, letter by letter."""
-    return escape(text)
+        return Markup(self._html + str(reader.render(rest[len(done) :])))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from vicuna.web import kept_values, tab_adapters, tab_chat, tab_data, tab_instruct, tab_train
 from vicuna.web.event_errors import plainly
-from vicuna.web.i18n import COOKIE, t
+from vicuna.web.events import QUIET
+from vicuna.web.i18n import COOKIE, label
 from vicuna.web.number_input import take_all_numbers
+from vicuna.web.render import render
 from vicuna.web.state import App
 
 TABS = {
@@ -23,8 +24,8 @@ TABS = {
 SECONDS = 4.0  # between looks for new adapters
 CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
 _SWITCH_LANGUAGE = (
-    f"() => {{ vicunaSpeaks('{t('page.other_language')}'); "
-    f"document.cookie = '{COOKIE}={t('page.other_language')};path=/;max-age=31536000;"
+    f"() => {{ vicunaSpeaks('{label('page.other_language')}'); "
+    f"document.cookie = '{COOKIE}={label('page.other_language')};path=/;max-age=31536000;"
     "samesite=lax'; location.href = location.pathname; }"
 )
 _SWITCH_DARK = """() => {
@@ -75,7 +76,7 @@ def build(app: App) -> gr.Blocks:
     base = app.worker.loaded
     take_all_numbers()
     with gr.Blocks(
-        title=t("page.title"),
+        title=label("page.title"),
         analytics_enabled=False,
         fill_width=True,
         delete_cache=(CLEAN, CLEAN),
@@ -84,25 +85,23 @@ def build(app: App) -> gr.Blocks:
         for noted in (app.opening, app.loading, app.arriving, app.kept, app.of_session):
             noted.clear()
         with gr.Row(elem_id="top"):
-            read_only = f"<i>{t('page.read_only')}</i>" if app.settings.read_only else ""
+            read_only = label("page.read_only") if app.settings.read_only else ""
             gr.HTML(
-                f"<h1>{t('page.title')}</h1><span>{escape(base.base)}</span>{read_only}",
+                render("page.name", title=label("page.title"), base=base.base, read_only=read_only),
                 elem_id="name",
             )
-            dark = gr.Button(t("page.appearance"), size="sm", elem_id="dark", min_width=0)
-            language = gr.Button(t("page.language"), size="sm", elem_id="language", min_width=0)
+            dark = gr.Button(label("page.appearance"), size="sm", elem_id="dark", min_width=0)
+            language = gr.Button(label("page.language"), size="sm", elem_id="language", min_width=0)
         language.click(None, js=_SWITCH_LANGUAGE)
         dark.click(None, js=_SWITCH_DARK)
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for name, tab in TABS.items():
-                with gr.Tab(t(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
+                with gr.Tab(label(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
                     before = len(app.opening)
                     tab.build(app)
                 # What a tab shows is looked up again whenever it is opened.
                 for fn, inputs, outputs in app.opening[before:]:
-                    inside.select(
-                        fn, inputs, outputs, show_progress="hidden", api_visibility="private"
-                    )
+                    inside.select(fn, inputs, outputs, **QUIET)
         kept_values.keep(app.kept)
         _watch_adapters(app)
         opened = page.load(
@@ -110,7 +109,7 @@ def build(app: App) -> gr.Blocks:
             js=_OPEN.replace("KEPT", kept_values.restored(app.kept)),
         )  # fmt: skip
         for fn, inputs, outputs in [*app.loading, *app.opening]:
-            opened.then(fn, inputs, outputs, show_progress="hidden", api_visibility="private")
+            opened.then(fn, inputs, outputs, **QUIET)
     _name(page, app)
     return page
 
@@ -118,16 +117,15 @@ def build(app: App) -> gr.Blocks:
 def _watch_adapters(app: App) -> None:
     """What shows adapters is drawn anew when one appeared or went, as when a run has ended. The
     clock stands outside of the tabs: what is in one that was not opened yet does not tick."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     known = gr.State(None)
 
     def look(known: list[str] | None) -> Any:
         now = app.registry.recent_paths()
         return gr.skip() if now == known else now
 
-    gr.Timer(SECONDS).tick(look, known, known, trigger_mode="once", **quiet)
+    gr.Timer(SECONDS).tick(look, known, known, trigger_mode="once", **QUIET)
     for fn, inputs, outputs in app.arriving:
-        known.change(fn, inputs, outputs, **quiet)
+        known.change(fn, inputs, outputs, **QUIET)
 
 
 def _name(page: gr.Blocks, app: App) -> None:

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from markupsafe import Markup
 
 from vicuna.data.tokenizer import Tokenizer
 from vicuna.generate.events import Answer
 from vicuna.generate.stream import StreamState, TextStream, token_bytes
 from vicuna.generate.thoughts import Parts
+from vicuna.web.render import Translate, render
 
-Say = Callable[..., str]
 # From which probability on a token is tinted less: five tints, none for the likeliest.
 TINTS = (0.1, 0.3, 0.6, 0.9)
 _MARKS = {"\n": "↵", "\t": "⇥", "": "▫"}
 
 
-class Said(NamedTuple):
+class ShownToken(NamedTuple):
     """A token of an answer. text: what it added, "" for a part of a character or a mark of the
     end. top: (text, probability) of the likeliest in its place, itself first."""
 
@@ -33,7 +34,9 @@ class Said(NamedTuple):
     top: tuple[tuple[str, float], ...]
 
 
-def said(answer: Answer, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> list[Said]:
+def shown_tokens(
+    answer: Answer, tokenizer: Tokenizer, stops: Sequence[str] = ()
+) -> list[ShownToken]:
     """The tokens of an answer that was asked for with `logprobs`; else none."""
     stream, state = TextStream(tokenizer, stops), StreamState()
     found = []
@@ -42,11 +45,11 @@ def said(answer: Answer, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> lis
         likely = [(i, p) for i, p in token.top if i != token.token_id]
         top = [(token.token_id, token.logprob), *likely]
         shown = tuple((_spelled(i, tokenizer), round(math.exp(p), 4)) for i, p in top)
-        found.append(Said(text, shown[0][1], shown))
+        found.append(ShownToken(text, shown[0][1], shown))
     return found
 
 
-def thought_tokens(tokens: Sequence[Said], parts: Parts) -> int:
+def thought_tokens(tokens: Sequence[ShownToken], parts: Parts) -> int:
     """How many tokens come before the answer's first: those of the thought and its marks."""
     if not tokens or not parts.thought:
         return 0
@@ -64,24 +67,16 @@ def _spelled(token_id: int, tokenizer: Tokenizer) -> str:
     return token_bytes(tokenizer)[token_id].decode("utf-8", "replace")
 
 
-def html(tokens: Sequence[Said], say: Say) -> str:
+def html(tokens: Sequence[ShownToken], tr: Translate) -> Markup:
     """All tokens of an answer, tinted, with a place below for what else there was."""
-    inner = "".join(_token(token) for token in tokens)
-    scale = "".join(f'<i class="l{i}">{name}</i>' for i, name in enumerate(_scale()))
-    return (
-        f'<div class="v-toks" tabindex="0" role="group" aria-label="{escape(say("chat.probs"))}">'
-        f'{inner}</div><div class="v-alts" aria-live="polite"><p>{say("chat.probs_help")} '
-        f"<span>{scale}</span></p></div>"
-    )
-
-
-def _token(token: Said) -> str:
-    tint = sum(token.probability >= least for least in TINTS)
-    top = escape(json.dumps(token.top, ensure_ascii=False))
-    shown = "".join(_MARKS.get(c, "") + c for c in token.text) or _MARKS[""]
-    kind = "" if token.text else " part"
-    return f'<span class="v-tok l{tint}{kind}" data-top="{top}">{escape(shown)}</span>'
-
-
-def _scale() -> list[str]:
-    return [f"&lt;{TINTS[0]:.0%}", *(f"≥{least:.0%}" for least in TINTS)]
+    shown = [
+        {
+            "text": token.text,
+            "tint": sum(token.probability >= least for least in TINTS),
+            "top": json.dumps(token.top, ensure_ascii=False),
+            "shown": "".join(_MARKS.get(c, "") + c for c in token.text) or _MARKS[""],
+        }
+        for token in tokens
+    ]
+    scale = [f"<{TINTS[0]:.0%}", *(f"≥{least:.0%}" for least in TINTS)]
+    return render("tokens.tokens", tokens=shown, scale=scale, tr=tr)

@@ -134,12 +134,11 @@ def _no_such_event(request: Any, error: Exception) -> Any:
     """
     from starlette.responses import JSONResponse
 
-    from vicuna.web.i18n import language_in
-    from vicuna.web.i18n import say as in_words
+    from vicuna.web.i18n import language_in, translate
 
     if traceback.extract_tb(error.__traceback__)[-1].name != "get_fn":
         raise error
-    return JSONResponse({"detail": in_words(language_in(request.scope), "gate.event")}, 404)
+    return JSONResponse({"detail": translate(language_in(request.scope), "gate.event")}, 404)
 
 
 def free_port(settings: WebSettings) -> int:

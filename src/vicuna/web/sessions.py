@@ -20,7 +20,7 @@ from vicuna.errors import UserError
 from vicuna.generate.chat import Chat
 from vicuna.generate.thoughts import Parts
 from vicuna.serve.queue import Job
-from vicuna.web.probabilities import Said
+from vicuna.web.probabilities import ShownToken
 
 Rating = Literal["up", "down", ""]
 TURNS = 2000  # of a conversation that is loaded
@@ -28,13 +28,14 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass
-class Note:
-    """What stands under an answer. stats: words and numbers; rating: of the reader; tokens: how
-    likely each was, where that was asked for, the first `thought_tokens` of them the thought's."""
+class AnswerMeta:
+    """What is shown under an answer. stats: numbers and the names of the adapters; rating: the
+    reader's; tokens: with their probabilities if those were asked for, the first `thought_tokens`
+    of them the thought's."""
 
     stats: dict[str, Any] = field(default_factory=dict)
     rating: Rating = ""
-    tokens: Sequence[Said] = ()
+    tokens: Sequence[ShownToken] = ()
     thought_tokens: int = 0
 
 
@@ -45,21 +46,22 @@ class Session:
     notes: one for each answer. editing: the question that the next one replaces.
     mix: strengths of the adapters that answer, by their path.
     job: what is being computed for it. greeted: whether the page was opened for it before.
-    asked: how often something was asked, or all was replaced: an answer knows its question by it.
-    looks: how often a data set was chosen: one that is still being read knows by it that another
-        was chosen meanwhile.
+    request_id: counts the questions and replacements of the conversation: an answer knows its
+        question by it.
+    dataset_requests: counts the choices of a data set: one that is still being read knows by it
+        that another was chosen meanwhile.
     """
 
     name: str
     chat: Chat = field(default_factory=Chat)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[AnswerMeta] = field(default_factory=list)
     editing: int | None = None
     mix: dict[str, float] = field(default_factory=dict)
     job: Job | None = None
     greeted: bool = False
-    asked: int = 0
-    looks: int = 0
-    seen: float = field(default_factory=time.monotonic)
+    request_id: int = 0
+    dataset_requests: int = 0
+    last_used: float = field(default_factory=time.monotonic)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     @property
@@ -77,26 +79,26 @@ class Session:
         with self.lock:
             if self.editing is not None:
                 self.cut(self.editing)
-            self.asked += 1
+            self.request_id += 1
             return self.chat.ask(text)
 
     def end(
-        self, asked: int, said: Parts, stats: dict[str, Any], tokens: Sequence[Said] = (),
-        thought_tokens: int = 0,
+        self, request_id: int, parts: Parts, stats: dict[str, Any],
+        tokens: Sequence[ShownToken] = (), thought_tokens: int = 0,
     ) -> None:  # fmt: skip
         """The answer to a question, if it still stands; where nothing was said, the question goes
         too.
 
         Args:
-            asked: what `asked` was when it began.
-            said: the thought stays beside the answer; the template says what becomes of it.
+            request_id: what `request_id` was when it began.
+            parts: the thought stays beside the answer; the template says what becomes of it.
         """
         with self.lock:
-            if asked != self.asked or not self.open_question:
+            if request_id != self.request_id or not self.open_question:
                 return
-            self.chat.answer(said.answer, said.thought)
-            if said.answer.strip() or said.thought.strip():
-                self.notes.append(Note(stats, "", tokens, thought_tokens))
+            self.chat.answer(parts.answer, parts.thought)
+            if parts.answer.strip() or parts.thought.strip():
+                self.notes.append(AnswerMeta(stats, "", tokens, thought_tokens))
 
     @property
     def open_question(self) -> bool:
@@ -111,10 +113,10 @@ class Session:
         """Another conversation; what is being computed for this one is stopped and goes nowhere."""
         self.stop()
         with self.lock:
-            self.asked += 1
+            self.request_id += 1
             self.job = None
             self.chat, self.editing = chat, None
-            self.notes = [Note() for _ in range(len(chat.turns) // 2)]
+            self.notes = [AnswerMeta() for _ in range(len(chat.turns) // 2)]
 
     def cut(self, question: int) -> str:
         """Take back a question (counted from 0) and all behind it; its text.
@@ -186,7 +188,7 @@ class Sessions:
             raise UserError("this page has no session yet", fix="Load it again.")
         with self._lock:
             session = self._all.setdefault(name, Session(name))
-            session.seen = time.monotonic()
+            session.last_used = time.monotonic()
             self._all.move_to_end(name)
             while len(self._all) > 1 and self._old(next(iter(self._all.values()))):
                 self._all.popitem(last=False)
@@ -195,12 +197,12 @@ class Sessions:
     def _old(self, session: Session) -> bool:
         if session.busy:
             return False
-        return len(self._all) > self._most or time.monotonic() - session.seen > self._seconds
+        return len(self._all) > self._most or time.monotonic() - session.last_used > self._seconds
 
 
 def rate(session: Session, answer: int, rating: Rating, path: Path) -> None:
-    """Note what the reader thinks of an answer, in a data file: one line, a conversation that ends
-    with this answer. The same rating again takes it back on the page, not in the file.
+    """Write what the reader thinks of an answer to a data file: one line, a conversation that
+    ends with this answer. The same rating again takes it back on the page, not in the file.
 
     Raises: UserError where there is no such answer, or the file cannot be written.
     """

@@ -68,8 +68,8 @@ class App:
         answering = config.build(AnswerSettings, values)
         worker = ModelWorker(lambda: open_model(answering))
         if self.settings.adapter:
-            self.first = self.registry.add(self.settings.adapter)
-            worker.choose("", {self.first: 1.0}).wait()
+            self.default_adapter = self.registry.add(self.settings.adapter)
+            worker.choose("", {self.default_adapter: 1.0}).wait()
         return worker
 
     def _base_of_adapter(self) -> str:
@@ -95,13 +95,7 @@ class App:
         return AdapterRegistry(self.adapter_folders)
 
     # The path of the adapter that new conversations begin with; "" for the base alone.
-    first: str = ""
-
-    def templates(self) -> list[str]:
-        """The templates that can be chosen by name."""
-        from vicuna.data.templates.registry import builtin_templates
-
-        return ["auto", *builtin_templates()]
+    default_adapter: str = ""
 
     @property
     def adapter_folders(self) -> list[Path]:
@@ -139,7 +133,8 @@ class App:
         """Raises: UserError where the server was started with --read-only."""
         if self.settings.read_only:
             raise UserError(
-                "this page writes nothing", fix="It was started with --read-only; start it without."
+                "the server is read-only: training, saving, fetching and deleting are disabled",
+                fix="Restart vicuna web without --read-only.",
             )
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import re
 from functools import partial
-from typing import Any
 
 import gradio as gr
 
 from vicuna import untrusted
 from vicuna.errors import UserError
-from vicuna.web import adapters_html, chat_html, files
-from vicuna.web.html_events import acting, address_of, told
-from vicuna.web.i18n import say, t
+from vicuna.web import adapters_html, chat_html
+from vicuna.web.events import QUIET, Updates
+from vicuna.web.html_events import address_of, clickable_html, event_payload
+from vicuna.web.i18n import label, translate
+from vicuna.web.render import render
 from vicuna.web.state import App
 
-Updates = dict[Any, Any]
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _NAME = re.compile(r"[\w-][\w.-]{0,63}")
 _HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -36,37 +35,39 @@ class AdaptersTab:
         with gr.Row(elem_classes="v-split"):
             with gr.Column(scale=3, min_width=320, elem_classes="v-main"):
                 self.note = gr.HTML(elem_id="adapters-note")
-                with gr.Row(visible=False, elem_classes="v-ask") as self.sure:
+                with gr.Row(visible=False, elem_classes="v-ask") as self.confirm:
                     self.yes = gr.Button(
-                        t("adapters.delete_yes"), variant="stop", scale=0, min_width=130,
+                        label("adapters.delete_yes"), variant="stop", scale=0, min_width=130,
                         elem_id="adapters-yes",
                     )  # fmt: skip
                     self.no = gr.Button(
-                        t("adapters.delete_no"), scale=0, min_width=100, elem_id="adapters-no"
+                        label("adapters.delete_no"), scale=0, min_width=100, elem_id="adapters-no"
                     )
-                self.cards = acting(elem_id="adapters-cards")
+                self.cards = clickable_html(elem_id="adapters-cards")
             with gr.Column(scale=1, min_width=290, elem_classes="v-side"):
                 self.mix = gr.HTML(elem_id="adapters-mix")
-                self.load = gr.Button(t("adapters.load"), size="sm", elem_id="adapters-load")
+                self.load = gr.Button(label("adapters.load"), size="sm", elem_id="adapters-load")
                 self.name = gr.Textbox(
-                    label=t("adapters.merge_name"), info=t("adapters.merge_info"), visible=writable,
-                    elem_id="adapters-name",
+                    label=label("adapters.merge_name"), info=label("adapters.merge_info"),
+                    visible=writable, elem_id="adapters-name",
                 )  # fmt: skip
-                self.merge = gr.Button(
-                    t("adapters.merge"), size="sm", visible=writable, elem_id="adapters-merge"
+                self.combine_button = gr.Button(
+                    label("adapters.merge"), size="sm", visible=writable, elem_id="adapters-merge"
                 )
                 self.where = gr.Textbox(
-                    label=t("adapters.add"), info=t("adapters.add_info"), elem_id="adapters-where"
+                    label=label("adapters.add"),
+                    info=label("adapters.add_info"),
+                    elem_id="adapters-where",
                 )
                 with gr.Row():
                     self.add = gr.Button(
-                        t("adapters.add_button"), size="sm", elem_id="adapters-add"
+                        label("adapters.add_button"), size="sm", elem_id="adapters-add"
                     )
                     self.refresh = gr.Button(
-                        t("adapters.refresh"), size="sm", elem_id="adapters-refresh"
+                        label("adapters.refresh"), size="sm", elem_id="adapters-refresh"
                     )
-        self.asked = gr.State("")  # the adapter that may be deleted, once the visitor is sure
-        self._shown = [self.cards, self.mix, self.note, self.sure, self.asked]
+        self.to_delete = gr.State("")  # the adapter that may be deleted, once the visitor is sure
+        self._shown = [self.cards, self.mix, self.note, self.confirm, self.to_delete]
         self._events()
 
     def _events(self) -> None:
@@ -74,17 +75,19 @@ class AdaptersTab:
         # No click is lost that comes before the answer to the last one, and they are answered in
         # their order.
         self.cards.click(
-            self.act, tab, self._shown, trigger_mode="multiple", concurrency_limit=1, **_QUIET
+            self.act, tab, self._shown, trigger_mode="multiple", concurrency_limit=1, **QUIET
         )
-        self.refresh.click(self.show, tab, self._shown, **_QUIET)
+        self.refresh.click(self.show, tab, self._shown, **QUIET)
         self.app.opening.append((self.show, tab, self._shown))
         self.app.arriving.append((self.arrived, tab, [self.cards, self.mix]))
-        self.yes.click(self.delete, [tab, self.asked], self._shown, **_QUIET)
-        self.no.click(self.show, tab, self._shown, **_QUIET)
-        self.load.click(self.try_it, tab, self._shown, show_progress_on=self.mix)
-        self.merge.click(self.join, [tab, self.name], self._shown, show_progress_on=self.mix)
+        self.yes.click(self.delete, [tab, self.to_delete], self._shown, **QUIET)
+        self.no.click(self.show, tab, self._shown, **QUIET)
+        self.load.click(self.load_mix, tab, self._shown, show_progress_on=self.mix)
+        self.combine_button.click(
+            self.combine, [tab, self.name], self._shown, show_progress_on=self.mix
+        )
         gr.on(
-            [self.add.click, self.where.submit], self.put, [tab, self.where], self._shown,
+            [self.add.click, self.where.submit], self.add_adapter, [tab, self.where], self._shown,
             show_progress_on=self.where, api_visibility="private",
         )  # fmt: skip
 
@@ -98,33 +101,32 @@ class AdaptersTab:
         return {part: now[part] for part in (self.cards, self.mix)}
 
     def _now(self, tab: str, request: gr.Request, note: str = "") -> Updates:
-        words, session = partial(say, request), self.app.sessions.get(tab)
+        tr, session = partial(translate, request), self.app.sessions.get(tab)
         writable = not self.app.settings.read_only
         found = self.app.registry.adapters()
-        who = self.app.registry.describe(session.mix) or words("adapters.mix_base")
-        mix = f"<h4>{words('adapters.mix')}</h4><p>{chat_html.escape(who)}</p>"
+        who = self.app.registry.describe(session.mix) or tr("adapters.mix_base")
         return {
-            self.cards: adapters_html.cards(found, session.mix, writable, words),
-            self.mix: f'<div class="v-mix">{mix}</div>', self.note: note,
-            self.sure: gr.update(visible=False), self.asked: "",
+            self.cards: adapters_html.cards(found, session.mix, writable, tr),
+            self.mix: render("adapters.mix", title=tr("adapters.mix"), who=who), self.note: note,
+            self.confirm: gr.update(visible=False), self.to_delete: "",
         }  # fmt: skip
 
     def act(self, tab: str, request: gr.Request, event: gr.EventData) -> Updates:
         """A card's checkbox, its strength, or its button to delete."""
-        words, found = partial(say, request), told(event)
+        tr, found = partial(translate, request), event_payload(event)
         session = self.app.sessions.get(tab)
         try:
             card = self.app.registry.get(found.get("of", ""))
         except UserError as e:
-            return self._now(tab, request, chat_html.mistake(e, words))
+            return self._now(tab, request, chat_html.error_note(e, tr))
         act = found.get("act")
         if card.problem and act == "use":
-            return self._now(tab, request, chat_html.problem(words("adapters.unreadable")))
+            return self._now(tab, request, chat_html.problem(tr("adapters.unreadable")))
         if act == "delete" and not self.app.settings.read_only:
-            sure = words("adapters.delete_sure", name=card.name, path=card.path)
+            sure = tr("adapters.delete_sure", name=card.name, path=card.path)
             return {
                 **self._now(tab, request, chat_html.problem(sure)),
-                self.sure: gr.update(visible=True), self.asked: card.path,
+                self.confirm: gr.update(visible=True), self.to_delete: card.path,
             }  # fmt: skip
         if act == "use":
             session.mix.pop(card.path, None)
@@ -134,7 +136,7 @@ class AdaptersTab:
             session.mix[card.path] = _strength(found.get("value", ""))
         return self._now(tab, request)
 
-    async def try_it(self, tab: str, request: gr.Request) -> Updates:
+    async def load_mix(self, tab: str, request: gr.Request) -> Updates:
         """Load the mix now, so that what does not fit is said at once."""
         session = self.app.sessions.get(tab)
         mix = dict(session.mix)
@@ -142,15 +144,15 @@ class AdaptersTab:
             worker = self.app.worker
             await worker.settled(worker.choose(session.name, mix, address_of(request)))
         except UserError as e:
-            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
-        who = self.app.registry.describe(mix) or say(request, "adapters.mix_base")
+            return self._now(tab, request, chat_html.error_note(e, partial(translate, request)))
+        who = self.app.registry.describe(mix) or translate(request, "adapters.mix_base")
         return self._good(tab, request, "adapters.loaded", names=who)
 
     def _good(self, tab: str, request: gr.Request, key: str, **fields: str) -> Updates:
-        text = chat_html.escape(say(request, key, **fields))
-        return self._now(tab, request, f'<div class="v-note good"><p>{text}</p></div>')
+        text = translate(request, key, **fields)
+        return self._now(tab, request, render("adapters.good", text=text))
 
-    def join(self, tab: str, name: str, request: gr.Request) -> Updates:
+    def combine(self, tab: str, name: str, request: gr.Request) -> Updates:
         """Merge the mix to a new adapter in the first folder."""
         from vicuna.model.adapter import read_adapter
         from vicuna.model.lora_delta import save_weighted_sum
@@ -160,14 +162,14 @@ class AdaptersTab:
         try:
             self.app.may_write()
             if not _NAME.fullmatch(name):
-                raise UserError(say(request, "adapters.bad_name"))
+                raise UserError(translate(request, "adapters.bad_name"))
             parts = {path: (read_adapter(path), w) for path, w in session.mix.items()}
             save_weighted_sum(parts, self.app.adapter_folders[0] / name)
         except UserError as e:
-            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
+            return self._now(tab, request, chat_html.error_note(e, partial(translate, request)))
         return self._good(tab, request, "adapters.merged", name=name)
 
-    def put(self, tab: str, where: str, request: gr.Request) -> Updates:
+    def add_adapter(self, tab: str, where: str, request: gr.Request) -> Updates:
         """Add an adapter by path or hub id."""
         where = (where or "").strip()
         try:
@@ -176,10 +178,10 @@ class AdaptersTab:
                 untrusted.check_links(folder, self.app.adapter_folders + self.app.data_folders)
                 where = str(folder)
             else:
-                files.may_fetch(self.app, where)
+                self.app.may_write()  # a hub id is fetched
             path = self.app.registry.add(where)
         except UserError as e:
-            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
+            return self._now(tab, request, chat_html.error_note(e, partial(translate, request)))
         return self._good(tab, request, "adapters.added", name=self.app.registry.get(path).name)
 
     def delete(self, tab: str, path: str, request: gr.Request) -> Updates:
@@ -189,7 +191,7 @@ class AdaptersTab:
             card = self.app.registry.get(path)
             self.app.registry.delete(path)
         except UserError as e:
-            return self._now(tab, request, chat_html.mistake(e, partial(say, request)))
+            return self._now(tab, request, chat_html.error_note(e, partial(translate, request)))
         self.app.sessions.get(tab).mix.pop(path, None)
         return self._good(tab, request, "adapters.deleted", name=card.name)
 

@@ -18,18 +18,18 @@ from vicuna.generate.thoughts import Parts, split
 from vicuna.serve.queue import Job
 from vicuna.serve.worker import GenerateRequest, Queued, Snapshot
 from vicuna.terminal import say_traceback
-from vicuna.web import chat_html, markdown
+from vicuna.web import chat_html, files, markdown
 from vicuna.web.chat_files import ChatFiles
 from vicuna.web.controls import Controls
-from vicuna.web.html_events import acting, address_of, number, told
-from vicuna.web.i18n import say, t
+from vicuna.web.events import QUIET, Updates
+from vicuna.web.html_events import address_of, clickable_html, event_payload, number
+from vicuna.web.i18n import label, translate
 from vicuna.web.number_input import number as number_of
-from vicuna.web.probabilities import Said, said, thought_tokens
+from vicuna.web.probabilities import ShownToken, shown_tokens, thought_tokens
+from vicuna.web.render import Translate
 from vicuna.web.sessions import Session, rate
 from vicuna.web.state import App
 
-Updates = dict[Any, Any]
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 STRONGEST = 2.0
 VIEWS = ("columns", "rows", "hidden")
 
@@ -66,58 +66,59 @@ class ChatTab:
 
     def _conversation(self) -> None:
         with gr.Column(elem_id="thread", elem_classes="v-thread"):
-            self.history = acting(elem_id="chat-history")
+            self.history = clickable_html(elem_id="chat-history")
             self.live = gr.HTML(elem_id="chat-live")
-        self.note = acting(elem_id="chat-note")
+        self.note = clickable_html(elem_id="chat-note")
         with gr.Row(elem_classes="v-ask"):
             self.box = gr.Textbox(
-                placeholder=t("chat.ask"), show_label=False, container=False, lines=1, max_lines=8,
-                max_length=DENSE * self.app.worker.context, scale=6, min_width=160,
+                placeholder=label("chat.ask"), show_label=False, container=False, lines=1,
+                max_lines=8, max_length=DENSE * self.app.worker.context, scale=6, min_width=160,
                 elem_id="chat-box", autofocus=True,
             )  # fmt: skip
             self.send = gr.Button(
-                t("chat.send"), variant="primary", scale=0, min_width=86, elem_id="chat-send"
+                label("chat.send"), variant="primary", scale=0, min_width=86, elem_id="chat-send"
             )
             self.stop = gr.Button(
-                t("chat.stop"), scale=0, min_width=86, visible=False, elem_id="chat-stop"
+                label("chat.stop"), scale=0, min_width=86, visible=False, elem_id="chat-stop"
             )
         with gr.Row(elem_classes="v-under"):
             self.gauge = gr.HTML(elem_id="chat-gauge", elem_classes="v-grow")
             self.view = gr.Radio(
-                [(t(f"chat.beams_{v}"), v) for v in VIEWS], value="columns", label=t("chat.beams"),
-                elem_id="chat-view", elem_classes="v-pills v-inline", scale=0, min_width=230,
-                visible=False,
+                [(label(f"chat.beams_{v}"), v) for v in VIEWS], value="columns",
+                label=label("chat.beams"), elem_id="chat-view", elem_classes="v-pills v-inline",
+                scale=0, min_width=230, visible=False,
             )  # fmt: skip
             self.clear = gr.Button(
-                t("chat.clear"), size="sm", scale=0, min_width=120, elem_id="chat-clear"
+                label("chat.clear"), size="sm", scale=0, min_width=120, elem_id="chat-clear"
             )
 
     def _side(self) -> None:
         self.adapters = gr.Dropdown(
-            list(self.app.registry.choices()), multiselect=True, label=t("chat.adapters"),
-            info=t("chat.adapters_info"), elem_id="chat-adapters",
+            list(self.app.registry.choices()), multiselect=True, label=label("chat.adapters"),
+            info=label("chat.adapters_info"), elem_id="chat-adapters",
         )  # fmt: skip
         self.strength = gr.Slider(
-            0, STRONGEST, 1, step=0.05, label=t("chat.strength"), info=t("chat.strength_info"),
-            elem_id="chat-strength", visible=False,
+            0, STRONGEST, 1, step=0.05, label=label("chat.strength"),
+            info=label("chat.strength_info"), elem_id="chat-strength", visible=False,
         )  # fmt: skip
         self.controls = Controls("chat", several=False)
-        with gr.Accordion(t("chat.prompt"), open=False, elem_id="chat-prompt"):
+        with gr.Accordion(label("chat.prompt"), open=False, elem_id="chat-prompt"):
             self.system = gr.Textbox(
                 lines=2, max_lines=8, max_length=DENSE * self.app.worker.context,
-                label=t("chat.system"), info=t("chat.system_info"),
+                label=label("chat.system"), info=label("chat.system_info"),
                 elem_id="chat-system",
             )  # fmt: skip
             self.template = gr.Dropdown(
-                [(t("chat.template_auto"), ""), *self.app.templates()[1:]], value="",
-                label=t("chat.template"), info=t("chat.template_info"), elem_id="chat-template",
+                [(label("chat.template_auto"), ""), *files.templates()[1:]], value="",
+                label=label("chat.template"), info=label("chat.template_info"),
+                elem_id="chat-template",
             )  # fmt: skip
             context = self.app.worker.context
             self.memory = gr.Slider(
-                min(128, context), context, context, step=1, label=t("chat.memory"),
-                info=t("chat.memory_info"), elem_id="chat-memory",
+                min(128, context), context, context, step=1, label=label("chat.memory"),
+                info=label("chat.memory_info"), elem_id="chat-memory",
             )  # fmt: skip
-        with gr.Accordion(t("chat.keep"), open=False, elem_id="chat-keep"):
+        with gr.Accordion(label("chat.keep"), open=False, elem_id="chat-keep"):
             self.files = ChatFiles(self)
 
     # What happens.
@@ -128,15 +129,15 @@ class ChatTab:
             self.shown, show_progress="hidden", api_name="chat",
         )  # fmt: skip
         # Multiple: a click that comes before the answer to the last one is not lost.
-        self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
-        self.note.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **_QUIET)
-        self.stop.click(self.end, self.app.tab, None, **_QUIET)
-        self.clear.click(self.forget, self.inputs, self.shown, **_QUIET)
+        self.history.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **QUIET)
+        self.note.click(self.act, self.inputs, self.shown, trigger_mode="multiple", **QUIET)
+        self.stop.click(self.end, self.app.tab, None, **QUIET)
+        self.clear.click(self.forget, self.inputs, self.shown, **QUIET)
         counted = [self.memory.release, self.system.blur, self.template.input]
-        latest: dict[str, Any] = {"trigger_mode": "always_last", **_QUIET}
+        latest: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
         gr.on(counted, self.count, self.inputs, self.gauge, **latest)
         self.controls.mode.change(
-            lambda mode: gr.update(visible="beam" in mode), self.controls.mode, self.view, **_QUIET
+            lambda mode: gr.update(visible="beam" in mode), self.controls.mode, self.view, **QUIET
         )
         self.adapters.input(self.mix, [self.app.tab, self.adapters], self.strength, **latest)
         self.files.events()
@@ -166,7 +167,7 @@ class ChatTab:
         known = self.app.registry.paths()
         by = number_of(strength, 1.0, 0.0, STRONGEST)
         mix = {a: session.mix.get(a, 1.0) * by for a in adapters or [] if a in known}
-        template = template if template in ("", *self.app.templates()) else ""
+        template = template if template in ("", *files.templates()) else ""
         try:
             settings = self.controls.settings(rest)
         except UserError:
@@ -194,19 +195,19 @@ class ChatTab:
         self, question: str, values: tuple[Any, ...], request: gr.Request, cut: int | None = None
     ) -> AsyncIterator[Updates]:
         """Answer a question; `cut` is the one that it replaces, with all behind it."""
-        words = partial(say, request)
+        tr = partial(translate, request)
         try:
             session, ask, view = await asyncio.to_thread(self.asked, values, True)
-            who = await asyncio.to_thread(self._who, ask, words)
+            who = await asyncio.to_thread(self._who, ask, tr)
             if session.busy:
-                raise UserError(words("chat.busy"))
+                raise UserError(tr("chat.busy"))
             if cut is not None:
                 question = session.cut(cut)
-            said = Chat(session.chat.system).ask(question)
-            check_length(said, self.app.worker.context)
+            prompt = Chat(session.chat.system).ask(question)
+            check_length(prompt, self.app.worker.context)
             self._begin(session, replace(ask, turns=session.begin(question)), who, request)
         except UserError as e:
-            yield {self.note: chat_html.mistake(e, words)}
+            yield {self.note: chat_html.error_note(e, tr)}
             return
         yield {self.box: "", self.note: ""}
         async for update in self._follow(session, ask, view, request):
@@ -214,29 +215,29 @@ class ChatTab:
 
     def _begin(self, session: Session, ask: GenerateRequest, who: str, request: gr.Request) -> None:
         """Queue a question. Raises: UserError where too many wait; it is forgotten then."""
-        asked = session.asked
+        request_id = session.request_id
         try:
             # Kept where it ends, whether or not somebody still looks.
             session.job = self.app.worker.submit(
                 session.name, ask,
-                lambda job: session.end(asked, *_kept(job, who), *self._tokens(job)),
+                lambda job: session.end(request_id, *_kept(job, who), *self._tokens(job)),
                 address_of(request),
             )  # fmt: skip
         except UserError:
-            session.end(asked, Parts(), {})
+            session.end(request_id, Parts(), {})
             raise
 
     async def _follow(
         self, session: Session, ask: GenerateRequest, view: str, request: gr.Request
     ) -> AsyncIterator[Updates]:
         """Show how what is being computed for a session goes, to its end."""
-        words, job = partial(say, request), session.job
+        tr, job = partial(translate, request), session.job
         heard = partial(self.app.listened, request.session_hash)
         assert job is not None
         draw = markdown.Growing()
         question = session.chat.turns[-1].text if session.open_question else ""
         yield {
-            self.live: chat_html.waiting(0, words), self.history: self._history(session, words),
+            self.live: chat_html.waiting(0, tr), self.history: self._history(session, tr),
             **self._running(True),
         }  # fmt: skip
         try:
@@ -244,93 +245,95 @@ class ChatTab:
                 if session.job is not job:
                     break
                 if isinstance(now, Queued):
-                    yield {self.live: chat_html.waiting(now.position, words)}
+                    yield {self.live: chat_html.waiting(now.position, tr)}
                 elif now.finished is None:
-                    yield {self.live: chat_html.growing(now, view, words, draw)}
+                    yield {self.live: chat_html.growing(now, view, tr, draw)}
             silent = _silent(job)
-            problem = chat_html.problem(words("chat.silent")) if silent else ""
+            problem = chat_html.problem(tr("chat.silent")) if silent else ""
             if job.cancelled.is_set():
                 problem = ""
         except Exception as e:
-            silent, problem = _silent(job), self._problem(e, words)
+            silent, problem = _silent(job), self._problem(e, tr)
         if session.job is not job:  # the conversation was replaced by another meanwhile
             # Gradio sends the last update twice: it must not be a snapshot of the old answer.
             yield self._last() if session.busy else {self.live: "", **self._running(False)}
             return
         yield {
             self.box: question if silent else gr.skip(), self.live: "", self.note: problem,
-            self.history: self._history(session, words), **self._running(False),
-            self.gauge: await asyncio.to_thread(self._gauge, session, ask, words),
+            self.history: self._history(session, tr), **self._running(False),
+            self.gauge: await asyncio.to_thread(self._gauge, session, ask, tr),
         }  # fmt: skip
 
-    def _tokens(self, job: Job) -> tuple[list[Said], int]:
+    def _tokens(self, job: Job) -> tuple[list[ShownToken], int]:
         """(how likely each token of an answer was, where that was asked for; how many of them are
         the thought's)."""
         snapshot = job.latest
         if not isinstance(snapshot, Snapshot) or snapshot.finished is None:
             return [], 0
-        tokens = said(snapshot.finished.answers[0], self.app.worker.loaded.renderer.tokenizer)
+        tokens = shown_tokens(
+            snapshot.finished.answers[0], self.app.worker.loaded.renderer.tokenizer
+        )
         return tokens, thought_tokens(tokens, snapshot.parts())
 
-    def _who(self, ask: GenerateRequest, words: Any) -> str:
+    def _who(self, ask: GenerateRequest, tr: Translate) -> str:
         """The adapters that answered, in words."""
-        return self.app.registry.describe(ask.mix) or words("chat.base")
+        return self.app.registry.describe(ask.mix) or tr("chat.base")
 
-    def _problem(self, error: Exception, words: Any) -> str:
+    def _problem(self, error: Exception, tr: Translate) -> str:
         if isinstance(error, UserError):
-            return chat_html.mistake(error, words)
+            return chat_html.error_note(error, tr)
         say_traceback(error)
-        return chat_html.problem(words("chat.failed", words=f"{type(error).__name__}: {error}"))
+        return chat_html.problem(tr("chat.failed", words=f"{type(error).__name__}: {error}"))
 
-    def _history(self, session: Session, words: Any) -> str:
-        return chat_html.history(session, words, not self.app.settings.read_only)
+    def _history(self, session: Session, tr: Translate) -> str:
+        return chat_html.history(session, tr, not self.app.settings.read_only)
 
     def _running(self, on: bool) -> Updates:
         return {self.send: gr.update(visible=not on), self.stop: gr.update(visible=on)}
 
-    def _gauge(self, session: Session, ask: GenerateRequest, words: Any) -> str:
+    def _gauge(self, session: Session, ask: GenerateRequest, tr: Translate) -> str:
         """The room that the conversation and its longest next answer take. In a thread: a template
         is rendered, and may take its time."""
         limit = min(ask.limit or self.app.worker.context, self.app.worker.context)
         turns = session.chat.all_turns()
         if not session.chat.turns:
-            return chat_html.gauge(0, limit, 0, words)
+            return chat_html.gauge(0, limit, 0, tr)
         if not session.open_question:
             # The answers so far are in the next prompt: an empty question stands for it.
             turns.append(Turn("user", ""))
         try:
             fitted = self.app.worker.fitted(replace(ask, turns=turns))
         except UserError:  # which is told to the one who asks
-            return chat_html.gauge(0, limit, 0, words)
-        return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), words)
+            return chat_html.gauge(0, limit, 0, tr)
+        return chat_html.gauge(len(fitted.prompt_ids), limit, len(fitted.dropped), tr)
 
     async def act(
         self, request: gr.Request, event: gr.EventData, *values: Any
     ) -> AsyncIterator[Updates]:
         """What a button beside a turn is for."""
-        found, words = told(event), partial(say, request)
+        found, tr = event_payload(event), partial(translate, request)
         try:
             session, ask, _ = await asyncio.to_thread(self.asked, values)
             if session.busy:
-                raise UserError(words("chat.busy"))
+                raise UserError(tr("chat.busy"))
             act, i = found.get("act"), number(found)
             if act == "again":
                 async for update in self._answer("", values, request, cut=i):
                     yield update
                 return
-            changed = self._do(act, i, session, words)
-            yield {**changed, self.gauge: await asyncio.to_thread(self._gauge, session, ask, words)}
+            changed = self._do(act, i, session, tr)
+            yield {**changed, self.gauge: await asyncio.to_thread(self._gauge, session, ask, tr)}
             yield self._last()
         except UserError as e:
-            yield {self.note: chat_html.mistake(e, words)}
+            yield {self.note: chat_html.error_note(e, tr)}
 
-    def _do(self, act: str | None, i: int, session: Session, words: Any) -> Updates:
+    def _do(self, act: str | None, i: int, session: Session, tr: Translate) -> Updates:
         """Change the conversation. Raises: UserError where that is not possible."""
         changed: Updates = {self.note: ""}
         if act == "edit":
             changed[self.box] = session.question(i)
             session.editing = i
-            changed[self.note] = chat_html.editing(i, words)
+            changed[self.note] = chat_html.editing(i, tr)
         elif act == "leave":
             changed[self.box] = "" if session.editing is not None else gr.skip()
             session.editing = None
@@ -341,8 +344,8 @@ class ChatTab:
             path = self.app.data_folders[0] / f"rated-{act}.jsonl"
             rate(session, i, act, path)  # type: ignore[arg-type]
             if session.notes[i].rating:
-                gr.Info(words("chat.rated", path=path.name), duration=3)
-        changed[self.history] = self._history(session, words)
+                gr.Info(tr("chat.rated", path=path.name), duration=3)
+        changed[self.history] = self._history(session, tr)
         return changed
 
     def end(self, tab: str) -> None:
@@ -351,22 +354,22 @@ class ChatTab:
 
     def forget(self, request: gr.Request, *values: Any) -> Updates:
         """Begin a new conversation."""
-        words = partial(say, request)
+        tr = partial(translate, request)
         session, ask, _ = self.asked(values)
         session.clear()
-        return {**self.replaced(session, ask, words), self.box: ""}
+        return {**self.replaced(session, ask, tr), self.box: ""}
 
-    def replaced(self, session: Session, ask: GenerateRequest, words: Any) -> Updates:
+    def replaced(self, session: Session, ask: GenerateRequest, tr: Translate) -> Updates:
         """The page where another conversation took the place of what there was."""
         return {
-            self.history: self._history(session, words), self.note: "", self.live: "",
-            self.gauge: self._gauge(session, ask, words), **self._running(False),
+            self.history: self._history(session, tr), self.note: "", self.live: "",
+            self.gauge: self._gauge(session, ask, tr), **self._running(False),
         }  # fmt: skip
 
     def count(self, request: gr.Request, *values: Any) -> str:
         """The gauge, where something changed that it depends on."""
         session, ask, _ = self.asked(values)
-        return self._gauge(session, ask, partial(say, request))
+        return self._gauge(session, ask, partial(translate, request))
 
     def mix(self, tab: str, adapters: list[str]) -> Any:
         """Adapters were chosen: each with the weight it had."""
@@ -382,12 +385,12 @@ class ChatTab:
         choices = self.app.registry.choices()
         known = [path for _, path in choices]
         session.mix = {a: w for a, w in session.mix.items() if a in known}
-        if not session.greeted and self.app.first in known:
-            session.mix = {self.app.first: 1.0}
+        if not session.greeted and self.app.default_adapter in known:
+            session.mix = {self.app.default_adapter: 1.0}
         session.greeted = True
         chosen = list(session.mix)
         return [
-            self._gauge(session, ask, partial(say, request)),
+            self._gauge(session, ask, partial(translate, request)),
             gr.update(choices=choices, value=chosen), gr.update(visible=bool(chosen)),
         ]  # fmt: skip
 
@@ -397,7 +400,7 @@ class ChatTab:
 
     async def come_back(self, request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
         """A browser comes, or comes again: its conversation, and the answer that still grows."""
-        words = partial(say, request)
+        tr = partial(translate, request)
         tab, adapters, strength, _, *rest = values
         asked = (tab, adapters, strength, None, *rest)
         session, ask, view = await asyncio.to_thread(self.asked, asked)
@@ -405,10 +408,10 @@ class ChatTab:
         if session.editing is not None and 0 <= session.editing < len(session.notes):
             shown = {
                 self.box: session.question(session.editing),
-                self.note: chat_html.editing(session.editing, words),
+                self.note: chat_html.editing(session.editing, tr),
             }
         yield {
-            self.history: self._history(session, words), self.system: session.chat.system,
+            self.history: self._history(session, tr), self.system: session.chat.system,
             self.app.tab: session.name, **shown,
         }  # fmt: skip
         if session.busy:

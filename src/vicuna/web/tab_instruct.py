@@ -17,15 +17,15 @@ from vicuna.serve.queue import Job
 from vicuna.serve.worker import GenerateRequest, Queued, Snapshot
 from vicuna.web import chat_html, instruct_html, markdown
 from vicuna.web.controls import Controls
-from vicuna.web.error_texts import in_words
+from vicuna.web.error_texts import localize_error
+from vicuna.web.events import QUIET, Updates
 from vicuna.web.html_events import address_of
-from vicuna.web.i18n import say, t
+from vicuna.web.i18n import label, translate
+from vicuna.web.render import Translate, render
 from vicuna.web.state import App
 
 BASE = ""  # the choice that is no adapter
 MOST = 6  # columns
-Updates = dict[Any, Any]
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def build(app: App) -> None:
@@ -53,7 +53,7 @@ class InstructTab:
             with gr.Column(scale=3, min_width=320, elem_classes="v-main"):
                 self._question()
                 self.answers = gr.HTML(
-                    f'<div class="v-hello small"><p>{t("instruct.begin")}</p></div>',
+                    render("instruct.hello", text=label("instruct.begin")),
                     elem_id="instruct-answers",
                 )
             with gr.Column(scale=1, min_width=290, elem_classes="v-side"):
@@ -64,24 +64,28 @@ class InstructTab:
     def _question(self) -> None:
         longest = DENSE * self.app.worker.context
         self.instruction = gr.Textbox(
-            lines=2, max_lines=10, max_length=longest, label=t("instruct.instruction"),
-            placeholder=t("instruct.placeholder"), elem_id="instruct-instruction",
+            lines=2, max_lines=10, max_length=longest, label=label("instruct.instruction"),
+            placeholder=label("instruct.placeholder"), elem_id="instruct-instruction",
         )  # fmt: skip
         self.material = gr.Textbox(
-            lines=1, max_lines=12, max_length=longest, label=t("instruct.input"),
-            info=t("instruct.input_info"), elem_id="instruct-input",
+            lines=1, max_lines=12, max_length=longest, label=label("instruct.input"),
+            info=label("instruct.input_info"), elem_id="instruct-input",
         )  # fmt: skip
-        first = [self.app.first] if self.app.first else []
+        first = [self.app.default_adapter] if self.app.default_adapter else []
         self.who = gr.CheckboxGroup(
-            [(t("chat.base"), BASE), *self.app.registry.choices()], value=[BASE, *first],
-            label=t("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
+            [(label("chat.base"), BASE), *self.app.registry.choices()], value=[BASE, *first],
+            label=label("instruct.who"), elem_id="instruct-who", elem_classes="v-pills",
         )  # fmt: skip
         with gr.Row(elem_classes="v-ask"):
             self.go = gr.Button(
-                t("instruct.go"), variant="primary", scale=0, min_width=120, elem_id="instruct-go"
+                label("instruct.go"),
+                variant="primary",
+                scale=0,
+                min_width=120,
+                elem_id="instruct-go",
             )
             self.stop = gr.Button(
-                t("chat.stop"), scale=0, min_width=90, visible=False, elem_id="instruct-stop"
+                label("chat.stop"), scale=0, min_width=90, visible=False, elem_id="instruct-stop"
             )
 
     def _events(self) -> None:
@@ -92,13 +96,13 @@ class InstructTab:
             self.answer, inputs, [self.answers, self.go, self.stop], show_progress="hidden",
             api_name="instruct",
         )  # fmt: skip
-        self.stop.click(self.end, self.app.tab, None, **_QUIET)
+        self.stop.click(self.end, self.app.tab, None, **QUIET)
         for noted in (self.app.opening, self.app.arriving):
             noted.append((self.choices, self.who, self.who))
 
     def choices(self, who: list[str], request: gr.Request) -> Any:
         """The base, and the adapters there are now; who was chosen and is still there stays so."""
-        found = [(say(request, "chat.base"), BASE), *self.app.registry.choices()]
+        found = [(translate(request, "chat.base"), BASE), *self.app.registry.choices()]
         known = [path for _, path in found]
         return gr.update(choices=found, value=[a for a in who if a in known])
 
@@ -112,32 +116,32 @@ class InstructTab:
         *values: Any,
     ) -> AsyncIterator[Updates]:  # fmt: skip
         """Answer side by side, one column after another."""
-        words = partial(say, request)
+        tr = partial(translate, request)
         try:
             name = self.app.sessions.get(tab).name
             if not str(instruction or "").strip():
-                raise UserError(words("instruct.nothing"))
+                raise UserError(tr("instruct.nothing"))
             if self._jobs.get(name):
-                raise UserError(words("chat.busy"))
+                raise UserError(tr("chat.busy"))
             turns = [Turn("user", str(instruction).strip(), str(material or "").strip())]
             check_length(turns, self.app.worker.context)
             columns = await asyncio.to_thread(self._begin, name, turns, who, values, request)
         except UserError as e:
-            yield {self.answers: chat_html.mistake(e, words)}
+            yield {self.answers: chat_html.error_note(e, tr)}
             return
         buttons = {self.go: gr.update(visible=False), self.stop: gr.update(visible=True)}
-        yield {self.answers: _grid(columns, words), **buttons}
+        yield {self.answers: _grid(columns, tr), **buttons}
         heard = partial(self.app.listened, request.session_hash)
         try:
             for column in columns:
-                async for _ in self._watch(column, words, heard):
-                    yield {self.answers: _grid(columns, words)}
+                async for _ in self._watch(column, tr, heard):
+                    yield {self.answers: _grid(columns, tr)}
         finally:
             for column in columns:
                 column.job.cancel()
             self._jobs.pop(name, None)
         buttons = {self.go: gr.update(visible=True), self.stop: gr.update(visible=False)}
-        yield {self.answers: _grid(columns, words), **buttons}
+        yield {self.answers: _grid(columns, tr), **buttons}
 
     def _begin(
         self, name: str, turns: list[Turn], who: list[str], values: Any, request: gr.Request
@@ -146,12 +150,12 @@ class InstructTab:
 
         Raises: UserError for settings that are wrong, or where too many wait already.
         """
-        words, address = partial(say, request), address_of(request)
+        tr, address = partial(translate, request), address_of(request)
         settings = self.controls.settings(values)
         known = self.app.registry.paths()
         chosen = [a for a in who or [] if a == BASE or a in known] or [BASE]
         if len(chosen) > MOST:
-            raise UserError(words("instruct.too_many", most=MOST))
+            raise UserError(tr("instruct.too_many", most=MOST))
         columns: list[_Column] = []
         for adapter in chosen:
             mix = {adapter: 1.0} if adapter else {}
@@ -163,13 +167,13 @@ class InstructTab:
                 for column in columns:
                     column.job.cancel()
                 raise
-            title = self.app.registry.describe(mix) or words("chat.base")
+            title = self.app.registry.describe(mix) or tr("chat.base")
             columns.append(_Column(title, job, Queued(self.app.worker.queue.position(job))))
         self._jobs[name] = [column.job for column in columns]
         return columns
 
     async def _watch(
-        self, column: _Column, words: Any, heard: Callable[[], bool]
+        self, column: _Column, tr: Translate, heard: Callable[[], bool]
     ) -> AsyncIterator[None]:
         """Follow a column to its end; what goes wrong is told in it, and the others go on."""
         try:
@@ -177,7 +181,7 @@ class InstructTab:
                 column.now = now
                 yield
         except UserError as e:
-            column.now = in_words(str(e), words)
+            column.now = localize_error(str(e), tr)
         except Exception as e:
             column.now = f"{type(e).__name__}: {e}"
         if isinstance(column.now, Queued):  # it was cancelled before its turn
@@ -185,5 +189,5 @@ class InstructTab:
         yield
 
 
-def _grid(columns: list[_Column], words: Any) -> str:
-    return instruct_html.grid([(c.name, c.now, c.draw) for c in columns], words)
+def _grid(columns: list[_Column], tr: Translate) -> str:
+    return instruct_html.grid([(c.name, c.now, c.draw) for c in columns], tr)

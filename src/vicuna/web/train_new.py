@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +13,15 @@ from vicuna import config
 from vicuna.errors import SettingsError, UserError
 from vicuna.runs.manager import Run, Runs
 from vicuna.web import files, train_form, train_html
-from vicuna.web.data_html import note
-from vicuna.web.i18n import say, t, texts
+from vicuna.web.events import QUIET, Updates, bind
+from vicuna.web.i18n import catalog, help_text, label, translate
+from vicuna.web.render import note, render
 from vicuna.web.state import App
 from vicuna.web.train_form import MAIN, Field
 from vicuna.web.train_plan import longest_example, plan
 
 if TYPE_CHECKING:
     from vicuna.web.train_watch import Watch
-
-Updates = dict[Any, Any]
 
 
 class NewTraining:
@@ -44,16 +43,16 @@ class NewTraining:
     def _layout(self) -> None:
         with gr.Row():
             self.recipe = gr.Dropdown(
-                [(t("train.recipe_none"), ""), *((r, r) for r in train_form.recipes())],
+                [(label("train.recipe_none"), ""), *((r, r) for r in train_form.recipes())],
                 value="",
-                label=t("train.recipe"),
-                info=t("train.recipe_help"),
+                label=label("train.recipe"),
+                info=label("train.recipe_help"),
                 min_width=220,
                 elem_id="train-recipe",
             )
             self.name = gr.Textbox(
-                label=t("train.name"),
-                info=t("train.name_help"),
+                label=label("train.name"),
+                info=label("train.name_help"),
                 max_lines=1,
                 min_width=220,
                 elem_id="train-name",
@@ -65,30 +64,30 @@ class NewTraining:
         for field in self.fields.values():
             if field.name not in MAIN:
                 groups.setdefault(field.group, []).append(field)
-        with gr.Accordion(t("train.more"), open=False, elem_id="train-more"):
+        with gr.Accordion(label("train.more"), open=False, elem_id="train-more"):
             for group, members in groups.items():
-                gr.HTML(f"<h4>{t(f'group.{group}')}</h4>", elem_classes="v-group")
+                gr.HTML(render("page.group", title=label(f"group.{group}")), elem_classes="v-group")
                 with gr.Row(elem_classes="v-form"):
                     for field in members:
                         self._input(field)
         with gr.Row():
-            self.check = gr.Button(t("train.plan"), min_width=160, elem_id="train-plan")
+            self.check = gr.Button(label("train.plan"), min_width=160, elem_id="train-plan")
             self.start = gr.Button(
-                t("train.start"), variant="primary", min_width=160, elem_id="train-start"
+                label("train.start"), variant="primary", min_width=160, elem_id="train-start"
             )
         self.answer = gr.HTML(elem_id="train-answer")
         with gr.Row(visible=False) as self.misfit:
-            self.other = gr.Radio([], label=t("train.alternatives"), type="index", scale=3)
+            self.other = gr.Radio([], label=label("train.alternatives"), type="index", scale=3)
             with gr.Column(scale=1, min_width=180):
-                self.take = gr.Button(t("train.take"))
-                self.anyway = gr.Button(t("train.start_anyway"), variant="stop")
+                self.take = gr.Button(label("train.take"))
+                self.anyway = gr.Button(label("train.start_anyway"), variant="stop")
 
     def _input(self, field: Field) -> None:
         key = f"settings.{field.name}"
         about: dict[str, Any] = {
             "label": field.name,
             # A setting that is newer than its translation is explained in English.
-            "info": t(key) if key in texts() else _english(field.name),
+            "info": label(key) if key in catalog() else help_text(field.name),
             "min_width": 220,
             "elem_id": f"set-{field.name}",
         }
@@ -119,12 +118,11 @@ class NewTraining:
         self.inputs[field.name] = made
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         form = list(self.inputs.values())
-        said = [self.answer, self.misfit, self.other, self.planned]
-        self.recipe.input(self.fill, [self.recipe, self.inputs["dataset"]], form, **quiet)
-        self.check.click(self.look, form, said, trigger_mode="once", **quiet)
-        self.take.click(self.use, [self.planned, self.other], [*form, *said], **quiet)
+        answered = [self.answer, self.misfit, self.other, self.planned]
+        self.recipe.input(self.fill, [self.recipe, self.inputs["dataset"]], form, **QUIET)
+        self.check.click(self.check_settings, form, answered, trigger_mode="once", **QUIET)
+        self.take.click(self.use, [self.planned, self.other], [*form, *answered], **QUIET)
         data = [self.inputs[name] for name in ("dataset", "val_dataset")]
         self.app.opening.append((self.list_files, None, data))
 
@@ -135,18 +133,24 @@ class NewTraining:
     def then(self, tabs: gr.Tabs, watch: Watch) -> None:
         """What the start button does, and that the run is shown then."""
         form = list(self.inputs.values())
-        outputs = [self.answer, self.misfit, self.other, self.planned, tabs, watch.run, watch.seen]
+        outputs = [
+            self.answer,
+            self.misfit,
+            self.other,
+            self.planned,
+            tabs,
+            watch.run,
+            watch.last_sent,
+        ]
         for button, anyway in ((self.start, False), (self.anyway, True)):
             button.click(
-                self._beginning(tabs, watch, anyway),
+                bind(self.begin, tabs, watch, anyway),
                 [self.name, self.planned, *form],
                 outputs,
                 trigger_mode="once",
-                show_progress="hidden",
-                api_visibility="private",
+                **QUIET
             ).then(
-                watch.refresh, watch.asked, watch.shown, show_progress="hidden",
-                api_visibility="private",
+                watch.refresh, watch.inputs, watch.shown, **QUIET
             )  # fmt: skip
 
     def from_data(self, tabs: gr.Tabs) -> None:
@@ -160,8 +164,7 @@ class NewTraining:
             bring,
             [of_page("data-source"), of_page("data-cutoff")],
             [of_page("tabs"), tabs, self.inputs["dataset"], self.inputs["cutoff_len"]],
-            show_progress="hidden",
-            api_visibility="private",
+            **QUIET,
         )
 
     # What happens.
@@ -181,21 +184,21 @@ class NewTraining:
     def _chosen(self, form: tuple[Any, ...]) -> dict[str, Any]:
         return train_form.given(dict(zip(self.inputs, form)))
 
-    def look(self, request: gr.Request, *form: Any) -> Iterator[Updates]:
+    def check_settings(self, request: gr.Request, *form: Any) -> Iterator[Updates]:
         """What is wrong, or else the plan."""
-        words = partial(say, request)
+        tr = partial(translate, request)
         try:
             self.app.may_write()
             chosen = self._chosen(form)
             settings = train_form.check(self.app, chosen)
-            yield self._said(note("busy", words("train.planning")))
+            yield self._answer(note("busy", tr("train.planning")))
             yield self._planned(chosen, plan(chosen, longest_example(settings)), request)
         except SettingsError as e:
-            yield self._said(train_html.mistakes(e, words))
+            yield self._answer(train_html.mistakes(e, tr))
         except UserError as e:
-            yield self._said(train_html.mistakes(e, words, "train.no_plan"))
+            yield self._answer(train_html.mistakes(e, tr, "train.no_plan"))
 
-    def _said(self, html: str) -> Updates:
+    def _answer(self, html: str) -> Updates:
         return {self.answer: html, self.misfit: gr.update(visible=False), self.planned: None}
 
     def _planned(
@@ -204,7 +207,7 @@ class NewTraining:
         batch = int(chosen.get("batch_size", self.fields["batch_size"].default))
         others = [train_html.alternative(o) for o in found["alternatives"]]
         return {
-            self.answer: train_html.plan(found, batch, partial(say, request)),
+            self.answer: train_html.plan(found, batch, partial(translate, request)),
             self.misfit: gr.update(visible=not found["fits"]),
             self.other: gr.update(
                 choices=others, value=others[0] if others else None, visible=bool(others)
@@ -221,30 +224,24 @@ class NewTraining:
         form = self.values({**planned[2], **settings})
         return [*form, "", gr.update(visible=False), gr.skip(), None]
 
-    def _beginning(
-        self, tabs: gr.Tabs, watch: Watch, anyway: bool
-    ) -> Callable[..., Iterator[Updates]]:
-        """What a start button does. anyway: also where the plan says that it does not fit."""
-
-        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
-        def begin(
-            request: gr.Request, name: str, planned: list[Any] | None, *form: Any
-        ) -> Iterator[Updates]:
-            run = None
-            for step in self._begin(request, name, planned, self._chosen(form), anyway):
-                if isinstance(step, Run):
-                    run = step
-                else:
-                    yield step
-            if run is not None:
-                yield {
-                    self.misfit: gr.update(visible=False),
-                    tabs: gr.update(selected="runs"),
-                    watch.run: gr.update(choices=watch.names(request), value=run.name),
-                    watch.seen: None,
-                }
-
-        return begin
+    def begin(
+        self, tabs: gr.Tabs, watch: Watch, anyway: bool,
+        request: gr.Request, name: str, planned: list[Any] | None, *form: Any,
+    ) -> Iterator[Updates]:  # fmt: skip
+        """A start button. anyway: start even if the plan says that it does not fit."""
+        run = None
+        for step in self._begin(request, name, planned, self._chosen(form), anyway):
+            if isinstance(step, Run):
+                run = step
+            else:
+                yield step
+        if run is not None:
+            yield {
+                self.misfit: gr.update(visible=False),
+                tabs: gr.update(selected="runs"),
+                watch.run: gr.update(choices=watch.names(request), value=run.name),
+                watch.last_sent: None,
+            }
 
     def _begin(
         self,
@@ -254,23 +251,23 @@ class NewTraining:
         chosen: dict[str, Any],
         anyway: bool,
     ) -> Iterator[Updates | Run]:
-        """Check, plan, start: what is to be said meanwhile, and the run if there is one."""
-        words = partial(say, request)
+        """Check, plan, start: what is to be answered meanwhile, and the run if there is one."""
+        tr = partial(translate, request)
         try:
             self.app.may_write()
             settings = train_form.check(self.app, chosen)
             self.runs.refuse_second()
             found = planned[1] if planned and planned[0] == _key(chosen) else None
             if found is None:
-                yield self._said(note("busy", words("train.planning")))
+                yield self._answer(note("busy", tr("train.planning")))
                 found = plan(chosen, longest_example(settings))
             yield self._planned(chosen, found, request)
             if found["fits"] or anyway:
                 yield self.runs.start(chosen, name)
         except SettingsError as e:
-            yield self._said(train_html.mistakes(e, words))
+            yield self._answer(train_html.mistakes(e, tr))
         except UserError as e:
-            yield self._said(train_html.mistakes(e, words, "train.not_started"))
+            yield self._answer(train_html.mistakes(e, tr, "train.not_started"))
 
 
 def of_page(name: str) -> Any:
@@ -278,10 +275,6 @@ def of_page(name: str) -> Any:
     page = gr.context.Context.root_block
     assert page is not None
     return next(block for block in page.blocks.values() if block.elem_id == name)
-
-
-def _english(name: str) -> str:
-    return config.TrainSettings.model_fields[name].description or ""
 
 
 def _key(chosen: dict[str, Any]) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from html import escape
 from typing import Any
 
 import gradio as gr
+from markupsafe import escape
 
 from vicuna.errors import UserError
 from vicuna.runs.manager import Run, Runs
 from vicuna.web import train_html
-from vicuna.web.data_html import note, toast
+from vicuna.web.events import QUIET, Updates, bind
 from vicuna.web.html_events import address_of
-from vicuna.web.i18n import language_of, say, t
+from vicuna.web.i18n import label, language_of, translate
+from vicuna.web.render import note, toast
 from vicuna.web.state import App
 from vicuna.web.train_new import NewTraining, of_page
 
@@ -22,23 +23,22 @@ SECONDS = 2.0
 # The buttons that make sense in a state.
 _PAUSABLE = ("starting", "running")
 _RESUMABLE = ("paused", "stopped", "killed", "failed")
-Updates = dict[Any, Any]
 
 
 class Watch:
     """The components that show a run, and what they do.
 
-    seen: what the browser shows already; where nothing is new, nothing is sent.
+    last_sent: what the browser shows already; where nothing is new, nothing is sent.
     """
 
     def __init__(self, app: App, runs: Runs) -> None:
         self.app, self.runs = app, runs
-        self.seen = gr.State(None)
-        self.wish = gr.State(None)  # [what was asked for, the run it was asked for]
+        self.last_sent = gr.State(None)
+        self.pending = gr.State(None)  # [what was asked for, the run it was asked for]
         self._layout()
-        self.asked = [self.run, self.compare, self.seen]
+        self.inputs = [self.run, self.compare, self.last_sent]
         self.shown = [
-            *(self.run, self.compare, self.seen, self.head, self.buttons, self.curves),
+            *(self.run, self.compare, self.last_sent, self.head, self.buttons, self.curves),
             *(self.others, self.samples, self.output, self.terminal, self.table, self.body),
             *(self.pause, self.resume, self.stop, self.talk, self.again, self.delete, self.sure),
         ]
@@ -48,67 +48,70 @@ class Watch:
 
     def _layout(self) -> None:
         with gr.Row():
-            self.run = gr.Dropdown([], label=t("train.run"), min_width=220, elem_id="train-run")
+            self.run = gr.Dropdown([], label=label("train.run"), min_width=220, elem_id="train-run")
             self.compare = gr.Dropdown(
                 [],
                 multiselect=True,
-                label=t("train.compare"),
-                info=t("train.compare_help"),
+                label=label("train.compare"),
+                info=label("train.compare_help"),
                 min_width=220,
                 elem_id="train-compare",
             )
-        self.head = gr.HTML(note("empty", t("train.no_runs")), elem_id="train-head")
+        self.head = gr.HTML(note("empty", label("train.no_runs")), elem_id="train-head")
         with gr.Row(visible=False, elem_classes="v-bar") as self.buttons:
             small: dict[str, Any] = {"size": "sm", "min_width": 90, "scale": 0}
-            self.pause = gr.Button(t("train.pause"), elem_id="train-pause", **small)
+            self.pause = gr.Button(label("train.pause"), elem_id="train-pause", **small)
             self.resume = gr.Button(
-                t("train.resume"), variant="primary", elem_id="train-resume", **small
+                label("train.resume"), variant="primary", elem_id="train-resume", **small
             )
-            self.stop = gr.Button(t("train.stop"), elem_id="train-stop", **small)
-            self.talk = gr.Button(t("train.talk"), variant="primary", elem_id="train-talk", **small)
-            self.again = gr.Button(t("train.again"), elem_id="train-again", **small)
-            self.delete = gr.Button(t("train.delete"), elem_id="train-delete", **small)
+            self.stop = gr.Button(label("train.stop"), elem_id="train-stop", **small)
+            self.talk = gr.Button(
+                label("train.talk"), variant="primary", elem_id="train-talk", **small
+            )
+            self.again = gr.Button(label("train.again"), elem_id="train-again", **small)
+            self.delete = gr.Button(label("train.delete"), elem_id="train-delete", **small)
         with gr.Group(visible=False, elem_id="train-sure") as self.sure:
             self.question = gr.HTML()
             with gr.Row():
-                self.yes = gr.Button(t("train.yes_delete"), variant="stop", elem_id="train-yes")
-                self.no = gr.Button(t("train.no"), elem_id="train-no")
+                self.yes = gr.Button(label("train.yes_delete"), variant="stop", elem_id="train-yes")
+                self.no = gr.Button(label("train.no"), elem_id="train-no")
         with gr.Column(visible=False) as self.body:
             self.curves = gr.HTML(elem_id="train-curves")
-            with gr.Accordion(t("train.more_curves"), open=False):
+            with gr.Accordion(label("train.more_curves"), open=False):
                 self.others = gr.HTML()
-            with gr.Accordion(t("train.samples"), open=True):
+            with gr.Accordion(label("train.samples"), open=True):
                 self.samples = gr.HTML(elem_id="train-samples")
-            with gr.Accordion(t("train.output"), open=False):
+            with gr.Accordion(label("train.output"), open=False):
                 self.output = gr.Code(
                     language=None, show_label=False, lines=1, elem_id="train-output"
                 )
-            with gr.Accordion(t("train.terminal"), open=False):
+            with gr.Accordion(label("train.terminal"), open=False):
                 self.terminal = gr.Code(
                     language="shell", show_label=False, lines=1, elem_id="train-terminal"
                 )
-        with gr.Accordion(t("train.all_runs"), open=False):
+        with gr.Accordion(label("train.all_runs"), open=False):
             self.table = gr.HTML(elem_id="train-table")
 
     def _events(self) -> None:
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.app.opening.append((self.refresh, self.asked, self.shown))
-        gr.Timer(SECONDS).tick(self.refresh, self.asked, self.shown, trigger_mode="once", **quiet)
+        self.app.opening.append((self.refresh, self.inputs, self.shown))
+        gr.Timer(SECONDS).tick(self.refresh, self.inputs, self.shown, trigger_mode="once", **QUIET)
         for chosen in (self.run, self.compare):
-            chosen.input(self.refresh, self.asked, self.shown, trigger_mode="always_last", **quiet)
-        for button, act in ((self.pause, self.runs.pause), (self.resume, self.runs.resume)):
-            button.click(self._acting(act), self.run, self.seen, **quiet).then(
-                self.refresh, self.asked, self.shown, **quiet
+            chosen.input(self.refresh, self.inputs, self.shown, trigger_mode="always_last", **QUIET)
+        for button, action in ((self.pause, self.runs.pause), (self.resume, self.runs.resume)):
+            button.click(bind(self.act, action), self.run, self.last_sent, **QUIET).then(
+                self.refresh, self.inputs, self.shown, **QUIET
             )
-        self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **quiet)
-        asking = [self.wish, self.sure, self.question, self.yes]
-        for button, wish in ((self.stop, "stop"), (self.delete, "delete")):
-            button.click(self._asking(wish), self.run, asking, **quiet)
+        self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **QUIET)
+        asking = [self.pending, self.sure, self.question, self.yes]
+        for button, action in ((self.stop, "stop"), (self.delete, "delete")):
+            button.click(bind(self.ask, action), self.run, asking, **QUIET)
         for forgets in (self.no.click, self.run.input):
-            forgets(lambda: (None, gr.update(visible=False)), None, [self.wish, self.sure], **quiet)
-        self.yes.click(self.sure_of_it, self.wish, [self.wish, self.sure, self.seen], **quiet).then(
-            self.refresh, self.asked, self.shown, **quiet
-        )
+            forgets(
+                lambda: (None, gr.update(visible=False)), None, [self.pending, self.sure], **QUIET
+            )
+        self.yes.click(
+            self.confirmed, self.pending, [self.pending, self.sure, self.last_sent], **QUIET
+        ).then(self.refresh, self.inputs, self.shown, **QUIET)
 
     def again_in(self, tabs: gr.Tabs, new: NewTraining) -> None:
         """The settings of a run go into the form of a new one."""
@@ -118,8 +121,7 @@ class Watch:
             return [gr.update(selected="new"), *values]
 
         self.again.click(
-            fill, self.run, [tabs, *new.inputs.values()], show_progress="hidden",
-            api_visibility="private",
+            fill, self.run, [tabs, *new.inputs.values()], **QUIET
         )  # fmt: skip
 
     # What happens.
@@ -132,7 +134,7 @@ class Watch:
         self,
         name: str | None,
         compared: list[str] | None,
-        seen: Any,
+        last_sent: Any,
         request: gr.Request,
     ) -> Updates:
         """Whatever is new about the runs."""
@@ -144,14 +146,14 @@ class Watch:
         listed: list[Any] = [run and run.name, [o.name for o in others], language_of(request)]
         listed += [(r.name, r.state) for r in runs]
         now = [listed, _fingerprint(run), [r.log.step for r in runs]]
-        if now == seen:
-            return {self.seen: gr.skip()}
+        if now == last_sent:
+            return {self.last_sent: gr.skip()}
         updates: Updates = {
-            self.seen: now,
-            self.table: train_html.all_runs(runs, partial(say, request)),
+            self.last_sent: now,
+            self.table: train_html.all_runs(runs, partial(translate, request)),
         }
         # What can be clicked is left alone while only numbers change.
-        if seen is None or seen[0] != listed:
+        if last_sent is None or last_sent[0] != listed:
             updates |= self._clickable(runs, run, request)
             # Somebody may choose another one right now: a choice that stands is not sent again.
             if run is None or run.name != name:
@@ -159,7 +161,7 @@ class Watch:
             if any(n not in by_name for n in compared or []):
                 updates[self.compare]["value"] = [o.name for o in others]
         if run is None:
-            empty = note("empty", say(request, "train.no_runs"))
+            empty = note("empty", translate(request, "train.no_runs"))
             return {**updates, self.head: empty, self.sure: gr.update(visible=False)}
         return {**updates, **self._run(run, others, request)}
 
@@ -183,27 +185,22 @@ class Watch:
         return updates
 
     def _run(self, run: Run, others: Sequence[Run], request: gr.Request) -> Updates:
-        words = partial(say, request)
+        tr = partial(translate, request)
         return {
-            self.head: train_html.head(run, words),
-            self.curves: train_html.loss_chart(run, others, words),
-            self.others: train_html.other_charts(run, words),
-            self.samples: train_html.samples(run, words),
+            self.head: train_html.head(run, tr),
+            self.curves: train_html.loss_chart(run, others, tr),
+            self.others: train_html.other_charts(run, tr),
+            self.samples: train_html.samples(run, tr),
             self.output: train_html.output(run),
             self.terminal: train_html.commands(run),
         }
 
-    def _acting(self, act: Callable[[str], Any]) -> Callable[..., None]:
-        """Pause or go on; the page is drawn anew then."""
-
-        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
-        def run(name: str | None, request: gr.Request) -> None:
-            try:
-                act(name or "")
-            except UserError as e:
-                raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
-
-        return run
+    def act(self, action: Callable[[str], Any], name: str | None, request: gr.Request) -> None:
+        """Pause or resume; the page is drawn anew then."""
+        try:
+            action(name or "")
+        except UserError as e:
+            raise gr.Error(toast(e, partial(translate, request)), print_exception=False) from e
 
     async def talk_with(self, tab: str, name: str | None, request: gr.Request) -> Any:
         """Answer with the run's adapter alone from now on, in this browser's tab, and go there."""
@@ -217,43 +214,38 @@ class Watch:
             worker = self.app.worker
             await worker.settled(worker.choose(session.name, mix, address_of(request)))
         except UserError as e:
-            raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
+            raise gr.Error(toast(e, partial(translate, request)), print_exception=False) from e
         session.mix.clear()
         session.mix.update(mix)
         return gr.update(selected="chat")
 
-    def _asking(self, wish: str) -> Callable[..., Updates]:
+    def ask(self, action: str, name: str | None, request: gr.Request) -> Updates:
         """Ask whether it is really meant."""
+        if not name:
+            return {self.pending: None}
+        return {
+            self.pending: [action, name],
+            self.sure: gr.update(visible=True),
+            self.question: note("warn", translate(request, f"train.sure_{action}", name=name)),
+            self.yes: translate(request, f"train.yes_{action}"),
+        }
 
-        # A function of its own: gradio sees no annotations, so no request, behind a `partial`.
-        def ask(name: str | None, request: gr.Request) -> Updates:
-            if not name:
-                return {self.wish: None}
-            return {
-                self.wish: [wish, name],
-                self.sure: gr.update(visible=True),
-                self.question: note("warn", say(request, f"train.sure_{wish}", name=name)),
-                self.yes: say(request, f"train.yes_{wish}"),
-            }
-
-        return ask
-
-    def sure_of_it(self, asked: list[str] | None, request: gr.Request) -> Any:
+    def confirmed(self, pending: list[str] | None, request: gr.Request) -> Any:
         """It was really meant, of the run that was named in the question."""
-        wish, name = asked or ("", "")
+        action, name = pending or ("", "")
         try:
-            if wish == "delete":
+            if action == "delete":
                 self.runs.delete(name)
-                gr.Info(escape(say(request, "train.deleted", name=name)))
-            elif wish == "stop":
+                gr.Info(escape(translate(request, "train.deleted", name=name)))
+            elif action == "stop":
                 self.runs.stop(name)
         except UserError as e:
-            raise gr.Error(toast(e, partial(say, request)), print_exception=False) from e
+            raise gr.Error(toast(e, partial(translate, request)), print_exception=False) from e
         return None, gr.update(visible=False), None
 
 
 def _shown(run: Run, request: gr.Request) -> str:
-    return f"{run.name} · {say(request, f'state.{run.state}')}"
+    return f"{run.name} · {translate(request, f'state.{run.state}')}"
 
 
 def _fingerprint(run: Run | None) -> list[Any]:
