@@ -11,6 +11,7 @@ import pytest
 from browser_kit import Visitor
 from page_kit import open_page
 
+from vicuna.web.i18n import translate
 from vicuna.web.state import App
 
 LONG = 300
@@ -106,7 +107,7 @@ def test_edit_again_take_back_and_begin_anew(visitor: Visitor, served: tuple[App
     visitor.ask("second?")
     visitor.answered(2)
     visitor.act("again")
-    visitor.until(lambda: session.asked == 3)
+    visitor.until(lambda: session.request_id == 3)
     visitor.answered(2)
     visitor.act("edit", 0)
     page.wait_for_function("document.querySelector('#chat-box textarea').value === 'first?'")

@@ -164,7 +164,9 @@ def test_conversations_and_beams_are_as_safe(text: str) -> None:
     session = Session("0" * 32)
     session.begin(text)
     session.end(
-        session.asked, Parts(text, text), {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text}
+        session.request_id,
+        Parts(text, text),
+        {"tokens": 3, "speed": 1.0, "first": 0.1, "who": text},
     )
     words = partial(translate, "zh")
     snapshot = Snapshot(text, (BeamState(text, -1.0, 3), BeamState("b", -2.0, 3)))

@@ -61,7 +61,7 @@ def test_a_thought_stays_beside_the_answer_in_history_files_and_prompts(
     session, job = Session("0" * 32), Job("a", lambda _: None)
     job.latest = Snapshot(text, finished=finished(text), marks=marks)
     session.begin("2 + 2?")
-    session.end(session.asked, *tab_chat._kept(job, "law"))
+    session.end(session.request_id, *tab_chat._kept(job, "law"))
     turn = session.chat.turns[-1]
     assert (turn.text, turn.thought) == ("四", "2 + 2 是 4")
     html = chat_html.history(session, ZH)
@@ -78,7 +78,7 @@ def test_an_answer_that_was_stopped_in_its_thought_is_kept_and_says_so() -> None
     session.begin("2 + 2?")
     kept = tab_chat._kept(job, "law")
     assert not tab_chat._silent(job)
-    session.end(session.asked, *kept)
+    session.end(session.request_id, *kept)
     assert len(session.notes) == 1
     assert not session.open_question
     html = chat_html.history(session, ZH)
@@ -96,7 +96,7 @@ def test_tokens_of_a_thought_are_apart_where_their_probabilities_are_shown() -> 
     assert thought_tokens(tokens, Parts("", "hm")) == 0
     session = Session("0" * 32)
     session.begin("?")
-    session.end(session.asked, Parts("hm", "四"), {}, tokens, 4)
+    session.end(session.request_id, Parts("hm", "四"), {}, tokens, 4)
     folded, _, rest = chat_html.history(session, ZH).partition("</details>")
     assert "hm" in folded
     assert "四" not in folded

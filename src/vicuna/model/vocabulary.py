@@ -185,8 +185,8 @@ def check_up(
     say(
         renderer.end_id in tokenizer.control_ids,
         "the end token is a special token",
-        f"the end token {tokenizer.token(renderer.end_id)} is not marked special: text can forge it, "
-        "and answers may never stop",
+        f"the end token {tokenizer.token(renderer.end_id)} is not marked special: text can forge "
+        "it, and answers may never stop",
     )
     declared = config.get("eos_token_id")
     declared_ids = declared if isinstance(declared, list) else [declared]

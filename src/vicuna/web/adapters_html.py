@@ -19,7 +19,7 @@ def cards(
 ) -> Markup:
     """A card for each adapter; those of the mix are marked and show their strength."""
     if not found:
-        return render("adapters.none", text=tr("adapters.none"))
+        return render("adapters.empty", text=tr("adapters.none"))
     inner = [_card(card, mix.get(card.path), writable, tr) for card in found]
     return render("adapters.cards", inner=join(inner))
 
