@@ -80,9 +80,9 @@ def arguments() -> argparse.Namespace:
 
 
 def job_of(setting: Setting) -> Any:
-    from vicuna.memory.traced_step import Job
+    from vicuna.memory.traced_step import StepSpec
 
-    return Job(
+    return StepSpec(
         setting.precision, setting.checkpointing, setting.rows, setting.longest, setting.rank,
         setting.target,
     )  # fmt: skip

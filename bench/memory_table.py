@@ -52,12 +52,12 @@ def rows_of(base: str, cards: tuple[str, ...] = CARDS) -> list[dict[str, Any]]:
 
 def cell(planner: Any, device: Any, precision: str, length: int) -> dict[str, Any]:
     """The peaks on a card by checkpointing, in bytes, and the cheapest that fits ("" for none)."""
-    from vicuna.memory.traced_step import Job
+    from vicuna.memory.traced_step import StepSpec
 
     own = device.fastest()[0] if precision == "16 bits" else precision
     other = device.runtime - planner.device.runtime
     peaks = {
-        way: planner.footprint(Job(own, way, length, length)).peak + other
+        way: planner.footprint(StepSpec(own, way, length, length)).peak + other
         for way in ("none", "selective", "full", "offload")
     }
     fitting = [way for way, peak in peaks.items() if peak <= device.memory]

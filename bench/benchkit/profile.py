@@ -53,32 +53,32 @@ def one_update(job: contenders.Job, work: Path) -> dict[str, Any]:
     from torch.profiler import profile as profiler
 
     from vicuna import config
-    from vicuna.train.progress import Screen
+    from vicuna.train.progress import RunConsole
     from vicuna.train.setup import prepare
 
     torch.set_num_threads(job.threads)
     words = contenders.words_of(job, contenders.Variant("auto", {}), work, work / "unused")
     given = with_vicuna.settings_of(words)
-    session = prepare(config.build(config.TrainSettings, given), given, Screen())
+    training = prepare(config.build(config.TrainSettings, given), given, RunConsole())
     try:
-        _update(session)
+        _update(training)
         with profiler(activities=[ProfilerActivity.CPU]) as found:
-            _update(session)
+            _update(training)
     finally:
-        session.run.close()
+        training.close()
     events = found.key_averages()
     return by_kind({e.key: e.self_cpu_time_total / 1e6 for e in events})
 
 
-def _update(session: Any) -> None:
+def _update(training: Any) -> None:
     """One update by the trainable's own means."""
     from vicuna.data.pack import build_packs
 
-    examples = [session.split.dataset[int(i)] for i in session.split.sampler.step(0)]
-    packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
-    session.optimizer.zero_grad(set_to_none=True)
-    session.trainable.backward(packs, sum(p.supervised for p in packs))
-    session.optimizer.step()
+    examples = [training.split.dataset[int(i)] for i in training.split.sampler.step(0)]
+    packs = build_packs(examples, training.end_id, training.state.micro_batch.tokens)
+    training.optimizer.zero_grad(set_to_none=True)
+    training.trainable.backward(packs, sum(p.supervised for p in packs))
+    training.optimizer.step()
 
 
 def by_kind(seconds: dict[str, float]) -> dict[str, Any]:

@@ -39,19 +39,18 @@ def settings_of(job: dict[str, Any]) -> dict[str, Any]:
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vicuna import config
-    from vicuna.train.loop import Training
-    from vicuna.train.progress import Screen
+    from vicuna.train.progress import RunConsole
     from vicuna.train.setup import prepare
 
     given = settings_of(job)
-    session = prepare(config.build(config.TrainSettings, given), given, Screen())
+    training = prepare(config.build(config.TrainSettings, given), given, RunConsole())
     try:
         clock = common.Clock()
         clock.loaded()
-        _warm_up(session)
-        Training(session).run()
+        _warm_up(training)
+        training.run()
     finally:
-        session.run.close()
+        training.close()
     log = (Path(given["output_dir"]) / "log.jsonl").read_text(encoding="utf-8")
     steps = [e for e in map(json.loads, log.splitlines()) if e["event"] == "step"]
     result = clock.result([s["loss"] for s in steps], [s["supervised_tokens"] for s in steps])
@@ -59,27 +58,27 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": sum(s["seconds"] for s in steps),
         "real_tokens": sum(s["tokens"] for s in steps),
         "computed_tokens": sum(s.get("computed_tokens", 0) for s in steps),
-        "precision": session.state.settings["precision"],
-        "cut": dict(session.state.cut),
-        "fingerprints": _fingerprints(session, job),
+        "precision": training.state.settings["precision"],
+        "cut": training.state.micro_batch.to_json(),
+        "fingerprints": _fingerprints(training, job),
     }
 
 
-def _warm_up(session: Any) -> None:
+def _warm_up(training: Any) -> None:
     from vicuna.data.pack import build_packs
 
-    wanted = session.split.sampler.step(0)[:4]
-    examples = [session.split.dataset[int(i)] for i in wanted]
-    packs = build_packs(examples, session.renderer.end_id, session.state.cut["tokens"])
-    session.trainable.backward(packs[:1], packs[0].supervised)
-    session.optimizer.zero_grad(set_to_none=True)
+    wanted = training.split.sampler.step(0)[:4]
+    examples = [training.split.dataset[int(i)] for i in wanted]
+    packs = build_packs(examples, training.end_id, training.state.micro_batch.tokens)
+    training.trainable.backward(packs[:1], packs[0].supervised)
+    training.optimizer.zero_grad(set_to_none=True)
 
 
-def _fingerprints(session: Any, job: dict[str, Any]) -> list[str]:
+def _fingerprints(training: Any, job: dict[str, Any]) -> list[str]:
     prints = []
     for update in range(job["updates"]):
-        for i in session.split.sampler.step(update):
-            example = session.split.dataset[int(i)]
+        for i in training.split.sampler.step(update):
+            example = training.split.dataset[int(i)]
             supervised = int((example.labels != 0).sum())
             prints.append(common.fingerprint(example.ids.tolist(), supervised))
     return prints

@@ -298,8 +298,8 @@ def test_every_command_takes_them(
     """Answering with both engines, merging, and where a training begins."""
     import vicuna
     from vicuna.config import TrainSettings, parse
-    from vicuna.train.progress import Screen
-    from vicuna.train.resume import find
+    from vicuna.train.progress import RunConsole
+    from vicuna.train.resume import find_start
 
     base, today = made
     how = {"precision": "fp32", "template": "alpaca"}
@@ -317,10 +317,10 @@ def test_every_command_takes_them(
     assert all(torch.equal(folders[0][k], folders[1][k]) for k in folders[0])
     words = ["--model", str(base), "--init_adapter", str(old), "--output_dir", str(tmp_path / "r")]
     settings, given = parse(TrainSettings, [*words, "--dataset", "x.jsonl"])
-    settings, origin = find(settings, given, Screen())
+    settings, start = find_start(settings, given, RunConsole())
     assert (settings.lora_rank, settings.lora_alpha) == (4, 8)
-    assert origin.adapter is not None
-    assert len(origin.adapter.pairs()) == 14
+    assert start.adapter is not None
+    assert len(start.adapter.pairs()) == 14
 
 
 def test_engines_that_read_adapters_by_themselves_get_plain_ones(

@@ -10,15 +10,14 @@ import torch
 from kit import config_of
 from vicuna.memory import devices
 from vicuna.memory.allocator import CachingAllocator, rounded
-from vicuna.memory.extrapolate import full_peak
+from vicuna.memory.emulate_device import EmulatedAttention, QuantizedStandIn, kernel_of
 from vicuna.memory.footprint import PARTS, Planner
-from vicuna.memory.meta_layers import QuantizedStandIn, attention_on, kernel_of
 from vicuna.memory.model_shapes import config_of as shape
-from vicuna.memory.traced_step import Job, Step, shortened, worst_pack
-from vicuna.memory.tracker import Tracker
+from vicuna.memory.traced_step import Step, StepSpec, shortened, worst_pack
+from vicuna.memory.tracker import Tracker, full_peak
 
 MIB = devices.MIB
-JOB = Job("bf16", "none", rows=600, longest=256)
+JOB = StepSpec("bf16", "none", tokens=600, longest=256)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -48,20 +47,20 @@ def test_few_layers_tell_of_many(
 
 def test_on_a_cpu_nothing_is_won_by_the_hosts_memory() -> None:
     planner = Planner(config_of("llama", num_hidden_layers=4), devices.cpu(1 << 30))
-    job = Job("fp32", "full", rows=64, longest=64)
+    job = StepSpec("fp32", "full", tokens=64, longest=64)
     assert planner.footprint(replace(job, checkpointing="offload")) == planner.footprint(job)
 
 
 def test_layers_of_several_kinds_are_all_traced() -> None:
     config = config_of("gemma3")
     planner = Planner(config, devices.by_name("T4"))
-    planner.footprint(replace(JOB, precision="fp16", rows=64, longest=64))
+    planner.footprint(replace(JOB, precision="fp16", tokens=64, longest=64))
     assert [layers for *_, layers in planner._steps] == [6]
 
 
 def test_parts_add_up_and_weights_are_the_models() -> None:
     config = shortened(shape("llama-7b"), 6)
-    footprint = Planner(config, devices.by_name("A100 80GB")).footprint(replace(JOB, rows=256))
+    footprint = Planner(config, devices.by_name("A100 80GB")).footprint(replace(JOB, tokens=256))
     assert tuple(footprint.parts) == PARTS
     assert sum(footprint.parts.values()) == footprint.peak
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096
@@ -72,15 +71,15 @@ def test_parts_add_up_and_weights_are_the_models() -> None:
     assert footprint.parts["optimizer"] == pytest.approx(2 * lora, rel=1e-3)
 
 
-def test_more_rows_need_more_and_checkpointing_less() -> None:
+def test_more_tokens_need_more_and_checkpointing_less() -> None:
     planner = Planner(shortened(shape("llama-2-7b"), 5), devices.by_name("4090"))
     peaks = [
-        planner.footprint(replace(JOB, rows=1024, longest=512, checkpointing=c)).peak
+        planner.footprint(replace(JOB, tokens=1024, longest=512, checkpointing=c)).peak
         for c in ("none", "selective", "full", "offload")
     ]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 4
-    assert planner.footprint(replace(JOB, rows=2048, longest=512)).peak > peaks[0]
+    assert planner.footprint(replace(JOB, tokens=2048, longest=512)).peak > peaks[0]
 
 
 # -- quantised bases -----------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def test_stand_ins_have_the_sizes_of_bitsandbytes(precision: str) -> None:
 
 def test_8_bit_moments_are_a_quarter() -> None:
     planner = Planner(shortened(shape("llama-7b"), 3), devices.by_name("3090"))
-    job = replace(JOB, rows=64, longest=64)
+    job = replace(JOB, tokens=64, longest=64)
     plain = planner.footprint(job).parts
     small = planner.footprint(replace(job, optimizer="paged_adamw_8bit")).parts
     assert small["optimizer"] == pytest.approx(plain["optimizer"] * (1 + 4 / 256) / 4, rel=0.02)
@@ -152,7 +151,7 @@ def test_no_score_for_each_pair(device: str, square: bool) -> None:
     tracker = Tracker("meta")
     with tracker:
         q, k, v = (meta(1, heads, rows, 32).requires_grad_() for _ in range(3))
-        attend = attention_on(devices.by_name(device))
+        attend = EmulatedAttention(devices.by_name(device)).attend
         attend(q, k, v, is_causal=True).sum().backward()
     largest = max(n for _, n, _ in tracker.trace.events)
     assert (largest >= rows * rows) is square

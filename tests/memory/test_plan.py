@@ -11,12 +11,13 @@ import pytest
 
 from vicuna.commands import plan as command
 from vicuna.config import PlanSettings, TrainSettings, parse
+from vicuna.config.checkpointing import LEVELS
 from vicuna.errors import SettingsError, UserError
 from vicuna.memory import devices, model_shapes, plan
+from vicuna.memory.auto_settings import choose, most_tokens
 from vicuna.memory.devices import GIB
 from vicuna.memory.footprint import Footprint, Planner
-from vicuna.memory.search import CHECKPOINTING, choose, most_rows
-from vicuna.memory.traced_step import Job, shortened
+from vicuna.memory.traced_step import StepSpec, shortened
 
 SHARE = {"none": 4, "selective": 3, "full": 1, "offload": 0.5}
 BASE = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
@@ -25,11 +26,11 @@ BASE = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
 class Arithmetic(Planner):
     """Footprints by a formula instead of a trace: the choice's logic, in no time."""
 
-    def footprint(self, job: Job, pack: Any = None) -> Footprint:
+    def footprint(self, job: StepSpec, pack: Any = None) -> Footprint:
         assert pack is None
         parts = {
             "base": int(BASE[job.precision] * GIB),
-            "activations": int(SHARE[job.checkpointing] * job.rows / 1024 * GIB),
+            "activations": int(SHARE[job.checkpointing] * job.tokens / 1024 * GIB),
             "runtime": 0,
             "margin": 0,
         }
@@ -82,11 +83,11 @@ def test_the_reason_says_what_was_given_up() -> None:
     assert "32.0 GiB" in reason
 
 
-def test_the_most_rows_that_fit() -> None:
+def test_the_most_tokens_that_fit() -> None:
     planner = Arithmetic(None, devices.by_memory(20 * GIB))
-    job = Job("bf16", "none", 0, 64)
-    assert most_rows(planner, job, (4096, 2048, 1024, 512)) == 1024
-    assert most_rows(planner, job, (4096, 2048)) is None
+    job = StepSpec("bf16", "none", 0, 64)
+    assert most_tokens(planner, job, (4096, 2048, 1024, 512)) == 1024
+    assert most_tokens(planner, job, (4096, 2048)) is None
 
 
 def test_alternatives_are_ranked_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +99,7 @@ def test_alternatives_are_ranked_and_fit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not found.fits
     first, *others = found.alternatives
     assert first.settings == {"micro_batch_tokens": 512}
-    assert first.cost == plan.COSTS["rows"]
+    assert first.cost == plan.COSTS["tokens"]
     assert [a.settings.get("precision") for a in others] == [None, None, "int8", "nf4"]
     assert all(a.peak <= device.memory for a in found.alternatives)
     fits = plan.make(settings, object(), devices.by_memory(40 * GIB), given)
@@ -120,7 +121,7 @@ def test_shorter_examples_or_fewer_layers_where_nothing_else_helps(
 
 
 def test_examples_longer_than_the_base_can_see_are_refused() -> None:
-    with pytest.raises(UserError, match="made for 2048"):
+    with pytest.raises(UserError, match="context length is 2048"):
         plan.make(
             TrainSettings(cutoff_len=4096), model_shapes.config_of("llama-7b"), devices.cpu(GIB)
         )
@@ -133,11 +134,11 @@ def test_a_real_choice_on_a_real_shape() -> None:
     assert choice.fits
     assert choice.footprint.peak <= device.memory
     planner = Planner(config, device)
-    job = Job(choice.precision, choice.gradient_checkpointing, choice.micro_batch_tokens, 512)
+    job = StepSpec(choice.precision, choice.gradient_checkpointing, choice.micro_batch_tokens, 512)
     assert planner.footprint(job).peak == choice.footprint.peak
-    assert CHECKPOINTING.index(choice.gradient_checkpointing) >= 0
+    assert choice.gradient_checkpointing in LEVELS
     if choice.precision == "bf16" and choice.gradient_checkpointing != "none":
-        assert not planner.fits(replace(job, checkpointing="none", rows=4096))
+        assert not planner.fits(replace(job, checkpointing="none", tokens=4096))
 
 
 # -- devices and shapes --------------------------------------------------------------------------

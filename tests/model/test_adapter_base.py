@@ -18,7 +18,7 @@ from vicuna.generate.load import open_model
 from vicuna.model import adapter_base
 from vicuna.model.adapter import read_adapter, save
 from vicuna.train import resume
-from vicuna.train.progress import Screen
+from vicuna.train.progress import RunConsole
 
 
 def adapter(folder: Path, base: Any) -> str:
@@ -63,8 +63,10 @@ def test_a_base_of_another_machine_is_the_adapters_claim(
         lambda: open_model(config.build(AnswerSettings, {"adapter": folder})),
         lambda: open_source(Asked(folder)),
         lambda: merge.run(["--adapter", folder, "--output_dir", str(tmp_path / "m")]),
-        lambda: resume.find(
-            config.build(TrainSettings, {"init_adapter": folder, "dataset": ["x"]}), {}, Screen()
+        lambda: resume.find_start(
+            config.build(TrainSettings, {"init_adapter": folder, "dataset": ["x"]}),
+            {},
+            RunConsole(),
         ),
     )
     for way in ways:

@@ -222,7 +222,7 @@ def test_the_plan_knows() -> None:
     device = devices.by_memory(4 << 30)
     for name, rows in (("qwen3_5_text", 64), ("glm4", 4096)):
         found = plan.make(settings, config_of(name), device)
-        assert found.job.rows == rows
+        assert found.spec.tokens == rows
         assert ("one example at a time" in found.reason) == (rows == 64)
 
 

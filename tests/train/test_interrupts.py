@@ -82,17 +82,17 @@ def saved(run: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("place", "name", "call", "times", "last", "said"),
     [
-        (TrainableModel, "backward", 5, 1, 5, "stopping after update 5: everything"),
-        (TrainableModel, "backward", 5, 2, 4, "update 5 was given up half done and is lost"),
-        (loop.Training, "_update", 5, 2, 5, "nothing is lost"),
-        (TrainableModel, "mean_loss", 3, 1, 4, "stopping after update 4:"),
-        (TrainableModel, "mean_loss", 3, 2, 4, "the evaluation was given up"),
-        (checkpoints, "file_hash", 2, 1, 2, "stopping after update 2:"),
+        (TrainableModel, "backward", 5, 1, 5, "stopping after step 5; everything"),
+        (TrainableModel, "backward", 5, 2, 4, "step 5 was interrupted and is lost"),
+        (loop.Training, "_change_weights", 5, 2, 5, "nothing is lost"),
+        (TrainableModel, "mean_loss", 3, 1, 4, "stopping after step 4;"),
+        (TrainableModel, "mean_loss", 3, 2, 4, "the evaluation was interrupted"),
+        (checkpoints, "file_hash", 2, 1, 2, "stopping after step 2;"),
         (checkpoints, "file_hash", 2, 2, 2, "a checkpoint is being written"),
     ],
     ids=["once", "twice", "weights", "evaluation", "evaluation twice", "saving", "saving twice"],
 )
-def test_one_or_two_lose_no_update_that_was_done(
+def test_one_or_two_lose_no_step_that_was_done(
     words: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], place: Any, name: str, call: int, times: int, last: int,
     said: str,
@@ -104,7 +104,7 @@ def test_one_or_two_lose_no_update_that_was_done(
     monkeypatch.setenv("VICUNA_CACHE", str(tmp_path / "cache"))
     output = " ".join(capsys.readouterr().out.split())
     assert said in output
-    assert f"go on with: vicuna train --resume {run}" in output
+    assert f"resume with: vicuna train --resume {run}" in output
     done = checkpoints.read_state(run / "checkpoints" / saved(run)[-1]).step
     assert done == last
     assert train("--resume", str(run)) == 0
@@ -127,8 +127,8 @@ def test_the_third_says_what_is_lost(
     monkeypatch.setattr(files, "sync", third)
     with pytest.raises(KeyboardInterrupt):
         train(*words, "--output_dir", str(run))
-    assert "update 5 is lost, those up to 4 are kept" in interrupts.line()
-    assert f"go on with: vicuna train --resume {run}" in interrupts.line()
+    assert "step 5 is lost, those up to 4 are saved" in interrupts.line()
+    assert f"resume with: vicuna train --resume {run}" in interrupts.line()
     monkeypatch.undo()
     monkeypatch.setenv("VICUNA_CACHE", str(tmp_path / "cache"))
     assert "step-000005" not in saved(run)
@@ -157,7 +157,7 @@ def test_a_finished_run_says_so(
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     assert train("--resume", str(run)) == 0
     assert train("--output_dir", str(run), "--resume") == 0
-    assert capsys.readouterr().out.count("this run is finished: 8 updates, done") == 2
+    assert capsys.readouterr().out.count("this run is finished: 8 steps, done") == 2
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     # More of it can still be asked for, and less of it taken up again.
     assert train("--resume", str(run), "--max_steps", "9", "--allow_changes", "max_steps") == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vicuna.train.schedule import Schedule, continued_total, warmup_steps
+from vicuna.train.optimizer import Schedule, continued_total, warmup_steps
 
 
 def test_linear_rises_then_falls() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,8 @@ from vicuna.errors import UserError
 from vicuna.model.out_of_memory import is_memory
 from vicuna.model.trainable import TrainableModel
 from vicuna.train import checkpoint as checkpoints
-from vicuna.train.checkpoint import State
-from vicuna.train.oom import EVALUATION, advice
+from vicuna.train.micro_batch import MicroBatch
+from vicuna.train.oom import advice
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
@@ -73,8 +74,8 @@ def out_of_memory(run: Path) -> list[dict[str, Any]]:
     return [e for e in events(run, "warning") if "out of memory" in e["message"]]
 
 
-def kept(run: Path, step: int) -> dict[str, int]:
-    return checkpoints.read_state(run / f"checkpoints/step-{step:06d}").cut
+def kept(run: Path, step: int) -> MicroBatch:
+    return checkpoints.read_state(run / f"checkpoints/step-{step:06d}").micro_batch
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +105,9 @@ def test_a_run_without_enough_memory_ends_in_the_weights_of_the_cut_it_found(
     )
     assert told[-1]["micro_batch_tokens"] == 128
     assert told[-1]["step"] == 0
-    assert "update 1" in told[-1]["message"]
+    assert "step 1" in told[-1]["message"]
     assert "128 tokens at a time" in " ".join(capsys.readouterr().out.split())
-    assert kept(found, 2)["tokens"] == kept(found, 6)["tokens"] == 128
+    assert kept(found, 2).tokens == kept(found, 6).tokens == 128
     # What a failed attempt added to the gradients is gone.
     for a, b in zip(events(found, "step"), events(smaller, "step"), strict=True):
         for name in ("loss", "grad_norm", "tokens", "supervised_tokens", "examples"):
@@ -122,8 +123,8 @@ def test_memory_that_gets_short_later_changes_nothing_but_rounding(
     quiet = run(words, tmp_path / "quiet", "--lora_dropout", "0.1")
     assert largest_difference(weights(found), weights(quiet)) < 1e-5
     assert out_of_memory(found)[0]["step"] == 3
-    assert kept(found, 2)["tokens"] > 128
-    assert kept(found, 4)["tokens"] == 128
+    assert kept(found, 2).tokens > 128
+    assert kept(found, 4).tokens == 128
     first = [[e["loss"] for e in events(r, "step")][:3] for r in (found, quiet)]
     assert first[0] == first[1]
 
@@ -136,7 +137,7 @@ def test_resume_goes_on_with_the_smaller_size(
     failures = len(limit.failed)
     assert train("--resume", str(found / "checkpoints/step-000004")) == 0
     assert len(limit.failed) == failures
-    assert kept(found, 6)["tokens"] == 128
+    assert kept(found, 6).tokens == 128
     assert same(weights(found), weights(smaller))
 
 
@@ -148,8 +149,10 @@ def test_an_evaluation_that_does_not_fit_is_cut_by_itself(
     assert same(weights(found), weights(undisturbed))
     told = out_of_memory(found)
     assert told
-    assert all("the evaluation at update 0" in e["message"] for e in told)
-    assert kept(found, 6) == {**kept(undisturbed, 6), "evaluation": told[-1]["micro_batch_tokens"]}
+    assert all("the evaluation at step 0" in e["message"] for e in told)
+    assert kept(found, 6) == replace(
+        kept(undisturbed, 6), eval_tokens=told[-1]["micro_batch_tokens"]
+    )
     for a, b in zip(events(found, "eval"), events(undisturbed, "eval"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-6)
         assert a["supervised_tokens"] == b["supervised_tokens"]
@@ -202,16 +205,17 @@ def test_advice_names_only_what_is_not_on_already(
     given: dict[str, Any], checkpointing: str, device: str, named: list[str], silent: list[str]
 ) -> None:
     settings = build(TrainSettings, {"precision": "bf16", **given})
-    trainable = SimpleNamespace(checkpointing=checkpointing, device=torch.device(device), llama=1)
-    state = State(settings={"precision": settings.precision})
-    run = SimpleNamespace(path="runs/mine")
-    session: Any = SimpleNamespace(settings=settings, trainable=trainable, state=state, run=run)
-    text = advice(session, 500)
+    trainable: Any = SimpleNamespace(
+        checkpointing=checkpointing, device=torch.device(device), llama=1
+    )
+    run = Path("runs/mine")
+    text = advice(settings, trainable, settings.precision, run, 500)
     assert not [word for word in named if word not in text]
     assert not [word for word in silent if word in text]
     trainable.llama = None  # transformers' own forward knows one way of computing again
-    assert "selective" not in advice(session, 500)
-    assert "checkpointing" not in advice(session, 500, EVALUATION)
+    assert "selective" not in advice(settings, trainable, settings.precision, run, 500)
+    text = advice(settings, trainable, settings.precision, run, 500, "eval")
+    assert "checkpointing" not in text
 
 
 def test_a_lone_example_that_fits_once_memory_is_given_back_goes_on(
@@ -253,7 +257,7 @@ def test_weights_that_are_half_changed_are_not_saved(
         return real(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    with pytest.raises(UserError, match="weights of update 4"):
+    with pytest.raises(UserError, match="while step 4 changed the weights"):
         train(*words, "--output_dir", str(tmp_path / "run"), "--val_size", "0")
     assert [p.name for p in checkpoints.all_of(tmp_path / "run/checkpoints")] == ["step-000002"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ import architectures_kit
 from kit import save_tokenizer
 from vicuna import config, untrusted
 from vicuna.config import TrainSettings, WebSettings
+from vicuna.config.checkpointing import LEVELS
 from vicuna.data import dataset
 from vicuna.data.conversation import Turn
 from vicuna.data.records import columns, find_files, text_stream
@@ -29,7 +30,7 @@ from vicuna.generate.chat import check_length
 from vicuna.generate.decode import decode
 from vicuna.generate.processors import tokens_of
 from vicuna.generate.settings import Settings, biases_of
-from vicuna.memory import devices, plan, search
+from vicuna.memory import auto_settings, devices, plan
 from vicuna.model import (
     adapter,
     adapter_base,
@@ -44,9 +45,10 @@ from vicuna.runs.manager import Runs
 from vicuna.serve import registry
 from vicuna.serve.queue import PER_CLIENT, FairQueue, Job
 from vicuna.serve.registry import AdapterRegistry
+from vicuna.train import first_state, oom, samples, setup
 from vicuna.train import loop as training
-from vicuna.train import oom, resume, samples, setup
 from vicuna.train.checkpoint import State
+from vicuna.train.micro_batch import MicroBatch
 from vicuna.web import chat_files, error_texts, files, sessions, train_plan
 from vicuna.web.controls import build as answer_settings
 from vicuna.web.data_view import DatasetQuery
@@ -266,52 +268,53 @@ def _late(_: str, words: list[str], **__: Any) -> None:
 def of_trainings(say: Heard) -> None:
     shape: Any = SimpleNamespace(max_position_embeddings=64)
     say(plan.make, train(cutoff_len=128), shape, None)
-    trainable = SimpleNamespace(device=torch.device("cpu"), llama=1, checkpointing="none")
-    state = SimpleNamespace(
-        step=3, settings={"precision": "fp32"}, cut={oom.TRAINING: 64, oom.EVALUATION: 64},
+    trainable: Any = SimpleNamespace(device=torch.device("cpu"), llama=1, checkpointing="none")
+    state: Any = SimpleNamespace(
+        step=3, settings={"precision": "fp32"}, micro_batch=MicroBatch(64, 64),
         nonfinite=0, nonfinite_in_a_row=9, loss_scale=1.0,
     )  # fmt: skip
-    screen = SimpleNamespace(warn=say.texts.append)
-    run = SimpleNamespace(path="r", log=lambda *_, **__: None)
-    session: Any = SimpleNamespace(
-        settings=train(), trainable=trainable, state=state, screen=screen, run=run
-    )
-    for use in (oom.TRAINING, oom.EVALUATION):
-        found = oom.Shrinking(session, use)._no_room(64)
-        say.texts += [found.what, found.fix]
-    oom.Shrinking(session, oom.TRAINING)._say("computed again, 32 tokens at a time instead of 64")
+    console: Any = SimpleNamespace(warn=say.texts.append)
+    run: Any = SimpleNamespace(path="r", log=lambda *_, **__: None)
+    batchers = [
+        oom.MicroBatcher(purpose, state, 0, trainable, Any, train(), run, console)  # type: ignore[arg-type]
+        for purpose in get_args(oom.Purpose)
+    ]
+    for batcher in batchers:
+        error = batcher._does_not_fit(64)
+        say.texts += [error.what, error.fix]
+    batchers[0]._warn("computed again, 32 tokens at a time instead of 64")
     for precision in ("int8", "bf16"):
-        state.settings["precision"] = precision
-        say.texts.append(oom.advice(session, 64))
+        say.texts.append(oom.advice(train(), trainable, precision, Path("r"), 64))
     say.texts.append(samples.out_of_time(4, 1, 3, 0.1))
     noted = State(settings={"batch_size": 64})
-    say(resume._refuse_changes, train(batch_size=8), {"batch_size": 8}, noted, False)
+    say(first_state._refuse_changes, train(batch_size=8), {"batch_size": 8}, noted, False)
     say(lora_targets.find, architectures_kit.build("qwen3_moe"), ["gate_proj"])
-    loop: Any = SimpleNamespace(s=session, state=state)
+    loop: Any = SimpleNamespace(settings=train(), state=state, console=console, folder=run)
     say(training.Training._note_finite, loop, False, 1.0)
     state.step = 0
-    say.texts.append(oom.Shrinking(session, oom.TRAINING)._no_room(64).what)
+    say.texts.append(batchers[0]._does_not_fit(64).what)
 
 
 def of_plans(say: Heard) -> None:
-    job = SimpleNamespace(rows=1024, checkpointing="none", precision="bf16")
+    job = SimpleNamespace(tokens=1024, checkpointing="none", precision="bf16")
     planner: Any = SimpleNamespace(
         footprint=lambda _: SimpleNamespace(peak=3 << 30),
         device=SimpleNamespace(memory=4 << 30),
         alone="",
     )
-    for way in search.CHECKPOINTING:
-        small: Any = SimpleNamespace(**{**job.__dict__, "checkpointing": way, "rows": 64})
+    for way in LEVELS:
+        small: Any = SimpleNamespace(**{**job.__dict__, "checkpointing": way, "tokens": 64})
         for fits in (True, False):
-            say.texts.append(search._choice(planner, job, small, fits).reason)  # type: ignore[arg-type]
+            say.texts.append(auto_settings._choice(planner, job, small, fits).reason)  # type: ignore[arg-type]
     say.texts.append(devices.at_hand("cpu").name)
-    say.texts += [search._choice(planner, job, job, True).reason, *plan.COSTS.values()]  # type: ignore[arg-type]
+    say.texts += [level.cost for level in LEVELS.values()]
+    say.texts += [auto_settings._choice(planner, job, job, True).reason, *plan.COSTS.values()]  # type: ignore[arg-type]
     planner.alone = self_check.state_of(architectures_kit.build("qwen3_5_text"))
-    say.texts.append(search._choice(planner, job, job, True).reason)  # type: ignore[arg-type]
-    asked = search.Job("fp32", "none", 64, 512)
+    say.texts.append(auto_settings._choice(planner, job, job, True).reason)  # type: ignore[arg-type]
+    asked = auto_settings.StepSpec("fp32", "none", 64, 512)
     for changes in ({}, {"precision": "nf4"}, {"longest": 64}, {"target": ("q_proj", "v_proj")}):
         for way in ("none", "full"):
-            other = search.replace(asked, checkpointing=way, **changes)  # type: ignore[arg-type]
+            other = auto_settings.replace(asked, checkpointing=way, **changes)  # type: ignore[arg-type]
             say.texts.append(plan._alternative(planner, asked, other).cost)
 
 

@@ -20,7 +20,7 @@ from vicuna.data.records.read_file import read
 from vicuna.errors import UserError
 from vicuna.model.base import EMBEDDED
 from vicuna.paths import shell_word
-from vicuna.train.progress import Screen
+from vicuna.train.progress import RunConsole
 
 if TYPE_CHECKING:
     from vicuna.data.templates.renderer import Renderer
@@ -68,33 +68,33 @@ class Answers(NamedTuple):
 def run(words: Sequence[str]) -> int:
     """Ask, train, ask again, and say how to go on; returns the exit code."""
     settings, _ = config.parse(config.DemoSettings, words)
-    screen = Screen()
+    console = RunConsole()
     folder = Path(settings.output_dir)
     _make_room(folder)
     samples = Path(str(resources.files("vicuna.samples")))
     asked = _conversations(samples / _HELD_OUT)[: QUICK if settings.quick else None]
-    screen.say(_WHAT)
-    with screen.working("the base answers"):
+    console.say(_WHAT)
+    with console.working("the base answers"):
         before = answers(asked)
-    screen.say(f"exactly right before training: {before.right} of {len(asked)}\n")
-    outcome = _train(settings, samples, screen)
+    console.say(f"exactly right before training: {before.right} of {len(asked)}\n")
+    outcome = _train(settings, samples, console)
     if not outcome.finished:
-        screen.say(f"stopped; go on with:  vicuna train --resume {shell_word(folder)}")
+        console.say(f"stopped; go on with:  vicuna train --resume {shell_word(folder)}")
         return 130
-    with screen.working("the trained model answers"):
+    with console.working("the trained model answers"):
         after = answers(asked, adapter=str(folder))
-    _show(screen, asked, before, after)
+    _show(console, asked, before, after)
     ask = asked[0].turns[-2].text
     records = sum(1 for _ in read(samples / _TRAINING, []))
     words_of = _SHORT if settings.quick else _LEARNED
-    screen.say(
+    console.say(
         words_of.format(records=records, folder=shell_word(folder), ask=ask, steps=outcome.step)
     )
     first, last = outcome.first_eval, outcome.best_eval
     assert first is not None
     assert last is not None
-    screen.say(f"held-out loss: {first:.4f} before, {last:.4f} after {outcome.step} updates")
-    screen.say(
+    console.say(f"held-out loss: {first:.4f} before, {last:.4f} after {outcome.step} updates")
+    console.say(
         f"held-out answers exactly right: {before.right} of {len(asked)} before, "
         f"{after.right} of {len(asked)} after"
     )
@@ -148,9 +148,8 @@ def _right(
     return sum(answer.text == wanted for answer, wanted in zip(found, right))
 
 
-def _train(settings: config.DemoSettings, samples: Path, screen: Screen) -> Outcome:
+def _train(settings: config.DemoSettings, samples: Path, console: RunConsole) -> Outcome:
     """The run: the recipe `demo` on the package's records."""
-    from vicuna.train.loop import Training
     from vicuna.train.setup import prepare
 
     held_out = {"path": str(samples / _HELD_OUT), "max_samples": LOSS_ON}
@@ -163,11 +162,11 @@ def _train(settings: config.DemoSettings, samples: Path, screen: Screen) -> Outc
     }
     if settings.quick:
         recipe |= {"max_steps": QUICK_STEPS, "val_dataset": [{**held_out, "max_samples": QUICK}]}
-    session = prepare(config.build(config.TrainSettings, recipe), recipe, screen)
+    training = prepare(config.build(config.TrainSettings, recipe), recipe, console)
     try:
-        return Training(session).run()
+        return training.run()
     finally:
-        session.run.close()
+        training.close()
 
 
 def _conversations(path: Path) -> list[Conversation]:
@@ -193,7 +192,9 @@ def _make_room(folder: Path) -> None:
     (folder / _MARK).touch()
 
 
-def _show(screen: Screen, asked: Sequence[Conversation], before: Answers, after: Answers) -> None:
+def _show(
+    console: RunConsole, asked: Sequence[Conversation], before: Answers, after: Answers
+) -> None:
     """The first questions and their answers, side by side."""
     from rich.markup import escape
     from rich.table import Table
@@ -205,5 +206,5 @@ def _show(screen: Screen, asked: Sequence[Conversation], before: Answers, after:
     for conversation, *texts in zip(asked, before.shown, after.shown):
         question, answer = conversation.turns[-2:]
         table.add_row(*map(escape, (question.input, *texts, answer.text)))
-    screen.console.print()
-    screen.console.print(table, soft_wrap=False)
+    console.print()
+    console.print(table, soft_wrap=False)

@@ -93,13 +93,13 @@ def as_json(found: Plan, settings: PlanSettings) -> dict[str, Any]:
         "fits": found.fits,
         "peak_bytes": found.footprint.peak,
         "parts": found.footprint.parts,
-        "settings": {"model": settings.model, **plan.settings_of(found.job)},
+        "settings": {"model": settings.model, **plan.settings_of(found.spec)},
         "alternatives": [
             {"settings": a.settings, "peak_bytes": a.peak, "cost": a.cost}
             for a in found.alternatives
         ],
         "device": {"name": found.device.name, "memory_bytes": found.device.memory},
-        "tokens_per_step": settings.batch_size * found.job.longest,
+        "tokens_per_step": settings.batch_size * found.spec.longest,
         "reason": found.reason,
     }
 
@@ -120,10 +120,10 @@ def _show(found: Plan, settings: PlanSettings) -> None:
         table.add_row(part, f"{found.footprint.parts[part] / GIB:.2f} GiB", _ABOUT[part])
     table.add_row("peak", f"[bold]{found.footprint.peak / GIB:.2f} GiB[/]", "")
     console.print(table)
-    tokens = settings.batch_size * found.job.longest
+    tokens = settings.batch_size * found.spec.longest
     console.print(
-        f"A step: {settings.batch_size} examples of at most {found.job.longest:,} tokens, "
-        f"{tokens:,} at most, {found.job.rows:,} at a time"
+        f"A step: {settings.batch_size} examples of at most {found.spec.longest:,} tokens, "
+        f"{tokens:,} at most, {found.spec.tokens:,} at a time"
     )
     colour, word = ("green", "It fits") if found.fits else ("red", "It does not fit")
     console.print(f"[{colour}]{word}[/]: {escape(found.reason)}")

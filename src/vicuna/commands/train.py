@@ -1,4 +1,4 @@
-"""`vicuna train`: from the words behind the command to a finished run and what to type next."""
+"""`vicuna train`: from its arguments to a finished run, and what to type next."""
 
 from __future__ import annotations
 
@@ -8,51 +8,52 @@ from collections.abc import Sequence
 from vicuna import config, interrupts
 from vicuna.errors import EXIT_INTERRUPTED, UserError
 from vicuna.paths import shell_word
-from vicuna.train.finished import finished
-from vicuna.train.progress import Screen
+from vicuna.train.progress import RunConsole
+from vicuna.train.run_folder import ended_run
 
 
-def run(words: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Train; returns the exit code.
 
-    Raises: UserError for everything a user can mend.
+    Raises: UserError for everything that a user can mend.
     """
-    settings, given = config.parse(config.TrainSettings, words)
-    screen = Screen()
-    if end := finished(settings, given):
-        screen.say(f"this run is finished: {end.steps} updates, {end.reason}")
-        screen.say(f"adapter    {end.run / 'adapter'}")
-        screen.say(f"learn on:  vicuna train --init_adapter {shell_word(end.run)} --dataset FILE")
+    settings, named = config.parse(config.TrainSettings, argv)
+    console = RunConsole()
+    if ended := ended_run(settings, named):
+        console.say(f"this run is finished: {ended.steps} steps, {ended.reason}")
+        console.say(f"adapter    {ended.run / 'adapter'}")
+        run_word = shell_word(ended.run)
+        console.say(f"train on:  vicuna train --init_adapter {run_word} --dataset FILE")
         return 0
-    again = "the same command"
+    command = "the same command"
     if settings.resume:
-        again = f"vicuna train --resume {shell_word(settings.resume)}"
-    interrupts.keeps(f"no update was begun, and nothing is lost; start again with: {again}")
-    # torch and transformers are imported from here on, after the settings are known to be good.
-    from vicuna.train.loop import Outcome, Training
+        command = f"vicuna train --resume {shell_word(settings.resume)}"
+    interrupts.keeps(f"no step was done, and nothing is lost; start again with: {command}")
+    # torch and transformers are imported from here on, after the settings are known to be valid.
     from vicuna.train.setup import prepare
 
-    session = prepare(settings, given, screen)
+    training = prepare(settings, named, console)
+    folder = training.folder.path
     try:
-        outcome: Outcome = Training(session).run()
+        outcome = training.run()
     except BaseException as e:
-        # A disk that is full has no room for these words either.
+        # A full disk has no room for this warning either.
         with contextlib.suppress(UserError):
-            session.run.log("warning", step=session.state.step, message=f"{type(e).__name__}: {e}")
+            message = f"{type(e).__name__}: {e}"
+            training.folder.log("warning", step=training.state.step, message=message)
         raise
     finally:
-        session.run.close()
-    folder = session.run.path
+        training.close()
     if not outcome.finished:
         interrupts.answered()
-        screen.say(f"stopped after update {outcome.step}; everything up to here is saved")
-        screen.say(f"go on with:  vicuna train --resume {shell_word(folder)}")
+        console.say(f"stopped after step {outcome.step}; everything up to here is saved")
+        console.say(f"resume with:  vicuna train --resume {shell_word(folder)}")
         return EXIT_INTERRUPTED
-    screen.say(f"\ndone after {outcome.step} updates ({outcome.reason})")
+    console.say(f"\ndone after {outcome.step} steps ({outcome.reason})")
     if outcome.best_eval is not None:
         before = f"{outcome.first_eval:.4f} -> " if outcome.first_eval is not None else ""
-        screen.say(f"held-out loss {before}{outcome.best_eval:.4f}")
-    screen.say(f"adapter    {session.run.adapter}")
-    screen.say(f"loss plot  {folder / 'loss.png'}")
-    screen.say(f"talk:      vicuna chat --adapter {shell_word(folder)}")
+        console.say(f"eval loss  {before}{outcome.best_eval:.4f}")
+    console.say(f"adapter    {folder / 'adapter'}")
+    console.say(f"loss plot  {folder / 'loss.png'}")
+    console.say(f"chat:      vicuna chat --adapter {shell_word(folder)}")
     return 0

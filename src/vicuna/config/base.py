@@ -89,13 +89,6 @@ def _places(value: Any) -> Any:
 Datasets = Annotated[list[DatasetEntry], BeforeValidator(_entries)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 Places = Annotated[list[str], BeforeValidator(_places)]
-Checkpointing = Annotated[
-    Literal["none", "selective", "full", "offload"],
-    BeforeValidator(lambda v: SWITCH.get(str(v).lower(), v)),
-]
-# It was a switch once, and still is one where nothing else is said.
-SWITCH = dict.fromkeys(("true", "yes", "on", "1"), "full")
-SWITCH |= dict.fromkeys(("false", "no", "off", "0", "none"), "none")
 # What a setting that is named without a value means, where it is not a plain switch.
 BARE = {"resume": "last", "gradient_checkpointing": "full"}
 Texts = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from vicuna.config.base import BARE, SWITCH, DatasetEntry, Datasets, Settings
+from vicuna.config.base import BARE, DatasetEntry, Datasets, Settings
+from vicuna.config.checkpointing import SWITCH
 from vicuna.config.renamed import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_yaml

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from vicuna.config.base import Checkpointing, Datasets, Texts, Words, setting
+from vicuna.config.base import Datasets, Texts, Words, setting
+from vicuna.config.checkpointing import Checkpointing
 from vicuna.config.data import DataSettings
 from vicuna.config.precisions import PrecisionName
 

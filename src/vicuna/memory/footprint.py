@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from vicuna.data.pack import Pack
-from vicuna.memory import extrapolate
 from vicuna.memory.allocator import CachingAllocator
 from vicuna.memory.devices import Device
-from vicuna.memory.traced_step import Job, Step, shape_of, shortened, worst_pack
-from vicuna.memory.tracker import KINDS, Trace
+from vicuna.memory.traced_step import Step, StepSpec, shape_of, shortened, worst_pack
+from vicuna.memory.tracker import KINDS, Trace, extrapolate, full_peak
 from vicuna.model import llama, self_check
 
 # In the order they are shown.
@@ -48,12 +47,12 @@ class Footprint:
 
 
 class Planner:
-    """Footprints of jobs on one base and device; models on `meta` are kept between them."""
+    """Footprints of specs on one base and device; models on `meta` are kept between them."""
 
     def __init__(self, config: Any, device: Device) -> None:
         self.config, self.device = config, device
         self._steps: dict[tuple[Any, ...], Step] = {}
-        self._known: dict[Job, Footprint] = {}
+        self._known: dict[StepSpec, Footprint] = {}
 
     @cached_property
     def alone(self) -> str:
@@ -63,49 +62,49 @@ class Planner:
             return ""
         return self_check.state_of(shape_of(self.config))
 
-    def footprint(self, job: Job, pack: Pack | None = None) -> Footprint:
-        """What a job needs.
+    def footprint(self, spec: StepSpec, pack: Pack | None = None) -> Footprint:
+        """What a spec needs.
 
         Args:
-            pack: the pack to compute; where not given, the worst there can be.
+            pack: the pack to compute; where not named, the worst there can be.
 
         Raises: UserError where no layer has one of the names that the adapter is for.
         """
         if pack is not None:
-            return self._measure(job, pack)
-        if job not in self._known:
-            self._known[job] = self._measure(job, worst_pack(job))
-        return self._known[job]
+            return self._measure(spec, pack)
+        if spec not in self._known:
+            self._known[spec] = self._measure(spec, worst_pack(spec))
+        return self._known[spec]
 
-    def fits(self, job: Job) -> bool:
-        """Whether the device has what a job needs."""
-        return self.footprint(job).peak <= self.device.memory
+    def fits(self, spec: StepSpec) -> bool:
+        """Whether the device has what a spec needs."""
+        return self.footprint(spec).peak <= self.device.memory
 
-    def _measure(self, job: Job, pack: Pack) -> Footprint:
+    def _measure(self, spec: StepSpec, pack: Pack) -> Footprint:
         layers, kind = self.config.num_hidden_layers, self.device.kind
         alike = len(set(getattr(self.config, "layer_types", None) or [0])) == 1
         # The first and the last layer are unlike the others; where layers are computed twice, so
         # is the one after the first.
-        for few in (3,) if job.checkpointing in ("full", "offload") else (2, 3):
+        for few in (3,) if spec.checkpointing in ("full", "offload") else (2, 3):
             if not alike or layers <= few + 1:
                 break
-            short, long = self._trace(job, few, pack), self._trace(job, few + 1, pack)
-            peak = extrapolate.peak(short, long, layers - few, kind)
+            short, long = self._trace(spec, few, pack), self._trace(spec, few + 1, pack)
+            peak = extrapolate(short, long, layers - few, kind)
             if peak is not None:
                 kept = [_kept_beside_weights(t, kind) for t in (short, long)]
                 return self._parts(peak, kept[0] + (kept[1] - kept[0]) * (layers - few))
-        trace = self._trace(job, layers, pack)
-        peak = extrapolate.full_peak(trace, kind)
+        trace = self._trace(spec, layers, pack)
+        peak = full_peak(trace, kind)
         return self._parts(peak, _kept_beside_weights(trace, kind))
 
-    def _trace(self, job: Job, layers: int, pack: Pack) -> Trace:
-        key = (job.precision, job.rank, job.target, job.dropout, job.optimizer, layers)
+    def _trace(self, spec: StepSpec, layers: int, pack: Pack) -> Trace:
+        key = (spec.precision, spec.rank, spec.target, spec.dropout, spec.optimizer, layers)
         if key not in self._steps:
-            self._steps[key] = Step(shortened(self.config, layers), job, self.device)
+            self._steps[key] = Step(shortened(self.config, layers), spec, self.device)
         step = self._steps[key]
         # On a CPU what is moved to the host's memory stays in the same memory.
-        away = job.checkpointing == "offload" and self.device.kind == "cpu"
-        step.checkpoint("full" if away else job.checkpointing)
+        away = spec.checkpointing == "offload" and self.device.kind == "cpu"
+        step.checkpoint("full" if away else spec.checkpointing)
         return step.trace(pack)
 
     def _parts(self, peak: np.ndarray, kept: int) -> Footprint:

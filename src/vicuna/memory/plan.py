@@ -1,4 +1,4 @@
-"""Does a run fit a device; if not, the nearest settings that do, ranked by what they cost."""
+"""Whether a run fits a device; if not, the nearest settings that do, ranked by their cost."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vicuna.config import TrainSettings
+from vicuna.config.checkpointing import LEVELS, costlier
 from vicuna.config.precisions import QUANTIZED, SMALLEST
 from vicuna.errors import UserError
 from vicuna.memory import devices
+from vicuna.memory.auto_settings import (
+    FEW_TOKENS,
+    SearchSpace,
+    choose,
+    first_spec,
+    most_tokens,
+    search_space,
+    smallest,
+)
 from vicuna.memory.devices import Device
 from vicuna.memory.footprint import Footprint, Planner
-from vicuna.memory.search import (
-    CHECKPOINTING,
-    FEW_ROWS,
-    Room,
-    choose,
-    first_job,
-    frugal,
-    most_rows,
-    room_of,
-)
-from vicuna.memory.traced_step import Job
+from vicuna.memory.traced_step import StepSpec
 
-# A frozen base is passed through twice, forward and backward, with about equal work; computing a
-# layer twice adds a third pass, computing gate and up twice not quite half of one.
 COSTS = {
-    "rows": "nothing: the result is the same",
-    "selective": "about a fifth more computing; the result is the same",
-    "full": "about half more computing; the result is the same",
-    "offload": "about half more computing and copies to the host; the result is the same",
+    "tokens": "nothing: the result is the same",
     "precision": "changes the model a little: its frozen weights are rounded",
     "cutoff": "longer examples are left out, split or cut (overlong)",
     "target": "fewer layers learn",
@@ -48,113 +43,115 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs on a device. alternatives: empty where it fits, or nothing does."""
+    """What a run needs on a device. alternatives: empty if it fits, or if nothing does."""
 
     device: Device
-    job: Job
+    spec: StepSpec
     footprint: Footprint
     fits: bool
     reason: str
     alternatives: list[Alternative] = field(default_factory=list)
 
 
-def make(settings: TrainSettings, config: Any, device: Device, given: Collection[str] = ()) -> Plan:
+def make(settings: TrainSettings, config: Any, device: Device, named: Collection[str] = ()) -> Plan:
     """Plan a run whose longest example has `cutoff_len` tokens.
 
     Args:
-        given: settings that the user named; the others may be chosen (`choose`).
+        named: settings that the user named; the others may be chosen (`choose`).
 
-    Raises: UserError where the base cannot see so many tokens, or lacks the adapter's layers.
+    Raises: UserError if `cutoff_len` exceeds the base's context, or the adapter's layers are not
+        in the base.
     """
     context = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
     if settings.cutoff_len > context:
         raise UserError(
-            f"examples of up to {settings.cutoff_len} tokens, but the base was made for {context}",
+            f"examples have up to {settings.cutoff_len} tokens, but the base's context length is "
+            f"{context}",
             where="cutoff_len",
             fix=f"Use --cutoff_len {context}.",
         )
     planner = Planner(config, device)
-    choice = choose(settings, config, device, settings.cutoff_len, given, planner)
-    room = room_of(settings, device, settings.cutoff_len, given, bool(planner.alone))
-    job = replace(
-        first_job(settings, room, settings.cutoff_len),
+    choice = choose(settings, config, device, settings.cutoff_len, named, planner)
+    space = search_space(settings, device, settings.cutoff_len, named, bool(planner.alone))
+    spec = replace(
+        first_spec(settings, space, settings.cutoff_len),
         precision=choice.precision,
         checkpointing=choice.gradient_checkpointing,
-        rows=choice.micro_batch_tokens,
+        tokens=choice.micro_batch_tokens,
     )
-    others = [] if choice.fits else list(_alternatives(planner, settings, job, room))
-    return Plan(device, job, choice.footprint, choice.fits, choice.reason, others)
+    others = [] if choice.fits else list(_alternatives(planner, settings, spec, space))
+    return Plan(device, spec, choice.footprint, choice.fits, choice.reason, others)
 
 
 def _alternatives(
-    planner: Planner, settings: TrainSettings, job: Job, room: Room
+    planner: Planner, settings: TrainSettings, spec: StepSpec, space: SearchSpace
 ) -> Iterator[Alternative]:
-    """What fits where the asked does not: from what costs nothing to what costs most."""
-    found = 0
+    """What fits instead: from what costs nothing to what costs most."""
+    count = 0
     free = settings.model_copy(update={"micro_batch_tokens": 0})
-    wide = room_of(free, planner.device, job.longest, alone=bool(planner.alone))
-    rows = wide.rows
-    enough = min(FEW_ROWS[planner.device.kind], rows[0])
-    ways = wide.checkpointings
-    others = [w for w in ways if CHECKPOINTING.index(w) > CHECKPOINTING.index(job.checkpointing)]
-    quantised = [p for p in QUANTIZED if p not in room.precisions]
-    for precision in (room.precisions[-1], *quantised):
-        if not planner.fits(frugal(job, precision, wide)):
+    wide = search_space(free, planner.device, spec.longest, one_by_one=bool(planner.alone))
+    tokens = wide.tokens
+    enough = min(FEW_TOKENS[planner.device.kind], tokens[0])
+    levels = wide.checkpointings
+    others = [k for k in costlier(spec.checkpointing) if k in levels]
+    quantised = [p for p in QUANTIZED if p not in space.precisions]
+    for precision in (space.precisions[-1], *quantised):
+        if not planner.fits(smallest(spec, precision, wide)):
             continue
-        for checkpointing in (job.checkpointing, *others):
-            wanted = replace(job, precision=precision, checkpointing=checkpointing)
-            most = most_rows(planner, wanted, rows)
+        for checkpointing in (spec.checkpointing, *others):
+            candidate = replace(spec, precision=precision, checkpointing=checkpointing)
+            most = most_tokens(planner, candidate, tokens)
             if most is not None:
-                found += 1
-                yield _alternative(planner, job, replace(wanted, rows=most))
+                count += 1
+                yield _alternative(planner, spec, replace(candidate, tokens=most))
             if most is not None and most >= enough:
                 break
-    if found:
+    if count:
         return
-    least = replace(job, precision=SMALLEST, checkpointing=ways[-1])
+    least = replace(spec, precision=SMALLEST, checkpointing=levels[-1])
     for changed in (replace(least, target=("q_proj", "v_proj")), _shorter(planner, least)):
         if changed is None:
             continue
-        shortest = replace(changed, rows=changed.longest)
+        shortest = replace(changed, tokens=changed.longest)
         if planner.fits(shortest):
-            yield _alternative(planner, job, shortest)
+            yield _alternative(planner, spec, shortest)
 
 
-def _shorter(planner: Planner, job: Job) -> Job | None:
-    """The job with the longest examples, of halves of its own, that fit."""
-    length = job.longest // 2
+def _shorter(planner: Planner, spec: StepSpec) -> StepSpec | None:
+    """The step with its examples halved in length until they fit; None if they never do."""
+    length = spec.longest // 2
     while length >= 64:
-        shorter = replace(job, longest=length, rows=length)
+        shorter = replace(spec, longest=length, tokens=length)
         if planner.footprint(shorter).peak <= planner.device.memory:
             return shorter
         length //= 2
     return None
 
 
-def _alternative(planner: Planner, asked: Job, job: Job) -> Alternative:
-    before, after = settings_of(asked), settings_of(job)
+def _alternative(planner: Planner, asked: StepSpec, spec: StepSpec) -> Alternative:
+    before, after = settings_of(asked), settings_of(spec)
     changes = {k: v for k, v in after.items() if before[k] != v}
     costs = []
-    if job.checkpointing != asked.checkpointing and job.checkpointing != "none":
-        costs.append(COSTS[job.checkpointing])
-    if job.precision != asked.precision:
+    if spec.checkpointing != asked.checkpointing and spec.checkpointing != "none":
+        costs.append(LEVELS[spec.checkpointing].cost)
+    if spec.precision != asked.precision:
         costs.append(COSTS["precision"])
-    if job.longest != asked.longest:
+    if spec.longest != asked.longest:
         costs.append(COSTS["cutoff"])
-    if job.target != asked.target:
+    if spec.target != asked.target:
         costs.append(COSTS["target"])
-    return Alternative(changes, planner.footprint(job).peak, "; ".join(costs) or COSTS["rows"])
+    return Alternative(changes, planner.footprint(spec).peak, "; ".join(costs) or COSTS["tokens"])
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """A job as the settings of `vicuna train`."""
+def settings_of(spec: StepSpec) -> dict[str, Any]:
+    """A step as the settings of `vicuna train`."""
     return {
-        "precision": job.precision,
-        "gradient_checkpointing": job.checkpointing,
-        "micro_batch_tokens": job.rows,
-        "cutoff_len": job.longest,
-        "lora_rank": job.rank,
-        "lora_target": list(job.target),
+        "precision": spec.precision,
+        "gradient_checkpointing": spec.checkpointing,
+        "micro_batch_tokens": spec.tokens,
+        "cutoff_len": spec.longest,
+        "lora_rank": spec.rank,
+        "lora_target": list(spec.target),
     }
 
 

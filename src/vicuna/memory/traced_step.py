@@ -6,7 +6,8 @@ The step is that of `TrainableModel`: whatever it comes to do, the plan follows.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +15,39 @@ from typing import Any
 import numpy as np
 import torch
 
+from vicuna.config.checkpointing import CheckpointingLevel
 from vicuna.config.precisions import PRECISIONS
 from vicuna.data.pack import Pack, PackSegment
 from vicuna.memory.devices import Device
-from vicuna.memory.emulate_device import as_on
-from vicuna.memory.meta_layers import EightBitAdamW, quantize
+from vicuna.memory.emulate_device import (
+    EightBitAdamW,
+    EmulatedAttention,
+    attend_on_gpu,
+    quantize,
+)
 from vicuna.memory.tracker import Trace, Tracker, without_collection
 from vicuna.model import dropout, self_check
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.config_files import library_error
 from vicuna.model.load import dtype_of
 from vicuna.model.trainable import TrainableModel
+from vicuna.model.tuning import Tuning
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What decides the memory of a step, beside the base's shape and the device.
+class StepSpec:
+    """What decides the memory of a step, besides the base's shape and the device.
 
     precision: one of `config.precisions`. checkpointing: none, selective, full or offload.
-    rows: tokens computed at a time. longest: tokens of the longest example. rank, target, dropout:
+    tokens: computed at a time. longest: tokens of the longest example. rank, target, dropout:
     the adapter's. optimizer: adamw or paged_adamw_8bit.
     """
 
     precision: str
-    checkpointing: str
-    rows: int
+    checkpointing: CheckpointingLevel
+    tokens: int
     longest: int
     rank: int = 8
     target: tuple[str, ...] = ("all",)
@@ -52,13 +59,13 @@ class Job:
         return dtype_of(self.precision, device.fastest)
 
 
-def worst_pack(job: Job) -> Pack:
+def worst_pack(spec: StepSpec) -> Pack:
     """As many examples of the longest length as fit into the rows, every token a target: no pack
     of the run needs more."""
-    length = min(job.longest, job.rows)
-    stops = [*range(length, job.rows, length), job.rows]
+    length = min(spec.longest, spec.tokens)
+    stops = [*range(length, spec.tokens, length), spec.tokens]
     segments = [PackSegment(a, b) for a, b in zip([0, *stops], stops)]
-    return pack_of(segments, np.arange(job.rows))
+    return pack_of(segments, np.arange(spec.tokens))
 
 
 def pack_of(segments: Sequence[PackSegment], targets: np.ndarray) -> Pack:
@@ -99,31 +106,38 @@ def shape_of(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def build(config: Any, job: Job, device: Device) -> TrainableModel:
+def build(config: Any, spec: StepSpec, device: Device) -> TrainableModel:
     """The model with its adapter on `meta`, ready for a step.
 
-    Raises: UserError where no layer has one of the names that the adapter is for.
+    Raises: UserError if no layer has one of the names that the adapter is for.
     """
     from transformers import AutoModelForCausalLM
 
     with META:
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=job.dtype(device))
+            model = AutoModelForCausalLM.from_config(config, dtype=spec.dtype(device))
         except Exception as e:  # the library raises many kinds for a config it makes nothing of
             name = Path(getattr(config, "_name_or_path", "") or "model")
             raise library_error(e, "transformers cannot make this model", name) from e
         model.requires_grad_(False)
         model.config.use_cache = False
-        if PRECISIONS[job.precision].is_quantized:
-            quantize(model, job.precision, device.kind)
-        lora = LoraSettings(job.rank, dropout=job.dropout, target=job.target)
+        if PRECISIONS[spec.precision].is_quantized:
+            quantize(model, spec.precision, device.kind)
+        lora = LoraSettings(spec.rank, dropout=spec.dropout, target=spec.target)
         peft = attach(model, lora, seed=0)
-    kept: Any = job.checkpointing
-    trainable = TrainableModel(peft, META, checkpointing=kept, longest=job.longest)
+    trainable = TrainableModel(
+        peft,
+        META,
+        checkpointing=spec.checkpointing,
+        longest=spec.longest,
+        tuning=Tuning.of(device.kind),
+    )
+    if trainable.llama is not None and device.kind != "cpu":
+        trainable.llama.attend = functools.partial(attend_on_gpu, device)
     if trainable.llama is None and self_check.state_of(trainable.causal):
         trainable.way = "alone"
-    if job.dropout:
-        dropout.install(peft, job.dropout, trainable.dropout)
+    if spec.dropout:
+        dropout.install(peft, spec.dropout, trainable.dropout)
     trainable.packed_attention()
     peft.train()
     return trainable
@@ -136,33 +150,35 @@ class Step:
     first, and of a pack that finds gradients to add to.
     """
 
-    def __init__(self, config: Any, job: Job, device: Device) -> None:
+    def __init__(self, config: Any, spec: StepSpec, device: Device) -> None:
         self.device = device
         self.tracker = Tracker("meta", config.vocab_size)
-        with without_collection(), as_on(device), self.tracker:
-            self.trainable = build(config, job, device)
+        with without_collection(), EmulatedAttention(device), self.tracker:
+            self.trainable = build(config, spec, device)
             self.parameters = list(self.trainable.parameters.values())
-            self.optimizer = _optimizer(job, self.parameters, device)
+            self.optimizer = _optimizer(spec, self.parameters, device)
             for p in self.parameters:
                 p.grad = torch.zeros_like(p)
             self.optimizer.step()
 
-    def checkpoint(self, checkpointing: str) -> None:
+    def checkpoint(self, checkpointing: CheckpointingLevel) -> None:
         """Change what is kept for backward."""
         if self.trainable.llama is not None:
-            self.trainable.llama.checkpointing = checkpointing  # type: ignore[assignment]
+            self.trainable.llama.checkpointing = checkpointing
 
     def trace(self, pack: Pack) -> Trace:
         """What happens to memory in a step of this pack."""
-        with without_collection(), as_on(self.device), self.tracker:
+        with without_collection(), EmulatedAttention(self.device), self.tracker:
             begin(self.tracker, self.parameters, self.optimizer)
             run(self.trainable, pack, self.optimizer, self.tracker.trace)
             self.trainable.logits = None  # the next pack may be smaller
         return self.tracker.trace
 
 
-def _optimizer(job: Job, parameters: list[torch.Tensor], device: Device) -> torch.optim.Optimizer:
-    if job.optimizer == "paged_adamw_8bit":
+def _optimizer(
+    spec: StepSpec, parameters: list[torch.Tensor], device: Device
+) -> torch.optim.Optimizer:
+    if spec.optimizer == "paged_adamw_8bit":
         return EightBitAdamW(parameters)
     # On CUDA AdamW updates all parameters at once.
     return torch.optim.AdamW(parameters, foreach=device.kind == "cuda")
@@ -180,31 +196,18 @@ def begin(
 def run(
     trainable: TrainableModel, pack: Pack, optimizer: torch.optim.Optimizer, trace: Trace
 ) -> None:
-    """One pack and the optimiser's update.
+    """One pack and the optimiser's update of the weights.
 
-    Marks: `begin`; `hidden` where the decoder's forward ends, `loss` where the loss's does,
-    `update` where backward ends; `end`.
+    Marks: `begin`; `hidden` when the decoder's forward ends, `loss` when the loss's does,
+    `update` when backward ends; `end`.
     """
     trace.mark("begin")
-    hidden, loss_sum = trainable.hidden, trainable.loss_sum
-    trainable.hidden = _marking(hidden, trace, "hidden")  # type: ignore
-    trainable.loss_sum = _marking(loss_sum, trace, "loss")  # type: ignore
+    trainable.on_phase = trace.mark
     try:
         trainable.backward([pack], max(pack.supervised, 1))
     finally:
-        trainable.hidden, trainable.loss_sum = hidden, loss_sum  # type: ignore[method-assign]
+        trainable.on_phase = None
     trace.mark("update")
     torch.nn.utils.clip_grad_norm_(list(trainable.parameters.values()), 1.0)
     optimizer.step()
     trace.mark("end")
-
-
-def _marking(
-    part: Callable[[Pack], torch.Tensor], trace: Trace, name: str
-) -> Callable[[Pack], torch.Tensor]:
-    def marked(pack: Pack) -> torch.Tensor:
-        result = part(pack)
-        trace.mark(name)
-        return result
-
-    return marked

@@ -2,32 +2,37 @@
 
 Runs over tensors without data (`meta`) as well as over real ones. A storage is counted when an
 operation returns the first tensor on it and subtracted when Python frees it. What an operation
-allocates and frees inside itself is invisible here; `HIDDEN` lists the cases that matter.
+allocates and frees inside itself is invisible here.
+
+The peak of a deep model's step follows from the traces of two shallow ones: all layers are alike,
+so what is held at a given moment (so many events after the pass began, or before it ended) is a
+linear function of the number of layers, and the peak is the largest of these. Nothing is
+approximated: if the two traces do not agree event by event around those moments, `extrapolate`
+says so, and the caller traces the whole depth.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What a storage is for. `loss` is known by its shape: rows of scores over the vocabulary.
+from vicuna.memory.allocator import rounded
+
+# What a storage is for. `loss` is known by its shape: rows of logits over the vocabulary.
 KINDS = ("activations", "loss", "gradients", "optimizer", "base", "adapters")
 
 _ATEN = torch.ops.aten
-# Operations that hold a temporary of their input's size while they run (as PyTorch computes them
-# on CPU and GPU), so that the sum of their outputs is not all they need.
-HIDDEN = {_ATEN.logsumexp.default}
-
-
 # Operations in place that may change what memory a tensor has.
 _RESIZING = {_ATEN.resize_.default, _ATEN.set_.source_Storage, _ATEN.set_.source_Tensor}
 
@@ -56,7 +61,7 @@ class Tracker(TorchDispatchMode):
 
     Args:
         device: `meta`, `cpu`, `cuda`: storages elsewhere are left out.
-        vocabulary: size of the vocabulary; 0 where scores need not be told apart.
+        vocabulary: size of the vocabulary; 0 if logits need not be told apart.
     """
 
     def __init__(self, device: str, vocabulary: int = 0) -> None:
@@ -81,13 +86,6 @@ class Tracker(TorchDispatchMode):
         for key, (number, nbytes, _) in self._numbers.items():
             self._numbers[key] = (number, nbytes, named.get(key, base))
         self.trace = Trace(list(self._numbers.values()))
-
-    def hold(self, nbytes: int, kind: str = "activations") -> Callable[[], None]:
-        """Write down memory that no tensor stands for; call what is returned when it is freed."""
-        event = (self._next, nbytes, KINDS.index(kind))
-        self._next += 1
-        self.trace.events.append(event)
-        return lambda: self.trace.events.append((event[0], -nbytes, event[2]))
 
     def _add(self, tensor: Tensor, kind: int | None = None) -> None:
         if tensor.device.type != self.device or tensor.layout is not torch.strided:
@@ -119,13 +117,7 @@ class Tracker(TorchDispatchMode):
         if result is None and self.device == "meta":
             result = _written(func, args, kwargs)
         if result is None:
-            freed = None
-            if func in HIDDEN and args[0].device.type == self.device:
-                kind = KINDS[self._kind(args[0])]
-                freed = self.hold(args[0].numel() * args[0].element_size(), kind)
             result = func(*args, **kwargs)
-            if freed is not None:
-                freed()
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf)
@@ -165,14 +157,92 @@ def _written(func: Any, args: Any, kwargs: Any) -> Any:
     return given
 
 
+_tracing = 0  # traces under way, in all threads
+_collected = True
+_counting = threading.Lock()
+
+
 @contextmanager
 def without_collection() -> Iterator[None]:
     """Without garbage collection: what only a collection would free counts as held, since when it
-    comes depends on everything else a process does. Makes traces repeatable."""
-    was = gc.isenabled()
-    gc.disable()
+    comes depends on everything else a process does. Makes traces repeatable. It comes back when the
+    last of several threads is done."""
+    global _tracing, _collected
+    with _counting:
+        if not _tracing:
+            _collected = gc.isenabled()
+            gc.disable()
+        _tracing += 1
     try:
         yield
     finally:
-        if was:
-            gc.enable()
+        with _counting:
+            _tracing -= 1
+            if not _tracing and _collected:
+                gc.enable()
+
+
+# -- peaks -----------------------------------------------------------------------------------------
+
+# The parts of a step, each a pass through all layers but `loss`: from one mark to the next.
+_PASSES = (("begin", "hidden"), ("hidden", "loss"), ("loss", "update"))
+
+
+def timeline(trace: Trace, device: str) -> np.ndarray:
+    """Bytes held after each event, by kind: int64 (events + 1, kinds), from nothing."""
+    live = np.zeros((len(trace.events) + 1, len(KINDS)), np.int64)
+    for i, (_, nbytes, kind) in enumerate(trace.events, 1):
+        size = rounded(abs(nbytes), device)
+        live[i, kind] = size if nbytes > 0 else -size
+    result: np.ndarray = live.cumsum(0)
+    return result
+
+
+def full_peak(trace: Trace, device: str) -> np.ndarray:
+    """Bytes held at the moment of a step's peak, by kind: int64 (kinds,)."""
+    live = timeline(trace, device)[trace.marks["begin"] :]
+    highest: np.ndarray = live[live.sum(1).argmax()]
+    return highest
+
+
+def extrapolate(short: Trace, long: Trace, layers: int, device: str) -> np.ndarray | None:
+    """`full_peak` of a deep model from the traces of two shallow ones.
+
+    Args:
+        short, long: traces of the same model with some layers, and with one more.
+        layers: beyond those of `short`, counted in differences of the two traces.
+
+    Returns: int64 (kinds,), or None if the traces do not agree.
+    """
+    a, b = timeline(short, device), timeline(long, device)
+    best: np.ndarray | None = None
+    for at_a, at_b in _moments(short, long):
+        if not _alike(short, long, at_a, at_b):
+            return None
+        grown = a[at_a] + (b[at_b] - a[at_a]) * layers
+        highest: np.ndarray = grown[grown.sum(1).argmax()]
+        if best is None or highest.sum() > best.sum():
+            best = highest
+    # The optimiser's temporaries are proportional to its parameters, so their peak is linear, too.
+    tops = [t[trace.marks["update"] :] for t, trace in ((a, short), (b, long))]
+    low, high = (t[t.sum(1).argmax()] for t in tops)
+    last: np.ndarray = low + (high - low) * layers
+    return last if best is None or last.sum() > best.sum() else best
+
+
+def _moments(short: Trace, long: Trace) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Aligned event indices of the two traces: a pass's first half counted from its
+    beginning, its second half from its end."""
+    for first, last in _PASSES:
+        start_a, stop_a = short.marks[first], short.marks[last]
+        start_b, stop_b = long.marks[first], long.marks[last]
+        half = (stop_a - start_a) // 2
+        yield np.arange(start_a, start_a + half), np.arange(start_b, start_b + half)
+        rest = stop_a - start_a - half
+        yield np.arange(stop_a - rest, stop_a + 1), np.arange(stop_b - rest, stop_b + 1)
+
+
+def _alike(short: Trace, long: Trace, at_a: np.ndarray, at_b: np.ndarray) -> bool:
+    """Whether the events between these moments are the same, up to the storages' numbers."""
+    a = [short.events[i][1:] for i in at_a[:-1]]
+    return a == [long.events[i][1:] for i in at_b[:-1]]

@@ -119,7 +119,7 @@ class _Probe:
                 found = llama.view_of(causal, longest=trainable.longest)
                 if isinstance(found, str):
                     return math.inf
-                trainable.llama = Decoder(found)
+                trainable.llama = Decoder(found, tuning=trainable.tuning)
                 wanted = [self_check.scores_of(causal, text) for text in self.texts]
                 return max(far, self._furthest(self._packs(share=True), wanted))
         except Exception as e:  # a model that only looks like one of the family

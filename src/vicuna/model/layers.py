@@ -26,14 +26,11 @@ from vicuna.model import elementwise
 from vicuna.model.attention_layout import AttentionShape
 from vicuna.model.linear import LinearGroup
 
-# Rows that the MLP computes at a time: its widest temporaries stay in the cache, or small.
-ROW_CHUNK = {"cpu": 512, "cuda": 2048, "mps": 1024, "meta": 2048}
 
-
-def row_chunks(x: Tensor, group: LinearGroup) -> Iterator[slice]:
+def row_chunks(x: Tensor, group: LinearGroup, chunk: int) -> Iterator[slice]:
     """Slices of the rows of x; all rows at once if weights must be dequantised for each chunk."""
     rows = x.shape[0]
-    size = ROW_CHUNK.get(x.device.type, 2048) if group.is_joined else max(rows, 1)
+    size = chunk if group.is_joined else max(rows, 1)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
 
@@ -207,11 +204,15 @@ class _Output(torch.autograd.Function):
 class Mlp:
     """x (T, D) -> x + down(silu(gate(h)) * up(h)) with h = norm(x) (SwiGLU, arXiv 2002.05202).
 
-    keep: whether the outputs of gate and up are kept for backward, or computed again there.
+    rows: computed at a time in training. keep: whether the outputs of gate and up are kept for
+    backward, or computed again there.
     """
 
-    def __init__(self, gate_up: LinearGroup, down: LinearGroup, norm: Tensor, eps: float) -> None:
+    def __init__(
+        self, gate_up: LinearGroup, down: LinearGroup, norm: Tensor, eps: float, rows: int
+    ) -> None:
         self.gate_up, self.down, self.norm, self.eps = gate_up, down, norm, eps
+        self.rows = rows
         self.keep = True
 
     def __call__(self, x: Tensor, hashes: Tensor | None) -> Tensor:
@@ -243,7 +244,7 @@ class _Mlp(torch.autograd.Function):
         kept = x.new_empty(count, width) if training and op.keep else None
         y = torch.empty_like(x)
         scratch: Tensor | None = None
-        for rows in row_chunks(x, op.gate_up):
+        for rows in row_chunks(x, op.gate_up, op.rows):
             h = k.rms_norm(x[rows], rstd[rows], op.norm)
             chunk_hashes = None if hashes is None else hashes[rows]
             if kept is None and (scratch is None or scratch.shape[0] != h.shape[0]):
@@ -267,7 +268,7 @@ class _Mlp(torch.autograd.Function):
         sums, sums_down = _zero_gradients(op.gate_up), _zero_gradients(op.down)
         needs_input = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if needs_input else None
-        for rows in row_chunks(x, op.gate_up):
+        for rows in row_chunks(x, op.gate_up, op.rows):
             g, x_rows = gradients[0][rows], x[rows]
             chunk_hashes = None if hashes is None else hashes[rows]
             h = k.rms_norm(x_rows, rstd[rows], op.norm)

@@ -15,18 +15,21 @@ attention only the rows that have a target are computed. The halves of a layer a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vicuna.config.checkpointing import CheckpointingLevel
 from vicuna.errors import UserError
 from vicuna.model import layers, linear
 from vicuna.model.attention import attend
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 from vicuna.model.linear import LinearGroup
+from vicuna.model.tuning import Tuning
 
 LENGTH_DEPENDENT_ROTARY = "its rotary angles depend on the length of the whole input"
 # model_type of config.json.
@@ -35,9 +38,7 @@ MODEL_TYPES = (
     "internlm3", "seed_oss", "cwm", "iquestcoder", "ministral",
 )  # fmt: skip
 
-# What is kept for backward. none: everything. selective: gate and up are computed again. full: only
-# each layer's input. offload: each layer's input, in host memory.
-Checkpointing = Literal["none", "selective", "full", "offload"]
+Attend = Callable[[Tensor, AttentionShape, PackLayout], Tensor]
 
 
 # -- what a model consists of ----------------------------------------------------------------------
@@ -238,13 +239,16 @@ class Layer:
     """One decoder layer: called over a pack in training; `infer_qkv` and `infer_output` around an
     engine's own attention in inference."""
 
-    def __init__(self, view: LayerView, eps: float) -> None:
+    def __init__(self, view: LayerView, eps: float, tuning: Tuning | None = None) -> None:
+        tuning = tuning or Tuning.of(view.norm1.device)
         self.shape = view.shape
         self.inputs = layers.AttentionInputs(
             LinearGroup(view.qkv), view.shape, view.norm1, eps, view.q_norm, view.k_norm
         )
         self.out = LinearGroup([view.out])
-        self.mlp = layers.Mlp(LinearGroup(view.gate_up), LinearGroup([view.down]), view.norm2, eps)
+        self.mlp = layers.Mlp(
+            LinearGroup(view.gate_up), LinearGroup([view.down]), view.norm2, eps, tuning.mlp_rows
+        )
 
     @property
     def groups(self) -> list[LinearGroup]:
@@ -259,6 +263,7 @@ class Layer:
         layout: PackLayout,
         hashes: Tensor | None,
         rows: Tensor | None,
+        attend: Attend,
     ) -> Tensor:
         """x (T, D) -> (T, D), or (N, D) if only the outputs of `rows`, int64 (N,), are needed."""
         attended = attend(self.inputs(x, cos, sin, hashes), self.shape, layout)
@@ -289,24 +294,34 @@ class Decoder:
     Args:
         view: from `view_of`. Plain weights of q, k, v and of gate, up are laid into one storage
             each; the modules' own weights become views of it.
+        tuning: None: of the model's device.
+
+    attend: how attention over a pack is computed.
     """
 
-    def __init__(self, view: DecoderView, checkpointing: Checkpointing = "none") -> None:
-        self._checkpointing: Checkpointing = checkpointing
+    def __init__(
+        self,
+        view: DecoderView,
+        checkpointing: CheckpointingLevel = "none",
+        tuning: Tuning | None = None,
+    ) -> None:
+        self.attend: Attend = attend
+        self.tuning = tuning
+        self._checkpointing: CheckpointingLevel = checkpointing
         self._build(view)
 
     def _build(self, view: DecoderView) -> None:
         self.view = view
-        self.layers = [Layer(layer, view.eps) for layer in view.layers]
+        self.layers = [Layer(layer, view.eps, self.tuning) for layer in view.layers]
         self.checkpointing = self._checkpointing
 
     @property
-    def checkpointing(self) -> Checkpointing:
+    def checkpointing(self) -> CheckpointingLevel:
         """What is kept for backward."""
         return self._checkpointing
 
     @checkpointing.setter
-    def checkpointing(self, level: Checkpointing) -> None:
+    def checkpointing(self, level: CheckpointingLevel) -> None:
         self._checkpointing = level
         for layer in self.layers:
             # What is computed twice anyway needs no third time.
@@ -359,7 +374,8 @@ class Decoder:
         cos, sin = (t[0] for t in self.view.rotary(x[None], positions[None]))
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            x = self._run(layer, x, cos, sin, layout, hashes, rows if number == last else None)
+            needed = rows if number == last else None
+            x = self._run(layer, x, cos, sin, layout, hashes, needed, self.attend)
         return layers.final_norm(x, self.view.norm, self.view.eps)
 
     def _run(self, layer: Layer, x: Tensor, *arguments: Any) -> Tensor:

@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows whose logits exist at a time.
-CHUNK = {"cpu": 256, "cuda": 512, "mps": 512, "meta": 512}
-# Rows of those whose softmax is computed at a time: in float32 they must fit a CPU's cache.
-SLICE = {"cpu": 24, "cuda": 512, "mps": 512, "meta": 512}
-
-# Where chunks of all packs share one piece of memory. A piece as large is otherwise taken from the
-# system for each pack, which clears its pages.
-ROOM = {"cpu": True, "cuda": False, "mps": False, "meta": False}
+from vicuna.model.tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         logit_scale: float,
         chunk: int,
+        softmax_rows: int,
         needs_gradient: bool,
         room: Tensor | None,
     ) -> Tensor:
@@ -57,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         count = min(chunk, hidden.shape[0])
         buffer = hidden.new_empty(count, head.shape[0]) if room is None else room[:count]
         after = _Head(bias, softcap, logit_scale)
-        size = min(SLICE.get(hidden.device.type, chunk), buffer.shape[0])
+        size = min(softmax_rows, buffer.shape[0])
         slices = buffer
         if buffer.dtype != torch.float32:
             slices = torch.empty_like(buffer[:size], dtype=torch.float32)
@@ -84,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scale = outputs[0].to(gradient.dtype)
         # Nobody else sees this gradient, and it is used once.
-        return (gradient.mul_(scale), *([None] * 9))
+        return (gradient.mul_(scale), *([None] * 10))
 
 
 def _losses(logits: Tensor, target: Tensor, weight: Tensor, head: _Head, gradient: bool) -> Tensor:
@@ -135,6 +129,7 @@ def cross_entropy_sum(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk: int = 0,
+    tuning: Tuning | None = None,
     room: Tensor | None = None,
 ) -> Tensor:
     """Sum over rows of weight * cross-entropy, without the full logits.
@@ -144,14 +139,26 @@ def cross_entropy_sum(
         head: (V, D), the frozen vocabulary projection; `bias` (V,) where it has one.
         targets: int64 (N,). weights: float32 (N,).
         softcap: Gemma 2's cap of the logits. logit_scale: Granite's and Cohere's factor.
-        chunk: rows whose logits exist at a time; 0: by the device. room: where they may lie, at
-            least (chunk, V) or (N, V), of the type of `hidden`; it is written over.
+        chunk: rows whose logits exist at a time; 0: as `tuning` says. tuning: None: of the device
+            of `hidden`. room: memory for the logits, at least (chunk, V) or (N, V), of the type of
+            `hidden`; it is overwritten.
 
     Returns: a float32 scalar; divide by the step's supervised tokens for the mean.
     """
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    chunk = chunk or CHUNK.get(hidden.device.type, 512)
+    tuning = tuning or Tuning.of(hidden.device)
+    chunk = chunk or tuning.loss_rows
     result: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, head, bias, targets, weights, softcap, logit_scale, chunk, needs_gradient, room
+        hidden,
+        head,
+        bias,
+        targets,
+        weights,
+        softcap,
+        logit_scale,
+        chunk,
+        tuning.softmax_rows,
+        needs_gradient,
+        room,
     )
     return result

@@ -5,7 +5,7 @@ The result is that of the step's examples run one by one, up to rounding, howeve
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vicuna.config.checkpointing import CheckpointingLevel
 from vicuna.data.pack import Pack, padded
 from vicuna.errors import UserError
 from vicuna.model import attention, loss
 from vicuna.model.attention_layout import PackLayout
 from vicuna.model.dropout import DropoutState
-from vicuna.model.llama import Checkpointing, Decoder, view_of
-
-# Packs are filled up to whole steps of rows where oneDNN computes the products, which it does for
-# short types on a CPU: it makes a program for each shape, and keeps it.
-STEP = {"cpu": 64, "meta": 1}
+from vicuna.model.llama import Decoder, view_of
+from vicuna.model.tuning import Tuning
 
 # How a model may be computed. packed: several examples in one pass, none seeing another; alone: one
 # example in a pass, as transformers' decoder computes a text; whole: the same, and the scores are
@@ -52,17 +50,21 @@ class TrainableModel:
     model: a PEFT model (or a bare causal LM for evaluation).
     checkpointing: what backward computes again. way: how much
     of the model is known to be right (`ways.settle` finds out). longest: tokens of the longest
-    example, 0 where that is not known. logits: memory for them that packs share, on a CPU.
+    example, 0 if that is not known. tuning: None: of the device. on_phase: told in a step when
+    `hidden` and `loss` of a pack are reached. logits: memory for them that packs share, on a CPU.
     """
 
     model: Any
     device: torch.device
     dropout: DropoutState = field(default_factory=DropoutState)
-    checkpointing: Checkpointing = "none"
+    checkpointing: CheckpointingLevel = "none"
     way: Way = "packed"
     longest: int = 0
+    tuning: Tuning | None = None
+    on_phase: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
+        self._tuning = tuning = self.tuning or Tuning.of(self.device)
         get_base = getattr(self.model, "get_base_model", None)
         self.causal = causal = get_base() if get_base else self.model
         found = view_of(causal, longest=self.longest)
@@ -73,7 +75,7 @@ class TrainableModel:
         if isinstance(found, str):
             self.use_fallback(found)
         else:
-            self.llama = Decoder(found, self.checkpointing)
+            self.llama = Decoder(found, self.checkpointing, tuning)
             self.llama.copy_out_of_mmap(causal)
         self.decoder = causal.get_decoder()
         if not hasattr(self.decoder, "config"):  # ModernBERT's "decoder" is its output matrix
@@ -89,6 +91,10 @@ class TrainableModel:
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)
         self.logit_scale = float(scale or 1.0) / float(divisor or 1.0)
+
+    def _reached(self, phase: str) -> None:
+        if self.on_phase is not None:
+            self.on_phase(phase)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -151,15 +157,18 @@ class TrainableModel:
         if self.way == "whole":
             return self._whole_loss(pack)
         if self.way == "packed" and self.head.weight.dtype != torch.float32:
-            pack = padded(pack, STEP.get(self.device.type, 1))
+            pack = padded(pack, self._tuning.pad_rows)
+        hidden = self.hidden(pack)
+        self._reached("hidden")
         return loss.cross_entropy_sum(
-            self.hidden(pack),
+            hidden,
             self.head.weight,
             torch.from_numpy(pack.target_ids).to(self.device),
             torch.from_numpy(pack.weights).to(self.device),
             bias=getattr(self.head, "bias", None),
             softcap=self.softcap,
             logit_scale=self.logit_scale,
+            tuning=self._tuning,
             room=self._room(len(pack.target_rows)),
         )
 
@@ -200,8 +209,8 @@ class TrainableModel:
 
     def _room(self, rows: int) -> Tensor | None:
         """Memory for the logits of so many rows, where packs share it; else None."""
-        rows = min(rows, loss.CHUNK.get(self.device.type, rows))
-        if loss.ROOM.get(self.device.type) and (self.logits is None or len(self.logits) < rows):
+        rows = min(rows, self._tuning.loss_rows)
+        if self._tuning.share_logits and (self.logits is None or len(self.logits) < rows):
             self.logits = None  # before the next, which may have its place
             self.logits = self.head.weight.new_empty(rows, self.head.weight.shape[0])
         return self.logits
@@ -216,6 +225,7 @@ class TrainableModel:
         total = 0.0
         for pack in packs:
             value = self.loss_sum(pack)
+            self._reached("loss")
             (value * (loss_scale / supervised)).backward()
             total += value.item()
         return total / supervised

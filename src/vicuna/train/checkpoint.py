@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, and enough to go on bit for bit.
+"""Checkpoints: whole or absent, and enough to resume a run bit for bit.
 
 A checkpoint is a folder with the adapter (a plain PEFT adapter that can be used at once), the
 optimiser's moments as safetensors, and `state.json`. It is written aside, synced and renamed; the
@@ -7,11 +7,12 @@ hash of every file is noted, and a damaged one is never resumed from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vicuna.errors import UserError
 from vicuna.files import file_hash, whole_folder
 from vicuna.model import adapter as adapters
 from vicuna.train import optimizer as optimizers
+from vicuna.train.micro_batch import MicroBatch
 
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -29,9 +31,9 @@ _NAME = re.compile(r"step-(\d{6,})")
 class State:
     """Everything besides tensors that the next step depends on.
 
-    step: steps done. data_offset: step k takes the data of step k - data_offset. cut: how steps are
-    cut into micro-batches. settings: those that decide the result, for comparison on resume.
-    sample_seconds: spent on sample answers. evaluation_due: the one after this step was given up.
+    step: steps done. data_offset: step k takes the data of step k - data_offset. settings: those
+    that decide the result, for comparison on resume. sample_seconds: spent on sample answers.
+    evaluation_due: the evaluation after this step was interrupted.
     """
 
     step: int = 0
@@ -39,7 +41,7 @@ class State:
     warmup: int = 0
     data_offset: int = 0
     data: str = ""
-    cut: dict[str, int] = field(default_factory=dict)
+    micro_batch: MicroBatch = field(default_factory=MicroBatch)
     settings: dict[str, Any] = field(default_factory=dict)
     examples: int = 0
     tokens: int = 0
@@ -53,6 +55,21 @@ class State:
     last_loss: float | None = None
     sample_seconds: float = 0.0
     evaluation_due: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As `state.json` has it: the micro-batch under `cut`."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["cut"] = fields.pop("micro_batch").to_json()
+        return fields
+
+    @classmethod
+    def from_json(cls, noted: dict[str, Any]) -> State:
+        """What `to_json` made, of this version or an older one.
+
+        Raises: KeyError, TypeError, ValueError if it is something else.
+        """
+        fields = dict(noted)
+        return cls(micro_batch=MicroBatch.from_json(fields.pop("cut")), **fields)
 
 
 def name_of(step: int) -> str:
@@ -72,7 +89,7 @@ def save(
     Args:
         names: the parameters' names in the optimiser's order.
 
-    Raises: UserError where the disk is full; what was there before stays.
+    Raises: UserError if the disk is full; what was there before stays.
     """
     from safetensors.torch import save_file
 
@@ -84,7 +101,7 @@ def save(
         files = {
             str(p.relative_to(aside)): file_hash(p) for p in sorted(aside.rglob("*")) if p.is_file()
         }
-        text = json.dumps({**asdict(state), "files": files}, indent=1)
+        text = json.dumps({**state.to_json(), "files": files}, indent=1)
         (aside / "state.json").write_text(text)
     return target
 
@@ -92,7 +109,7 @@ def save(
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names: list[str]) -> None:
     """Put the moments of a checkpoint into a fresh optimiser.
 
-    Raises: UserError where they belong to other parameters.
+    Raises: UserError if they belong to other parameters.
     """
     from safetensors.torch import load_file
 
@@ -106,19 +123,19 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names:
         )
 
 
-# -- finding --------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------
 
 
 def all_of(folder: Path) -> list[Path]:
     """Checkpoints under a run's `checkpoints`, by step."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    steps = [(int(m[1]), p) for p in folder.glob("step-*") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(steps)]
 
 
 def read_state(checkpoint: Path) -> State:
-    """The state of a checkpoint whose files are what was written.
+    """The state of a checkpoint, after its files were checked against their hashes.
 
-    Raises: UserError where it is damaged.
+    Raises: UserError if it is damaged.
     """
     try:
         noted = json.loads((checkpoint / "state.json").read_text())
@@ -126,7 +143,7 @@ def read_state(checkpoint: Path) -> State:
         for name, sha256 in files.items():
             if file_hash(checkpoint / name) != sha256:
                 raise ValueError(f"{name} is not what was written")
-        return State(**noted)
+        return State.from_json(noted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
             f"the checkpoint is damaged: {e}",
@@ -136,9 +153,9 @@ def read_state(checkpoint: Path) -> State:
 
 
 def last_whole(run: Path) -> tuple[Path, State, list[str]]:
-    """The newest undamaged checkpoint of a run, and words about damaged ones that were passed over.
+    """The newest undamaged checkpoint of a run, and a warning for each damaged one it skipped.
 
-    Raises: UserError where there is none.
+    Raises: UserError if there is none.
     """
     warnings: list[str] = []
     for checkpoint in reversed(all_of(run / "checkpoints")):

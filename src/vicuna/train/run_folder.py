@@ -1,4 +1,4 @@
-"""A run's folder: its lock, its log, its config. Names in here are relied on by other tools.
+"""A run's folder: its lock, its log, its config. Other tools rely on the names in here.
 
 config.yaml   every setting resolved; also what was chosen, the versions, the hardware
 data.json     the data report
@@ -17,15 +17,18 @@ import platform
 import re
 import shutil
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from vicuna.config import RUN_KEYS
+from vicuna.config import RUN_KEYS, TrainSettings
 from vicuna.errors import UserError
 from vicuna.files import sweep, whole_file
 from vicuna.lines import Lines
 from vicuna.messages import with_messages
+from vicuna.model.adapter_location import WEIGHTS
 from vicuna.system_errors import cannot_write, writing
 
 _PACKAGES = ("chinese-vicuna", "torch", "transformers", "peft", "tokenizers", "bitsandbytes")
@@ -95,7 +98,7 @@ class RunFolder:
     # The log.
 
     def open_log(self, keep_steps: int | None = None) -> None:
-        """Begin a new log, or go on with the old one as it was after step `keep_steps`."""
+        """Begin a new log, or continue the old one as it was after step `keep_steps`."""
         path = self.path / "log.jsonl"
         kept: list[str] = []
         if keep_steps is not None and path.is_file():
@@ -193,6 +196,43 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if isinstance(step, (int, float)) and not isinstance(step, bool):
                 events.append(event)
     return events
+
+
+@dataclass(frozen=True)
+class EndedRun:
+    """A run that came to its end. steps: optimiser steps done."""
+
+    run: Path
+    steps: int
+    reason: str
+
+
+def ended_run(settings: TrainSettings, named: Collection[str]) -> EndedRun | None:
+    """The run to be resumed, if it has ended and nothing else is asked for; nothing is loaded.
+
+    Args:
+        named: the settings that the user named. With any but the run itself it may continue: with
+            more epochs, from an earlier checkpoint.
+    """
+    if not settings.resume or set(named) - {"resume", "output_dir"}:
+        return None
+    last = settings.resume == "last"
+    if not last and settings.output_dir and Path(settings.output_dir) != Path(settings.resume):
+        return None
+    run = Path(settings.output_dir if last else settings.resume)
+    if not (run / "config.yaml").is_file() or not (run / "log.jsonl").is_file():
+        return None
+    if not any((run / "adapter" / name).is_file() for name in WEIGHTS):
+        return None
+    events: list[dict[str, Any]] = read_log(run / "log.jsonl")
+    end = events[-1] if events else {}
+    if end.get("event") != "end" or end.get("reason") == "interrupted":
+        return None
+    steps = int(end.get("step", 0))
+    saved = [int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    if saved and max(saved) != steps:
+        return None
+    return EndedRun(run, steps, str(end.get("reason", "")))
 
 
 def environment() -> dict[str, Any]:

@@ -1,33 +1,38 @@
-"""Answers to the sample prompts during training: what the model says, not only what it loses."""
+"""Answers to the sample prompts during training: what the model says, not only its loss."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from vicuna.config import TrainSettings
 from vicuna.data.conversation import Turn
+from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.together import answer_together, groups
-from vicuna.train.setup import Session
+from vicuna.model.trainable import TrainableModel
+from vicuna.train.checkpoint import State
+from vicuna.train.progress import RunConsole
+from vicuna.train.run_folder import RunFolder
 
 # Seconds that answers may always take at one time, however short the training was so far.
 ALWAYS = 5.0
-_CUT = ("cancelled", "memory")
+_CUT_OFF = ("cancelled", "memory")
 
 
-class Budget:
+class TimeBudget:
     """The time for answers: a share of the time trained, less what answers took before.
 
     Args:
-        share: 0: no limit. trained, spent: seconds so far, of updates and of answers.
+        share: 0: no limit. trained, spent: seconds so far, of steps and of answers.
     """
 
     def __init__(self, share: float, trained: float, spent: float) -> None:
         self._began = time.perf_counter()
-        self._room = max(ALWAYS, share * trained - spent) if share else math.inf
+        self._seconds = max(ALWAYS, share * trained - spent) if share else math.inf
 
     @property
     def used(self) -> float:
@@ -35,68 +40,102 @@ class Budget:
         return time.perf_counter() - self._began
 
     @property
-    def gone(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether there is no time left."""
-        return self.used > self._room
+        return self.used > self._seconds
 
 
 def out_of_time(step: int, whole: int, asked: int, share: float) -> str:
-    """What is said when answers were cut off."""
+    """The warning when answers were cut off."""
     return (
-        f"step {step}: {whole} of {asked} sample answers are whole, then their time was used up "
+        f"step {step}: {whole} of {asked} sample answers are complete, then their time was used up "
         f"({share:.0%} of the time trained; --sample_share changes it)"
     )
 
 
 @dataclass
-class Answered:
-    """whole: whether it ended, at its end or its greatest length, before it was cut off."""
+class Sample:
+    """whole: whether the answer ended, at its end or its greatest length, before it was cut off."""
 
     prompt: str
     answer: str
     whole: bool
 
 
-def answer(
-    session: Session, prompts: Sequence[str], enough: Callable[[], bool]
-) -> Iterator[Answered]:
-    """Greedy answers with the weights as they are now; no random state is used.
+class Sampler:
+    """Answers a run's sample prompts with the weights as they are now, within a budget of time."""
 
-    Args:
-        enough: asked before each token; once true, answers are cut off, and prompts that were not
-            begun are left out.
-    """
-    trainable, renderer = session.trainable, session.renderer
-    longest = session.settings.sample_tokens
-    trainable.plain_attention()
-    try:
-        engine = open_engine(trainable.model, session.context)
-        ids = [renderer.prompt([Turn("user", prompt)]) for prompt in prompts]
-        fitting = [n for n, i in enumerate(ids) if len(i) < engine.context_length]
-        for n in sorted(set(range(len(prompts))) - set(fitting)):
-            yield Answered(
-                prompts[n],
-                f"(no answer: {len(ids[n])} tokens, the context has {engine.context_length})",
-                True,
-            )
-        # Whether the cache of transformers' own forward can be forked is the model's affair.
-        rows = engine.max_rows if trainable.llama is not None else 1
-        for group in groups([ids[n] for n in fitting], rows, longest) if fitting else ():
-            if enough():
-                return
-            places = [fitting[k] for k in group]
-            try:
-                told = [
-                    Answered(prompts[n], found.text, found.finish_reason not in _CUT)
-                    for n, found in zip(
-                        places,
-                        answer_together(
-                            engine, [ids[n] for n in places], longest, renderer, enough
-                        ),
-                    )
-                ]
-            except UserError as e:  # scores that are not finite: training goes on
-                told = [Answered(prompts[n], f"(no answer: {e.what})", True) for n in places]
-            yield from told
-    finally:
-        trainable.packed_attention()
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        settings: TrainSettings,
+        trainable: TrainableModel,
+        renderer: Renderer,
+        context_length: int,
+        run: RunFolder,
+        console: RunConsole,
+    ) -> None:
+        self.prompts, self.settings = prompts, settings
+        self.trainable, self.renderer, self.context_length = trainable, renderer, context_length
+        self.run, self.console = run, console
+        self._cut_off: set[str] = set()  # prompts whose last answer is not whole
+
+    def sample(self, state: State, stopped: Callable[[], bool]) -> None:
+        """Answer the prompts, print and log the answers.
+
+        Args:
+            stopped: asked before each token; once true, answers are cut off.
+        """
+        step, share = state.step, self.settings.sample_share
+        budget = TimeBudget(share, state.seconds, state.sample_seconds)
+        # What was cut off last time is asked first.
+        prompts = sorted(self.prompts, key=lambda p: p not in self._cut_off)
+        self.console.say(f"step {step}: answering {len(prompts)} sample prompts ...")
+        whole = []
+        try:
+            for sample in self._answer(prompts, lambda: budget.exhausted or stopped()):
+                self.run.log("sample", step=step, **asdict(sample))
+                cut = "" if sample.whole else " (cut off)"
+                self.console.say(f"step {step}: {sample.prompt!r} -> {sample.answer!r}{cut}")
+                whole += [sample.prompt] * sample.whole
+        finally:
+            state.sample_seconds += budget.used
+        self._cut_off = {p for p in prompts if p not in whole}
+        if self._cut_off and budget.exhausted:
+            message = out_of_time(step, len(whole), len(prompts), share)
+            self.run.log("warning", step=step, message=message)
+            self.console.say(message)
+
+    def _answer(self, prompts: Sequence[str], stopped: Callable[[], bool]) -> Iterator[Sample]:
+        """Greedy answers; no random state is used. Prompts not begun when stopped are left out."""
+        max_new_tokens = self.settings.sample_tokens
+        self.trainable.plain_attention()
+        try:
+            engine = open_engine(self.trainable.model, self.context_length)
+            ids = [self.renderer.prompt([Turn("user", prompt)]) for prompt in prompts]
+            fitting = [n for n, i in enumerate(ids) if len(i) < engine.context_length]
+            for n in sorted(set(range(len(prompts))) - set(fitting)):
+                yield Sample(
+                    prompts[n],
+                    f"(no answer: {len(ids[n])} tokens, the context has {engine.context_length})",
+                    True,
+                )
+            # Whether the cache of transformers' own forward can be forked depends on the model.
+            rows = engine.max_rows if self.trainable.llama is not None else 1
+            batches = groups([ids[n] for n in fitting], rows, max_new_tokens) if fitting else ()
+            for batch in batches:
+                if stopped():
+                    return
+                places = [fitting[k] for k in batch]
+                asked = [ids[n] for n in places]
+                try:
+                    answers = answer_together(engine, asked, max_new_tokens, self.renderer, stopped)
+                    samples = [
+                        Sample(prompts[n], answer.text, answer.finish_reason not in _CUT_OFF)
+                        for n, answer in zip(places, answers)
+                    ]
+                except UserError as e:  # logits that are not finite: training goes on
+                    samples = [Sample(prompts[n], f"(no answer: {e.what})", True) for n in places]
+                yield from samples
+        finally:
+            self.trainable.packed_attention()

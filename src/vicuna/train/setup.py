@@ -1,4 +1,4 @@
-"""From settings to a session ready to train: data, base, adapter, optimiser.
+"""From settings to a run that is ready to train: data, base, adapter, optimiser.
 
 Everything that can go wrong because of a setting goes wrong here, in the order of what it costs:
 settings, run folder, data, and only then the base.
@@ -7,12 +7,9 @@ settings, run folder, data, and only then the base.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from vicuna import interrupts
 from vicuna.config import TrainSettings
@@ -24,6 +21,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_json
+from vicuna.memory.auto_settings import Hardware, defaults_for, plan_hardware
 from vicuna.model import adapter as adapters
 from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora_targets
 from vicuna.model.adapter_files import CONFIG
@@ -34,212 +32,236 @@ from vicuna.model.vocabulary import check_embedding_rows, load_vocabulary
 from vicuna.paths import shell_word
 from vicuna.train import checkpoint as checkpoints
 from vicuna.train import optimizer as optimizers
-from vicuna.train import resume as origins
 from vicuna.train.checkpoint import State
-from vicuna.train.hardware import Hardware, by_hand, decide
-from vicuna.train.progress import Screen
-from vicuna.train.resume import DECISIVE, Origin
+from vicuna.train.first_state import first_state
+from vicuna.train.loop import Training
+from vicuna.train.micro_batch import for_run
+from vicuna.train.progress import RunConsole
+from vicuna.train.resume import RESULT_SETTINGS, StartingPoint, find_start
 from vicuna.train.run_folder import RunFolder
-from vicuna.train.schedule import Schedule
+
+if TYPE_CHECKING:
+    from vicuna.train.samples import Sampler
 
 # Settings that are meant for one call of the command and must not come back with config.yaml.
-_ONCE = ("resume", "allow_changes", "continue_from", "from_data_beginning")
+CALL_ONLY = ("resume", "allow_changes", "continue_from", "from_data_beginning")
+TRACKERS = ("wandb", "swanlab", "tensorboard")
 
 
-@dataclass
-class Session:
-    """All that the training loop works with."""
-
-    settings: TrainSettings
-    run: RunFolder
-    screen: Screen
-    renderer: Renderer
-    split: datasets.Split
-    trainable: TrainableModel
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    state: State
-    meta: dict[str, Any]
-    resumed: bool
-    context: int
-    sample_prompts: list[str] = field(default_factory=list)
-
-
-def prepare(settings: TrainSettings, given: dict[str, Any], screen: Screen) -> Session:
-    """Build a session.
+def prepare(settings: TrainSettings, named: dict[str, Any], console: RunConsole) -> Training:
+    """Make a run ready to train.
 
     Args:
-        given: what the user said by name; the rest of `settings` are defaults.
+        named: the settings that the user named, with their values; the others are defaults.
 
-    Raises: UserError for everything a user can mend.
+    Raises: UserError for everything that a user can mend.
     """
-    settings, origin = origins.find(settings, given, screen)
-    if found := mistakes(settings):
-        raise SettingsError(found)
+    settings, start = find_start(settings, named, console)
+    if messages := mistakes(settings):
+        raise SettingsError(messages)
     run = RunFolder(Path(settings.output_dir))
     try:
-        return _build(settings, given, origin, run, screen)
+        return _build(settings, named, start, run, console)
     except BaseException:
         run.close()
         raise
 
 
 def _build(
-    settings: TrainSettings, given: dict[str, Any], origin: Origin, run: RunFolder, screen: Screen
-) -> Session:
-    """The session; nothing of an older run is touched before all checks are passed."""
-    if run.used() and origin.kind != "resume":
+    settings: TrainSettings,
+    named: dict[str, Any],
+    start: StartingPoint,
+    run: RunFolder,
+    console: RunConsole,
+) -> Training:
+    """The run; nothing of an older run is touched before all checks have passed."""
+    if run.used() and start.kind != "resume":
         raise UserError(
             "this folder already holds a run",
             where=str(run.path),
-            fix="Add --resume to go on with it, or choose another --output_dir.",
+            fix="Add --resume to resume it, or choose another --output_dir.",
         )
-    # Data that is not there is told before a base of many gigabytes is fetched.
+    # Missing data is reported before a base of many gigabytes is fetched.
     datasets.check_sources([*settings.dataset, *settings.val_dataset], settings.encoding)
     folder = locate(settings.model)
     vocabulary = load_vocabulary(folder)
     tokenizer = Tokenizer(vocabulary)
-    template = _template(settings, given, origin, tokenizer)
+    template = _template(settings, named, start, tokenizer)
     template = template.choose(settings.thinking, settings.thinking_loss)
     renderer = Renderer(template, tokenizer)
     check_embedding_rows(renderer, read_config(folder), folder)
     for line in differences(renderer):
-        screen.say(f"template {template.name}: {line}")
-    split = _data(settings, renderer, run, screen, keep=origin.kind == "resume")
-    renderer = Renderer(_answering(settings, renderer, split, screen), tokenizer)
-    template = renderer.template
-    hardware = _hardware(settings, given, origin, folder, split, screen)
-    settings, chosen = hardware.settings, hardware.precision
-    trainable, context = _trainable(hardware, origin, folder, split, screen)
-    names = list(trainable.parameters)
-    state, schedule = origins.begin(
-        settings, given, origin, split, chosen.precision, hardware.rows, vocabulary
+        console.say(f"template {template.name}: {line}")
+    split = _data(settings, renderer, run, console, keep=start.kind == "resume")
+    renderer = Renderer(_inference_template(settings, renderer, split, console), tokenizer)
+    longest = _longest(settings, split)
+    hardware = _hardware(settings, named, start, folder, longest, console)
+    settings, precision = hardware.settings, hardware.precision
+    trainable, context = _trainable(hardware, start, folder, longest, console)
+    micro_batch = for_run(
+        settings,
+        named,
+        hardware.tokens,
+        packs=trainable.way == "packed",
+        saved=start.state.micro_batch if start.kind == "resume" and start.state else None,
     )
-    if trainable.way != "packed":
-        # Also where an older checkpoint, or a setting, has it otherwise: it would be wrong.
-        state.cut |= {"examples": 1, "share": 0}
+    state, schedule = first_state(
+        settings, start, split, precision.precision, micro_batch, vocabulary
+    )
     optimizer = optimizers.build(settings, trainable.parameters, trainable.device)
-    if origin.checkpoint is not None:
-        checkpoints.restore_optimizer(origin.checkpoint, optimizer, names)
-    meta = {
-        "format": 1,
-        "template": template.to_dict(),
-        "base": {"name": _base_name(settings.model), **adapters.identify(folder)},
-    }
+    if start.checkpoint is not None:
+        names = list(trainable.parameters)
+        checkpoints.restore_optimizer(start.checkpoint, optimizer, names)
+    resumed = start.kind == "resume" and start.state is not None
+    _write(settings, start, run, renderer, split, state, precision.precision, console)
+    training = Training(
+        settings,
+        run,
+        console,
+        trainable,
+        optimizer,
+        schedule,
+        split,
+        state,
+        renderer.end_id,
+        adapter_meta={
+            "format": 1,
+            "template": renderer.template.to_dict(),
+            "base": {"name": _base_name(settings.model), **adapters.identify(folder)},
+        },
+        sampler=_sampler(settings, trainable, renderer, context, run, console),
+        resumed=resumed,
+    )
+    run.log(
+        "start",
+        step=state.step,
+        total_steps=state.total,
+        resumed=resumed,
+        examples=split.train_examples,
+        validation_examples=len(split.validation),
+        precision=precision.precision,
+        template=renderer.template.name,
+    )
+    _announce(training, renderer, precision)
+    return training
+
+
+def _write(
+    settings: TrainSettings,
+    start: StartingPoint,
+    run: RunFolder,
+    renderer: Renderer,
+    split: datasets.Split,
+    state: State,
+    precision: str,
+    console: RunConsole,
+) -> None:
+    """Write config.yaml and data.json, and open the log."""
     run.write_json("data.json", datasets.describe(split))
-    _set_aside_later(run, state.step, screen)
+    _set_aside_later(run, state.step, console)
     interrupts.keeps(
-        "no update was done, and nothing is lost; start with: "
+        "no step was done, and nothing is lost; start with: "
         f"vicuna train --resume {shell_word(run.path)}"
     )
     run.write_config(
-        settings.model_dump(mode="json", exclude=set(_ONCE)),
+        settings.model_dump(mode="json", exclude=set(CALL_ONLY)),
         {
             "total_steps": state.total,
             "warmup_steps": state.warmup,
-            "precision": chosen.precision,
-            "template": template.name,
-            "micro_batch": state.cut,
+            "precision": precision,
+            "template": renderer.template.name,
+            "micro_batch": state.micro_batch.to_json(),
             "train_examples": split.train_examples,
             "validation_examples": len(split.validation),
-            "begins": origin.kind,
+            "begins": start.kind,
         },
     )
-    # Behind the config: a folder with a log can always be resumed, whenever it is killed.
-    run.open_log(state.step if origin.state and origin.kind == "resume" else None)
-    session = Session(
-        settings, run, screen, renderer, split, trainable, optimizer, schedule, state, meta,
-        resumed=origin.kind == "resume" and origin.state is not None, context=context,
-    )  # fmt: skip
-    session.sample_prompts = _sample_prompts(settings)
-    _announce(session, chosen)
-    return session
+    # After the config: a folder with a log can always be resumed, whenever it is killed.
+    run.open_log(state.step if start.state and start.kind == "resume" else None)
 
 
-def _set_aside_later(run: RunFolder, step: int, screen: Screen) -> None:
-    """Checkpoints beyond the one that is resumed belong to a branch that is given up: keep them,
-    but where no later resume takes them for this run's."""
+def _set_aside_later(run: RunFolder, step: int, console: RunConsole) -> None:
+    """Move checkpoints newer than the resumed one to `abandoned-*/`, so that a later resume cannot
+    pick them."""
     later = [p for p in checkpoints.all_of(run.checkpoints) if int(p.name[5:]) > step]
     if later:
         aside = run.checkpoints / time.strftime("abandoned-%Y%m%d-%H%M%S")
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
-        screen.say(f"later checkpoints were moved to {aside}")
+        console.say(f"later checkpoints were moved to {aside}")
 
 
 # -- checks that need no data --------------------------------------------------------------------
 
 
 def mistakes(settings: TrainSettings) -> list[str]:
-    """What is wrong with settings that are good one by one."""
-    found = []
+    """What is wrong with settings that are valid one by one."""
+    messages = []
     if not settings.dataset:
-        found.append("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
+        messages.append("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
     if settings.val_size and settings.val_dataset:
-        found.append("val_size and val_dataset exclude each other: give one of them")
+        messages.append("val_size and val_dataset exclude each other: give one of them")
     if settings.early_stopping_patience and not (settings.val_size or settings.val_dataset):
-        found.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
-    found += optimizers.mistakes(settings, load.pick_device())
-    known = ("wandb", "swanlab", "tensorboard", "none")
-    found += [
-        f"report_to is {w}, but must be one of {', '.join(known)}"
+        messages.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
+    messages += optimizers.mistakes(settings, load.pick_device())
+    messages += [
+        f"report_to is {w}, but must be one of {', '.join((*TRACKERS, 'none'))}"
         for w in settings.report_to
-        if w not in known
+        if w not in (*TRACKERS, "none")
     ]
-    found += [
+    messages += [
         f"report_to: {w} is not installed (pip install {w})"
         for w in settings.report_to
-        if w in known[:3] and find_spec(w) is None
+        if w in TRACKERS and find_spec(w) is None
     ]
-    allowed = (*DECISIVE, "data")
-    found += [
+    allowed = (*RESULT_SETTINGS, "data")
+    messages += [
         f"allow_changes: {w} is not among {', '.join(allowed)}"
         for w in settings.allow_changes
         if w not in allowed
     ]
-    return found
+    return messages
 
 
 def _template(
-    settings: TrainSettings, given: dict[str, Any], origin: Origin, tokenizer: Tokenizer
+    settings: TrainSettings, named: dict[str, Any], start: StartingPoint, tokenizer: Tokenizer
 ) -> Template:
-    """The adapter's own template where the run begins from one; else the one asked for."""
-    saved = origin.adapter.meta.get("template") if origin.adapter else None
-    wanted = None
-    if "template" in given or not saved:
-        wanted = find_template(settings.template, tokenizer.data)
+    """The adapter's template if the run starts from one; else the one of the settings."""
+    saved = start.adapter.meta.get("template") if start.adapter else None
     if not saved:
-        assert wanted is not None
-        return wanted
-    own = template_from_dict(saved)
-    if wanted is not None and wanted.digest != own.digest:
-        if "template" in settings.allow_changes:
-            return wanted
-        raise UserError(
-            f"the adapter was trained with template {own.name}, not {wanted.name}",
-            where="template",
-            fix="Leave out --template, or add --allow_changes template.",
-        )
-    return own
+        return find_template(settings.template, tokenizer.data)
+    of_adapter = template_from_dict(saved)
+    if "template" not in named:
+        return of_adapter
+    of_settings = find_template(settings.template, tokenizer.data)
+    if of_settings.digest == of_adapter.digest:
+        return of_adapter
+    if "template" in settings.allow_changes:
+        return of_settings
+    raise UserError(
+        f"the adapter was trained with template {of_adapter.name}, not {of_settings.name}",
+        where="template",
+        fix="Leave out --template, or add --allow_changes template.",
+    )
 
 
-def _answering(
-    settings: TrainSettings, renderer: Renderer, split: datasets.Split, screen: Screen
+def _inference_template(
+    settings: TrainSettings, renderer: Renderer, split: datasets.Split, console: RunConsole
 ) -> Template:
-    """The template as the adapter will be asked with: with thoughts, if most records have one."""
+    """The template that inference will use: with thoughts if most records have one."""
     template = renderer.template
     if template.date:
-        screen.say(f"template {template.name} tells the day: {template.date}, in answers too")
+        console.say(f"template {template.name} states the date {template.date}, in inference too")
     if settings.thinking != "auto":
         return template
     count = len(split.dataset)
-    some = range(0, count, max(1, count // 256))
-    share = share_of_thoughts((split.dataset[i] for i in some), renderer)
+    sampled = range(0, count, max(1, count // 256))
+    share = share_of_thoughts((split.dataset[i] for i in sampled), renderer)
     if share:
         for line in differences(renderer, thoughts=True):
-            screen.say(f"template {template.name}: {line}")
-        screen.say(
+            console.say(f"template {template.name}: {line}")
+        console.say(
             f"thinking: {share:.0%} of the records have a thought; the adapter answers "
             f"{'with' if share > 0.5 else 'without'} one unless --thinking says otherwise"
         )
@@ -247,40 +269,40 @@ def _answering(
 
 
 def _data(
-    settings: TrainSettings, renderer: Renderer, run: RunFolder, screen: Screen, keep: bool
+    settings: TrainSettings, renderer: Renderer, run: RunFolder, console: RunConsole, keep: bool
 ) -> datasets.Split:
-    """The data; its report is written before anything can go wrong with it, unless `keep`."""
-    with screen.working("reading data") as say:
-        found, report = datasets.load(settings.dataset, settings, renderer, say)
-        held_out = None
+    """The data; its report is written before anything can go wrong, unless `keep`."""
+    with console.working("reading data") as say:
+        dataset, report = datasets.load(settings.dataset, settings, renderer, say)
+        val_dataset = None
         if settings.val_dataset:
-            held_out, val_report = datasets.load(settings.val_dataset, settings, renderer, say)
+            val_dataset, val_report = datasets.load(settings.val_dataset, settings, renderer, say)
             report.files += val_report.files
-    screen.report(report)
+    console.print(report.rich_table())
     if not keep:
         run.write_json("data.json", report.to_json())
     split = datasets.split(
-        found, report, settings.dataset, settings.val_size, settings.batch_size, settings.seed,
-        held_out,
+        dataset, report, settings.dataset, settings.val_size, settings.batch_size, settings.seed,
+        val_dataset,
     )  # fmt: skip
     for note in split.notes:
-        screen.say(note)
+        console.say(note)
     return split
 
 
 def _hardware(
     settings: TrainSettings,
-    given: dict[str, Any],
-    origin: Origin,
+    named: dict[str, Any],
+    start: StartingPoint,
     folder: Path,
-    split: datasets.Split,
-    screen: Screen,
+    longest: int,
+    console: RunConsole,
 ) -> Hardware:
-    """A resumed run goes on as it was: its checkpoint says how steps are cut."""
+    """A resumed run goes on as it was: its checkpoint has its micro-batch."""
     device = load.pick_device()
-    if origin.kind == "resume" and origin.state is not None:
-        return by_hand(settings, device)
-    return decide(settings, given, folder, _longest(settings, split), device, screen)
+    if start.kind == "resume" and start.state is not None:
+        return defaults_for(settings, device)
+    return plan_hardware(settings, named, folder, longest, device, console.say, console.warn)
 
 
 def _longest(settings: TrainSettings, split: datasets.Split) -> int:
@@ -290,19 +312,18 @@ def _longest(settings: TrainSettings, split: datasets.Split) -> int:
 
 
 def _trainable(
-    hardware: Hardware, origin: Origin, folder: Path, split: datasets.Split, screen: Screen
+    hardware: Hardware, start: StartingPoint, folder: Path, longest: int, console: RunConsole
 ) -> tuple[TrainableModel, int]:
     settings, device, chosen = hardware.settings, hardware.device, hardware.precision
-    if origin.adapter is not None:
-        for note in adapters.check_belongs(origin.adapter, folder, settings.allow_other_base):
-            screen.warn(note)
-    with screen.working("loading the base"):
+    if start.adapter is not None:
+        for note in adapters.check_belongs(start.adapter, folder, settings.allow_other_base):
+            console.warn(note)
+    with console.working("loading the base"):
         model = load.load_base(folder, chosen, device)
         context = load.context_length(model)
-        longest = _longest(settings, split)
         if longest > context:
             raise UserError(
-                f"examples of up to {longest} tokens, but the base was made for {context}",
+                f"examples have up to {longest} tokens, but the base's context length is {context}",
                 where="cutoff_len",
                 fix=f"Use --cutoff_len {context}.",
             )
@@ -313,26 +334,26 @@ def _trainable(
             tuple(settings.lora_target),
             settings.use_rslora,
         )
-        if origin.adapter is not None:
-            peft = adapters.attach_saved(model, origin.adapter, settings.lora_dropout)
-            if origin.kind == "resume" and origin.state is not None:
-                _name_alike(peft, origin.adapter)
+        if start.adapter is not None:
+            peft = adapters.attach_saved(model, start.adapter, settings.lora_dropout)
+            if start.kind == "resume" and start.state is not None:
+                _name_alike(peft, start.adapter)
         else:
             peft = adapters.attach(model, lora, settings.seed, _base_name(settings.model, folder))
-            if lora.target == ("all",) and (words := lora_targets.words(peft.get_base_model())):
-                screen.say(f"lora_target all: {words}")
+            if lora.target == ("all",) and (layers := lora_targets.words(peft.get_base_model())):
+                console.say(f"lora_target all: {layers}")
         peft.peft_config["default"].base_model_name_or_path = _base_name(settings.model, folder)
         peft.to(device)
     inner = int(getattr(model.config, "intermediate_size", 0) or 4096)
     if reason := elementwise.choose(settings.kernels, device, chosen.dtype, inner):
-        screen.say(f"kernels: {reason}")
+        console.say(f"kernels: {reason}")
     trainable = TrainableModel(
         peft, device, checkpointing=settings.gradient_checkpointing, longest=longest
     )
     trainable.dropout.seed = settings.seed
-    with screen.working("trying the base on a few tokens"):
+    with console.working("trying the base on a few tokens"):
         for line in forward_choice.settle(trainable):
-            screen.say(line)
+            console.say(line)
     if trainable.llama is None:
         fused.install(peft)
     if settings.lora_dropout:
@@ -343,7 +364,7 @@ def _trainable(
 
 
 def _name_alike(peft: Any, saved: adapters.AdapterFiles) -> None:
-    """Name the adapted layers as the checkpoint does: in full where the run was begun with `all`,
+    """Name the adapted layers as the checkpoint does: in full if the run was started with `all`,
     so that a resumed run's adapter_config.json has the bytes of one that was never stopped."""
     noted = read_json(saved.path / CONFIG).get("target_modules")
     if isinstance(noted, list):
@@ -351,15 +372,32 @@ def _name_alike(peft: Any, saved: adapters.AdapterFiles) -> None:
 
 
 def _base_name(model: str, folder: Path | None = None) -> str:
-    """How the base is named in an adapter: so that plain PEFT finds it where that is possible."""
+    """The base's name in an adapter: one that plain PEFT finds, if there is one."""
     path = Path(model)
     if path.exists():
         return str(path.resolve())
     return str(folder) if folder is not None and "/" not in model else model
 
 
+def _sampler(
+    settings: TrainSettings,
+    trainable: TrainableModel,
+    renderer: Renderer,
+    context: int,
+    run: RunFolder,
+    console: RunConsole,
+) -> Sampler | None:
+    """What answers the sample prompts; None if there are none."""
+    prompts = _sample_prompts(settings)
+    if not prompts:
+        return None
+    from vicuna.train.samples import Sampler
+
+    return Sampler(prompts, settings, trainable, renderer, context, run, console)
+
+
 def _sample_prompts(settings: TrainSettings) -> list[str]:
-    """Questions to answer during training: given, or read from a file with one a line."""
+    """The sample prompts themselves; a .txt file has one a line."""
     prompts: list[str] = []
     for prompt in settings.sample_prompts:
         path = Path(prompt)
@@ -370,27 +408,28 @@ def _sample_prompts(settings: TrainSettings) -> list[str]:
     return prompts
 
 
-def _announce(session: Session, chosen: load.Chosen) -> None:
-    state, settings = session.state, session.settings
-    trained = sum(p.numel() for p in session.trainable.parameters.values())
-    say = session.screen.say
-    device = session.trainable.device
-    say(f"base {settings.model} in {chosen.precision} on {device}: {chosen.reason}")
+def _announce(training: Training, renderer: Renderer, precision: load.Chosen) -> None:
+    """Print what is about to be trained."""
+    state, settings, say = training.state, training.settings, training.console.say
+    parameters = sum(p.numel() for p in training.parameters.values())
     say(
-        f"template {session.renderer.template.name}, answers end with "
-        f"{session.renderer.tokenizer.token(session.renderer.end_id)}; "
-        f"{trained:,} trained parameters"
+        f"base {settings.model} in {precision.precision} on {training.trainable.device}: "
+        f"{precision.reason}"
     )
     say(
-        f"{session.split.train_examples:,} examples in updates of {settings.batch_size}: "
-        f"{state.total - state.step:,} updates, {state.warmup} of them warming up"
+        f"template {renderer.template.name}, answers end with "
+        f"{renderer.tokenizer.token(renderer.end_id)}; {parameters:,} trainable parameters"
+    )
+    say(
+        f"{training.split.train_examples:,} examples, {settings.batch_size} in a step: "
+        f"{state.total - state.step:,} steps, {state.warmup} of them warm-up"
     )
     few = state.total < 20 and not settings.max_steps and settings.batch_size > 4
-    if few and not session.resumed:
+    if few and not training.resumed:
         smaller = max(1, settings.batch_size * state.total // 60)
-        session.screen.warn(
-            f"only {state.total} updates: little will be learned; --batch_size {smaller} or more "
+        training.console.warn(
+            f"only {state.total} steps: little will be learned; --batch_size {smaller} or more "
             "--num_train_epochs make more of the same data"
         )
-    if session.resumed:
-        say(f"resumed after update {state.step}")
+    if training.resumed:
+        say(f"resumed after step {state.step}")

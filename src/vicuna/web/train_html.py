@@ -12,7 +12,7 @@ from vicuna import untrusted
 from vicuna.paths import shell_word
 from vicuna.runs import process
 from vicuna.runs.manager import RECIPE, Run
-from vicuna.train.plot import smooth
+from vicuna.train.progress import smooth
 from vicuna.web import charts
 from vicuna.web.charts import Curve
 from vicuna.web.error_texts import localize_error

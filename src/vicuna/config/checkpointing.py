@@ -1,0 +1,50 @@
+"""Gradient checkpointing: one table of its levels, from what keeps most to what keeps least.
+
+A frozen base is passed through twice, forward and backward, with about equal work; computing a
+layer twice adds a third pass, computing gate and up twice not quite half of one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BeforeValidator
+
+
+class Level(NamedTuple):
+    """in_words: what is computed twice. cost: what the level costs a run."""
+
+    in_words: str
+    cost: str
+
+
+CheckpointingLevel = Literal["none", "selective", "full", "offload"]
+# What a forward pass keeps for backward: all that it needs; all but the outputs of gate and up;
+# each layer's input; each layer's input, in the host's memory.
+LEVELS: dict[CheckpointingLevel, Level] = {
+    "none": Level("nothing computed twice", ""),
+    "selective": Level(
+        "the MLP's inside computed twice",
+        "about a fifth more computing; the result is the same",
+    ),
+    "full": Level(
+        "each layer computed twice",
+        "about half more computing; the result is the same",
+    ),
+    "offload": Level(
+        "each layer computed twice, its input kept in the host's memory",
+        "about half more computing and copies to the host; the result is the same",
+    ),
+}
+# It was a switch once, and still is one if nothing else is said.
+SWITCH = dict.fromkeys(("true", "yes", "on", "1"), "full")
+SWITCH |= dict.fromkeys(("false", "no", "off", "0", "none"), "none")
+Checkpointing = Annotated[
+    CheckpointingLevel, BeforeValidator(lambda v: SWITCH.get(str(v).lower(), v))
+]
+
+
+def costlier(level: CheckpointingLevel) -> tuple[CheckpointingLevel, ...]:
+    """The levels that keep less than this one, and cost more."""
+    levels = tuple(LEVELS)
+    return levels[levels.index(level) + 1 :]
