@@ -125,7 +125,7 @@ def phone(person: Visitor) -> None:
 def probabilities(person: Visitor) -> None:
     """An answer token by token, with what else could have come."""
     page = person.page
-    page.get_by_text("Words and ends").click()
+    page.get_by_text("Stop words and bias").click()
     box = page.locator("#chat-logprobs input[type=number]")
     box.fill("5")
     box.blur()

@@ -278,7 +278,7 @@ def test_conversations_are_saved_rated_and_loaded(visitor: Visitor, place: Path)
 def test_a_memory_limit_drops_the_oldest_and_says_so(visitor: Visitor) -> None:
     page = visitor.page
     greedy(visitor, 16)
-    page.get_by_text("Prompt and memory").click()
+    page.get_by_text("Prompt and context").click()
     box = page.locator("#chat-memory input[type=number]")
     box.fill("128")
     box.blur()
@@ -355,7 +355,7 @@ def test_probabilities_of_tokens_are_pointed_at_tapped_and_reached_by_keys(
     )
     page = phone.ready()
     greedy(phone, 8)
-    page.get_by_text("Words and ends").click()
+    page.get_by_text("Stop words and bias").click()
     box = page.locator("#chat-logprobs input[type=number]")
     box.fill("3")
     box.blur()

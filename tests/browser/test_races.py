@@ -66,7 +66,7 @@ def test_a_reload_in_the_middle_of_an_answer_finds_it_again(
     page = visitor.page
     held.append("until it was found again")
     longest(visitor, 120)
-    page.get_by_text("Prompt and memory").click()
+    page.get_by_text("Prompt and context").click()
     page.fill("#chat-system textarea", "be brief")
     visitor.ask("hello?")
     page.wait_for_selector("#chat-live .v-growing")
@@ -76,7 +76,7 @@ def test_a_reload_in_the_middle_of_an_answer_finds_it_again(
     held.clear()
     assert visitor.answered(1)
     assert "120 tokens" in page.inner_text("#chat-history .v-stats")
-    page.get_by_text("Prompt and memory").click()
+    page.get_by_text("Prompt and context").click()
     page.wait_for_function("document.querySelector('#chat-system textarea').value === 'be brief'")
     visitor.ask("and?")
     visitor.answered(2)
@@ -87,7 +87,7 @@ def test_a_page_that_was_not_told_its_conversation_yet_does_not_write_to_it(
 ) -> None:
     page, session = visitor.page, served[0].sessions.get(visitor.name())
     longest(visitor, 8)
-    page.get_by_text("Prompt and memory").click()
+    page.get_by_text("Prompt and context").click()
     page.fill("#chat-system textarea", "be brief")
     visitor.ask("hello?")
     visitor.answered(1)
@@ -98,7 +98,7 @@ def test_a_page_that_was_not_told_its_conversation_yet_does_not_write_to_it(
     page.reload()
     visitor.until(lambda: len(held) >= 4)
     opening = False
-    page.get_by_text("Prompt and memory").click()
+    page.get_by_text("Prompt and context").click()
     page.focus("#chat-system textarea")
     page.focus("#chat-box textarea")  # the prompt's field is left: its value is counted
     page.wait_for_timeout(500)
@@ -168,7 +168,7 @@ def test_an_answer_again_with_settings_that_are_wrong_loses_nothing(visitor: Vis
     longest(visitor, 8)
     visitor.ask("hello?")
     text = visitor.answered(1)
-    page.get_by_text("Words and ends").click()
+    page.get_by_text("Stop words and bias").click()
     page.fill("#chat-logit_bias textarea", "no number")
     visitor.act("again")
     page.wait_for_selector("#chat-note .v-note.error")
@@ -298,7 +298,7 @@ def test_what_was_chosen_survives_a_reload_and_stays_in_its_tab(visitor: Visitor
     beams = page.locator("#chat-num_beams input[type=number]")
     beams.fill("3")
     beams.blur()
-    page.get_by_text("Words and ends").click()
+    page.get_by_text("Stop words and bias").click()
     page.fill("#chat-stop textarea >> visible=true", "User:")
     visitor.tab("Instruct")
     page.locator("#instruct-preset label").get_by_text("creative", exact=True).click()

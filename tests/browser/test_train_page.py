@@ -118,7 +118,7 @@ def test_a_training_from_the_page_is_paused_found_again_and_talked_with(
     visitor.see("#train-head .v-chip.paused")
     visitor.page.locator("#train-resume").click()
     visitor.see("#train-head .v-chip.finished", seconds=180)
-    visitor.see("#train-head", "update 600 of 600")
+    visitor.see("#train-head", "step 600 of 600")
     visitor.see("#train-curves svg path.line")
     visitor.see("#train-samples .question", "<img src=x")
     assert visitor.page.evaluate("window.hurt") is None
@@ -157,6 +157,6 @@ def test_a_page_that_only_looks_has_no_form(
     with served(tmp_path_factory.mktemp("look"), read_only=True) as address:
         visitor = Visitor(browser, address)
         visitor.tab("Train")
-        visitor.see("#train-read-only", "only looks")
+        visitor.see("#train-read-only", "read-only")
         assert visitor.page.locator("#train-start").count() == 0
         visitor.context.close()

@@ -170,7 +170,7 @@ def test_a_run_is_shown_with_its_error_its_answers_and_what_to_type(tmp_path: Pa
     assert "gone" in head
     assert "Mend it." in head
     assert "1.2500" in head
-    assert "update 5 of 9" in head
+    assert "step 5 of 9" in head
     samples = train_html.samples(run, ZH)
     assert samples.index("（空）") < samples.index("早")
     chart = train_html.loss_chart(run, [other], EN)

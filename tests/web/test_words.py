@@ -54,3 +54,17 @@ def test_the_switch_goes_before_the_browser_s_wishes(
     tab: str, cookie: str, wishes: str, language: str
 ) -> None:
     assert i18n._choose(tab, cookie, wishes) == language
+
+
+def test_no_text_is_kept_that_nothing_shows() -> None:
+    """Every key stands in the code, or matches an f-string of it, as `state.{run.state}`."""
+    web = Path(i18n.__file__).parent
+    sources = [*web.glob("*.py"), *(web / "templates").glob("*.html")]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    literals = re.findall(r"[\"']([a-z]+\.[\w{}.\[\]-]+)[\"']", code)
+    patterns = {re.sub(r"\\{.*?\\}", r"[\\w-]+", re.escape(literal)) for literal in literals}
+    shown = re.compile("|".join(sorted(patterns)))
+    # Found by their English, and told of in tests of their own; settings are read by their names.
+    elsewhere = ("mistake.", "choice.", "cost.", "said.", "reason.", "detail.", "settings.")
+    keys = [key for key in i18n.catalog() if not key.startswith(elsewhere)]
+    assert [key for key in keys if not shown.fullmatch(key)] == []
