@@ -32,7 +32,7 @@ def given_path(text: str) -> Path:
         shown = text if len(text) <= 60 else text[:57] + "..."
         raise UserError(f"this cannot be a path ({getattr(e, 'strerror', e)})", where=shown) from e
     if "\0" in text:
-        raise UserError("this cannot be a path (it holds a NUL)", where=text.replace("\0", "?"))
+        raise UserError("this cannot be a path (it contains a NUL)", where=text.replace("\0", "?"))
     return path
 
 

@@ -38,7 +38,7 @@ _SYSTEM: dict[int, tuple[str, str]] = {
     errno.ELOOP: ("the links lead in a circle", "Check the path."),
     errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n)."),
     errno.ENFILE: ("too many files are open on this system", "Close other programs."),
-    errno.ENOMEM: ("out of memory", "Close other programs, or take a smaller model."),
+    errno.ENOMEM: ("out of memory", "Close other programs, or use a smaller model."),
     errno.EIO: ("input/output error", "The disk, or the way to it, may be damaged."),
     errno.EBUSY: ("the file is in use", "Close the program that uses it."),
     errno.EADDRINUSE: ("the port is in use", "Choose another --port."),
@@ -83,7 +83,7 @@ def explain(error: BaseException) -> UserError | None:
         )
     if isinstance(error, RecursionError):
         return UserError(
-            "something given here is nested too deeply", fix="Check the files and settings."
+            "a file or a setting is nested too deeply", fix="Check the files and settings."
         )
     if (isinstance(error, ValueError) and "null byte" in words) or "null character" in words:
         return UserError("a path cannot hold the character NUL", fix="Check the path.")

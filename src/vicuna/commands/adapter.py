@@ -26,7 +26,7 @@ def _named(settings: AdapterInspectSettings | AdapterUpgradeSettings, free: Sequ
     """The adapter of the command line: behind the command, or --adapter."""
     names = [*free, *([settings.adapter] if settings.adapter else [])]
     if len(names) != 1:
-        raise SettingsError(["adapter: give one, a folder, a run, or a hub id"])
+        raise SettingsError(["adapter is missing: give a folder, a run, or a hub id"])
     return names[0]
 
 
@@ -90,7 +90,7 @@ def _show(found: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column(style="cyan")
     table.add_column()
-    assumed = "assumed: it is not written anywhere" if found["alpha_assumed"] else ""
+    assumed = "assumed: it is not recorded anywhere" if found["alpha_assumed"] else ""
     rows = {
         "weights": f"{found['weights']}, {found['bytes'] / 2**20:.1f} MiB, "
         f"{found['parameters']:,} values in {', '.join(found['dtype'])}",
@@ -101,8 +101,8 @@ def _show(found: dict[str, Any]) -> None:
         + (f" ({assumed})" if assumed else "")
         + _of_their_own(found["own_alphas"]),
         "modules": f"{', '.join(found['modules'])} ({found['matrices']} matrices)",
-        "base": found["base"] or "not named",
-        "template": found["template"] or "not noted",
+        "base": found["base"] or "not recorded",
+        "template": found["template"] or "not recorded",
     }
     for name, text in rows.items():
         table.add_row(name, escape(text))
@@ -129,14 +129,16 @@ def _verdicts(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append((f"holds a copy of the base's {some}: compared with the base in use", "dim"))
     if found["not_finite"]:
         some = ", ".join(found["not_finite"][:_LISTED])
-        lines.append((f"{len(found['not_finite'])} tensors hold no numbers: {some}", "red"))
+        lines.append((f"{len(found['not_finite'])} tensors contain NaN or Inf: {some}", "red"))
     if found["adds_nothing"]:
         lines.append(("it adds nothing: every B is zero", "red"))
     elif found["silent"]:
         some = ", ".join(found["silent"][:_LISTED])
         lines.append((f"adds nothing to {len(found['silent'])} matrices: {some}", "yellow"))
     if not found["plain_peft"]:
-        lines.append(("usable as it is; vicuna adapter upgrade writes it anew", "dim"))
+        lines.append(
+            ("usable as it is; vicuna adapter upgrade converts it to today's format", "dim")
+        )
     return lines
 
 
@@ -153,13 +155,13 @@ def upgrade(words: Sequence[str]) -> int:
     if settings.alpha:
         if files.alpha_from and files.lora.alpha != settings.alpha:
             raise UserError(
-                f"this adapter says itself that alpha is {files.lora.alpha:g}",
+                f"the adapter's own alpha is {files.lora.alpha:g}",
                 where="alpha",
                 fix="Leave out --alpha.",
             )
         files.lora.alpha = settings.alpha
         notes = [n for n in notes if "assumed" not in n]
-        notes.append(f"alpha {settings.alpha:g} as given")
+        notes.append(f"alpha {settings.alpha:g} (from --alpha)")
     size = sum(t.numel() * t.element_size() for t in files.tensors.values())
     check_space(target, size)
     about = {"adapter": _named(settings, free), "rank": files.lora.rank, "alpha": files.lora.alpha}
@@ -185,7 +187,7 @@ def _check_written(files: AdapterFiles, folder: Path) -> None:
     )
     if not same or again.lora != files.lora or again.notes:
         raise UserError(
-            "what was written is not what was read; it was removed", where=str(folder)
+            "the result read back differs from its source; it was removed", where=str(folder)
         )  # a disk that lies: nothing here rounds
 
 

@@ -61,9 +61,13 @@ def run(words: Sequence[str]) -> int:
     """Convert, compare, report."""
     settings, given = config.parse(ConvertSettings, words)
     if not settings.model:
-        raise SettingsError(["model: which one? Give --model FOLDER, a .gguf file or a hub id"])
+        raise SettingsError(
+            ["model is missing: give a folder, a .gguf file or a hub id (--model M)"]
+        )
     if settings.to == "hf" and "num_shards" in given:
-        raise SettingsError(["num_shards is of --to meta; for hf it is max_shard_size"])
+        raise SettingsError(
+            ["num_shards has an effect with --to meta only; for hf set max_shard_size"]
+        )
     largest = parse_memory(settings.max_shard_size)
     place = Path(settings.model).expanduser()
     target = result_folder(settings.output_dir, settings.force, [place] if place.exists() else [])
@@ -107,7 +111,8 @@ def _open(settings: ConvertSettings) -> _Source:
         return _Source(folder, "hf", base, weights, read)
     full = all(t.kind in _FULL for t in read_tensors(gguf)[1])
     notes = [] if full else [
-        "the file holds few bits a weight: they are written as 16, what is lost stays lost"
+        "the file is quantized: its weights are written in 16 bits, and what quantization "
+        "lost stays lost"
     ]  # fmt: skip
     kind = "16bit" if full else "8bit"  # llama.cpp rounds activations, too, beside few bits
     return _Source(folder, "gguf", base, weights, size_of(gguf), kind, gguf, notes)
@@ -121,11 +126,12 @@ def _open_meta(folder: Path, settings: ConvertSettings) -> _Source:
         base = read_json(folder / meta.HF_CONFIG)
     elif not settings.max_position_embeddings:
         notes.append(
-            f"Meta's layout does not say the context: {base['max_position_embeddings']} tokens "
+            f"Meta's format does not record the context length: "
+            f"{base['max_position_embeddings']} tokens "
             "assumed (--max_position_embeddings)"
         )
     if weights.buffers:
-        notes.append(f"left out, as it is computed: {', '.join(weights.buffers[:2])}")
+        notes.append(f"left out, because it is computed: {', '.join(weights.buffers[:2])}")
     return _Source(folder, "meta", base, weights, sum(map(size_of, weights.files)), notes=notes)
 
 

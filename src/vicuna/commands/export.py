@@ -64,11 +64,11 @@ def _check(settings: ExportSettings, mistakes: list[str], given: set[str]) -> No
         if not settings.adapter:
             mistakes.append("adapter_only needs the adapter (--adapter RUN)")
         if settings.type not in FULL:
-            mistakes.append(f"an adapter is written as f32, f16 or bf16, not {settings.type}")
+            mistakes.append(f"an adapter can be f32, f16 or bf16, not {settings.type}")
         if settings.imatrix:
-            mistakes.append("imatrix has no effect on an adapter, which is not quantised")
+            mistakes.append("imatrix has no effect on an adapter, which is not quantized")
     elif settings.imatrix and settings.type in FULL:
-        mistakes.append(f"imatrix has no effect on {settings.type}, which is not quantised")
+        mistakes.append(f"imatrix has no effect on {settings.type}, which is not quantized")
     if not settings.imatrix:
         unused = sorted(given & {"num_samples", "cutoff_len", "seed"})
         mistakes += [f"{name} has no effect without imatrix" for name in unused]
@@ -185,6 +185,6 @@ def _say_next(settings: ExportSettings, target: Path, modelfile: Path) -> None:
     else:
         say("Ollama:    --modelfile writes a Modelfile with the template, too")
     if settings.adapter_only:
-        say(f"talk:      vicuna run BASE.gguf --adapter {shell_word(settings.adapter)}")
+        say(f"chat:      vicuna run BASE.gguf --adapter {shell_word(settings.adapter)}")
     else:
-        say(f"talk:      vicuna run {shell_word(target)}")
+        say(f"chat:      vicuna run {shell_word(target)}")

@@ -69,16 +69,16 @@ def run(argv: Sequence[str]) -> int:
 def _adapter_weights(settings: MergeSettings) -> list[float]:
     wrong = []
     if not settings.adapter:
-        wrong.append("adapter: which one? Give --adapter A, or several: --adapter A B")
+        wrong.append("adapter is missing: give one (--adapter A) or several (--adapter A B)")
     try:
         weights = [float(w) for w in settings.weights] or [1.0] * len(settings.adapter)
     except ValueError:
         weights = []
-        wrong.append(f"weights: {','.join(settings.weights)} are not all numbers")
+        wrong.append(f"weights is {','.join(settings.weights)}, but must be numbers")
     if weights and len(weights) != len(settings.adapter):
-        wrong.append(f"weights: {len(weights)} for {len(settings.adapter)} adapters")
+        wrong.append(f"weights has {len(weights)} values for {len(settings.adapter)} adapters")
     if len(settings.adapter) < 2 and settings.method != "linear":
-        wrong.append(f"method {settings.method} combines several adapters; there is one")
+        wrong.append(f"method {settings.method} combines several adapters, but there is only one")
     if wrong:
         raise SettingsError(wrong)
     return weights
@@ -106,11 +106,11 @@ def _open(settings: MergeSettings, model: str, folder: Path, weighted: WeightedA
             raise UserError(
                 "this adapter adds nothing: every B is zero",
                 where=f"adapter {files.path}",
-                fix="It was saved before its first step, or badly; take another checkpoint.",
+                fix="It was saved before its first step, or is damaged; use another checkpoint.",
             )
     if model.lower().endswith(".gguf") or model == EMBEDDED:
         notes.append(
-            "the base comes as a GGUF file: what its quantisation lost stays lost, and the "
+            "the base is a GGUF file: what its quantization lost stays lost, and the "
             "adapter is merged into the weights as they were read from it"
         )
     return _Inputs(model, folder, base_config, open_weights(folder), weighted, notes)
@@ -122,11 +122,11 @@ def _refuse_quantised(base: dict[str, Any], folder: Path) -> None:
         return
     method = str(quantised.get("quant_method", "an unknown method"))
     raise UserError(
-        f"these weights are quantised ({method}): merged, each would be rounded to its few bits a "
-        "second time, and most of what the adapter learned is smaller than that rounding",
+        f"these weights are quantized ({method}): merging would round each to its few bits a "
+        "second time, and most of what the adapter has learned is smaller than that rounding",
         where=str(folder),
-        fix="Merge into the base in 16 bits, then quantise the result (vicuna quantize, vicuna "
-        "export gguf). Or leave them apart: --model BASE --adapter A answers exactly.",
+        fix="Merge into the base in 16 bits, then quantize the result (vicuna quantize, vicuna "
+        "export gguf). Or do not merge: --model BASE --adapter A is exact.",
     )
 
 
@@ -167,7 +167,7 @@ def _check_changed(merge: Merge, report: Report) -> None:
         raise UserError(
             "the merge changes nothing: what the adapter adds is lost in rounding",
             where=str(report.result),
-            fix="Use --dtype fp32, or --weights above 1 if it is meant to count more.",
+            fix="Use --dtype fp32, or --weights above 1 to scale the adapter up.",
         )
     share = merge.changed / merge.touched
     report.about["changed"] = {"values": merge.changed, "of": merge.touched}

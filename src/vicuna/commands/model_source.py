@@ -95,7 +95,7 @@ def check_target(target: Path, force: bool, what: str) -> None:
         raise UserError(
             f"{what} exists already",
             where=str(target),
-            fix="--force replaces it; or choose another name.",
+            fix="Replace it with --force, or choose another name.",
         )
 
 

@@ -70,7 +70,7 @@ def run(method: str, argv: Sequence[str]) -> int:
             try:
                 report.answers[_QUESTION] = _answer(source, after())
             except UserError as e:  # it was compared and is good: it is not lost for this
-                report.notes.append(f"it could not be asked a question: {e.what}")
+                report.notes.append(f"the test question failed: {e.what}")
         report.write(aside)
     report.finish()
     return 0
@@ -82,7 +82,7 @@ def _check(method: str, settings: QuantizeSettings, given: set[str]) -> None:
         mistakes.append("output_dir is missing: the folder to write (--output_dir D)")
     if settings.bits not in _BITS[method]:
         allowed = ", ".join(map(str, _BITS[method]))
-        mistakes.append(f"bits is {settings.bits}, but {method} makes {allowed}")
+        mistakes.append(f"{method} supports {allowed} bits, not {settings.bits}")
     mistakes += [f"{n} has no effect with {method}" for n in sorted(given & _IDLE[method])]
     if mistakes:
         raise SettingsError(mistakes)
@@ -91,9 +91,9 @@ def _check(method: str, settings: QuantizeSettings, given: set[str]) -> None:
 def _refuse_quantised(source: Source) -> None:
     if source.config.get("quantization_config"):
         raise UserError(
-            "this base is quantised already",
+            "this base is already quantized",
             where=str(source.folder),
-            fix="Quantise the weights that it was made from.",
+            fix="Quantize the original weights instead.",
         )
 
 
@@ -111,7 +111,7 @@ def _group(settings: QuantizeSettings, given: dict[str, object], source: Source)
         raise UserError(
             f"config.json has no {missing[0]}",
             where=str(source.folder),
-            fix="Fetch it again from where the base was published.",
+            fix="Download the base again.",
         )
     hidden, inner, heads = (int(found[n]) for n in _WIDTHS)
     head = int(found.get("head_dim") or hidden // heads)
@@ -121,10 +121,10 @@ def _group(settings: QuantizeSettings, given: dict[str, object], source: Source)
     if size == -1 or (size > 0 and all(w % size == 0 for w in widths)):
         return size
     if "group_size" not in given and fits:
-        source.notes.append(f"groups of {fits[0]}: {size} does not divide rows of {widths}")
+        source.notes.append(f"group_size {fits[0]}: {size} does not divide the row widths {widths}")
         return fits[0]
     instead = f"; {', '.join(map(str, fits))} or -1 do" if fits else "; -1 (a whole row) does"
-    raise SettingsError([f"group_size {size} does not divide rows of {widths}{instead}"])
+    raise SettingsError([f"group_size {size} does not divide the row widths {widths}{instead}"])
 
 
 def _write(
@@ -199,7 +199,7 @@ def _finish_folder(source: Source, aside: Path) -> None:
     if source.own_way:
         write_speech(source.renderer, aside)
     if "quantization_config" not in json.loads(written):
-        raise UserError("the library wrote weights that are not quantised", where=str(aside))
+        raise UserError("the library wrote weights that are not quantized", where=str(aside))
 
 
 def _size(source: Source) -> int:

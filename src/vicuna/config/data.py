@@ -18,25 +18,28 @@ class DataSettings(Settings):
         "Data",
         "auto (the tokenizer's own), alpaca, vicuna-chat, llama3, ..., or a YAML file",
     )
-    cutoff_len: int = setting(2048, "Data", "longest example in tokens", ge=16)
+    cutoff_len: int = setting(2048, "Data", "tokens of the longest example", ge=16)
     overlong: Literal["drop", "split", "cut"] = setting(
         "drop",
         "Data",
-        "what happens to longer ones: drop, split at turns, or cut (never taught to end)",
+        "what to do with longer ones: drop, split at turns, or cut (their end token is not "
+        "learned)",
     )
-    train_turns: Literal["all", "last"] = setting("all", "Data", "which answers are learned")
+    train_turns: Literal["all", "last"] = setting(
+        "all", "Data", "which answers are in the loss: all, or the last one"
+    )
     thinking: Literal["auto", "on", "off"] = setting(
         "auto",
         "Data",
         "answers begin with a thought: as each record has it (auto), always (on), or never: "
         "thoughts are left out (off)",
     )
-    thinking_loss: bool = setting(True, "Data", "thoughts are learned, not only what follows them")
-    max_samples: int = setting(
-        0, "Data", "use at most so many records of each file; 0 is all", ge=0
+    thinking_loss: bool = setting(
+        True, "Data", "thoughts are in the loss, not only the text after them"
     )
+    max_samples: int = setting(0, "Data", "records to use of each file; 0: all", ge=0)
     strict: bool = setting(False, "Data", "stop at the first bad record")
-    encoding: str = setting("", "Data", "encoding of the files, where it is not found by itself")
+    encoding: str = setting("", "Data", "encoding of the files, if it is not detected correctly")
 
 
 class DataCheckSettings(DataSettings):
@@ -58,6 +61,6 @@ class DataConvertSettings(Settings):
     to: Literal["alpaca", "chat", "history", "sharegpt", "messages", "pair"] = setting(
         "messages", "Output", "alpaca, chat, history, sharegpt, messages, pair"
     )
-    output: str = setting("", "Output", "the file to write, one JSON object a line")
+    output: str = setting("", "Output", "the file to write, one JSON object per line")
     force: bool = setting(False, "Output", "replace an existing file")
-    encoding: str = setting("", "Input", "encoding of the files, where it is not found by itself")
+    encoding: str = setting("", "Input", "encoding of the files, if it is not detected correctly")

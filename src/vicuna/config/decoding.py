@@ -40,9 +40,7 @@ class ModelSettings(Settings):
         "auto", "Model", "where torch puts the base: auto, cpu, cuda:0, or several: cuda:0,cuda:1"
     )
     threads: int = setting(0, "Model", "of llama.cpp; 0: one for each core it may use", ge=0)
-    template: str = setting(
-        "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
-    )
+    template: str = setting("", "Model", "default: the adapter's own, else the tokenizer's (auto)")
     thinking: Literal["auto", "on", "off"] = setting(
         "auto",
         "Model",

@@ -23,58 +23,69 @@ GgufType = Literal[
 
 
 class VerifySettings(Settings):
-    """How what a command wrote is compared with what it read."""
+    """How the result of a command is compared with its source."""
 
     verify: bool = setting(
-        True, "Verifying", "load what was written and compare it with what was read (--no-verify)"
+        True, "Verifying", "reload the result and compare it with its source (--no-verify)"
     )
     verify_data: str = setting(
-        "", "Verifying", "a data file of your own to compare on; else Chinese and English samples"
+        "", "Verifying", "a data file to compare on; default: Chinese and English samples"
     )
     verify_tokens: int = setting(
-        1024, "Verifying", "tokens of each kind of text that are compared", ge=16
+        1024, "Verifying", "tokens to compare on, of each kind of text", ge=16
     )
     max_kl: float | None = setting(
-        None, "Verifying", "largest mean KL divergence that passes (nats); else by the kind",
+        None, "Verifying", "largest mean KL divergence that passes (nats); default: by the type",
         ge=0,
     )  # fmt: skip
     max_perplexity_ratio: float | None = setting(
-        None, "Verifying", "largest perplexity after / before that passes; else by the kind", gt=0
+        None,
+        "Verifying",
+        "largest perplexity after / before that passes; default: by the type",
+        gt=0,
     )
-    keep_failed: bool = setting(False, "Verifying", "keep a result that does not pass")
+    keep_failed: bool = setting(False, "Verifying", "keep the result even if it does not pass")
 
 
 class MergeSettings(VerifySettings):
     """The settings of `vicuna merge`."""
 
-    model: str = setting("", "Models", "the base; where not given, the one that the adapter names")
+    model: str = setting("", "Models", "the base; default: the one that the adapter names")
     adapter: Places = setting(
         [], "Models", "adapters, run folders or hub ids, of any age; several are combined"
     )
     allow_other_base: bool = setting(False, "Models", "accept an adapter of other weights")
     weights: Words = setting(
-        [], "Combining", "what each adapter counts with, such as 0.7,0.3; 1 each if not given"
+        [], "Combining", "weight of each adapter, such as 0.7,0.3; default: 1 each"
     )
     method: Literal[
         "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd",
         "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd",
     ] = setting(
-        "linear", "Combining", "how several are combined: linear (the exact sum), svd, ties, "
+        "linear", "Combining", "how to combine several: linear (the exact sum), svd, ties, "
         "ties_svd, dare_linear, dare_ties, dare_linear_svd, dare_ties_svd, magnitude_prune, "
         "magnitude_prune_svd"
     )  # fmt: skip
     density: float = setting(
-        0.5, "Combining", "share of values that ties, dare and magnitude_prune keep", gt=0, le=1
+        0.5, "Combining", "fraction of values that ties, dare and magnitude_prune keep", gt=0, le=1
     )
     combined_rank: int = setting(
-        0, "Combining", "rank of what the svd methods make; 0: the largest of the adapters'", ge=0
+        0,
+        "Combining",
+        "rank of the result of the svd methods; 0: the largest of the adapters'",
+        ge=0,
     )
-    seed: int = setting(42, "Combining", "decides what dare drops")
+    seed: int = setting(42, "Combining", "seed of what dare drops")
     output_dir: str = setting("", "Result", "the folder to write")
+<<<<<<< HEAD
     dtype: FloatName = setting(
         "auto", "Result", "type of the weights: auto (the base's own), fp32, bf16, fp16"
+=======
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "Result", "data type of the weights: auto (the base's own), fp32, bf16, fp16"
+>>>>>>> 370f782 (Help and messages of export, merge, convert, quantize, download and settings in plain English; docs/architecture.md's modules written from their first lines)
     )
-    max_shard_size: str = setting("2GB", "Result", "largest file of weights, such as 500MB, 2GB")
+    max_shard_size: str = setting("2GB", "Result", "largest weights file, such as 500MB, 2GB")
     force: bool = setting(False, "Result", "replace an existing folder")
 
 
@@ -82,19 +93,22 @@ class ConvertSettings(VerifySettings):
     """The settings of `vicuna convert`."""
 
     model: str = setting(
-        "", "Model", "a folder (Hugging Face's or Meta's layout), a GGUF file, or a hub id"
+        "", "Model", "a folder (Hugging Face's or Meta's format), a GGUF file, or a hub id"
     )
     to: Literal["hf", "meta"] = setting(
-        "hf", "Result", "hf: Hugging Face's layout, safetensors; meta: consolidated.NN.pth"
+        "hf", "Result", "hf: Hugging Face's format, safetensors; meta: Meta's, consolidated.NN.pth"
     )
     output_dir: str = setting("", "Result", "the folder to write")
-    num_shards: Shards = setting(1, "Result", "files that Meta's layout is cut into: 1, 2, 4, 8")
-    max_shard_size: str = setting("2GB", "Result", "largest file of safetensors")
+    num_shards: Shards = setting(1, "Result", "number of files in Meta's format: 1, 2, 4, 8")
+    max_shard_size: str = setting("2GB", "Result", "largest safetensors file")
     tokenizer: str = setting(
-        "", "Model", "a folder with the tokenizer, where the weights come without one"
+        "", "Model", "a folder with the tokenizer, if the weights come without one"
     )
     max_position_embeddings: int = setting(
-        0, "Model", "context of a model in Meta's layout, which does not say; 0: the family's", ge=0
+        0,
+        "Model",
+        "context length of a model in Meta's format, which lacks it; 0: its family's",
+        ge=0,
     )
     force: bool = setting(False, "Result", "replace an existing folder")
 
@@ -111,25 +125,23 @@ class AdapterUpgradeSettings(Settings):
 
     adapter: str = setting("", "Adapter", "the adapter, of any age: a folder, a run, or a hub id")
     alpha: float = setting(
-        0.0, "Adapter", "LoRA's alpha, where the adapter does not say; 0: twice the rank", ge=0
+        0.0, "Adapter", "LoRA's alpha, if the adapter does not say; 0: twice the rank", ge=0
     )
-    verify: bool = setting(True, "Result", "compare what was written with what was read")
+    verify: bool = setting(True, "Result", "reload the result and compare it with its source")
     output_dir: str = setting("", "Result", "the folder to write")
     force: bool = setting(False, "Result", "replace an existing folder")
 
 
 class _FromModelSettings(VerifySettings):
-    """What is quantised, and on which texts its rounding is chosen."""
+    """What `vicuna export` and `vicuna quantize` share: the model, and calibration texts."""
 
-    model: str = setting("", "Model", "the base; where not given, the one that the adapter names")
-    adapter: str = setting("", "Model", "an adapter to merge into it: a folder, a run, a hub id")
+    model: str = setting("", "Model", "the base; default: the one that the adapter names")
+    adapter: str = setting("", "Model", "an adapter to merge into it: a folder, a run, or a hub id")
     allow_other_base: bool = setting(False, "Model", "accept an adapter of other weights")
-    template: str = setting(
-        "", "Model", "where not given, the adapter's own, else the tokenizer's (auto)"
-    )
+    template: str = setting("", "Model", "default: the adapter's own, else the tokenizer's (auto)")
     num_samples: int = setting(128, "Calibration", "texts to calibrate on", ge=1)
-    cutoff_len: int = setting(512, "Calibration", "longest of them in tokens", ge=16)
-    seed: int = setting(42, "Calibration", "decides which texts of a larger file are taken")
+    cutoff_len: int = setting(512, "Calibration", "tokens of the longest of them", ge=16)
+    seed: int = setting(42, "Calibration", "seed of the choice of texts from a larger file")
     force: bool = setting(False, "Result", "replace an existing result")
 
 
@@ -137,32 +149,35 @@ class ExportSettings(_FromModelSettings):
     """The settings of `vicuna export gguf`."""
 
     adapter_only: bool = setting(
-        False, "Result", "write the adapter alone, as a GGUF LoRA to be loaded beside its base"
+        False, "Result", "write the adapter alone, as a GGUF LoRA to load beside its base"
     )
     type: GgufType = setting(
-        "f16", "Result", "type of the weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, q2_k, "
-        "q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k"
+        "f16", "Result", "data type of the weights: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, "
+        "q2_k, q3_k_s, q3_k_m, q3_k_l, q4_k_s, q4_k_m, q5_k_s, q5_k_m, q6_k"
     )  # fmt: skip
     output: str = setting("", "Result", "the file to write")
     imatrix: str = setting(
-        "", "Calibration", "an importance matrix of llama.cpp's; or data to compute one with: a "
+        "", "Calibration", "an importance matrix from llama.cpp, or data to compute one with: a "
         "file, sample, wikitext2, ptb, c4"
     )  # fmt: skip
-    modelfile: bool = setting(False, "Result", "write an Ollama Modelfile beside it")
+    modelfile: bool = setting(False, "Result", "write an Ollama Modelfile beside the file")
 
 
 class QuantizeSettings(_FromModelSettings):
     """The settings of `vicuna quantize gptq`, `awq` and `bnb`."""
 
-    bits: int = setting(4, "Quantising", "bits a weight: 2, 3, 4, 8", ge=2, le=8)
+    bits: int = setting(4, "Quantization", "bits per weight: 2, 3, 4, 8", ge=2, le=8)
     group_size: int = setting(
-        128, "Quantising", "weights that share a scale; -1: a whole row (gptq, awq)", ge=-1
+        128, "Quantization", "weights that share a scale; -1: a whole row (gptq, awq)", ge=-1
     )
     act_order: bool = setting(
-        False, "Quantising", "round the columns that matter first (gptq): better, slower to run"
+        False,
+        "Quantization",
+        "quantize the most important columns first (gptq): more accurate, slower inference",
     )
     damp: float | None = setting(
-        None, "Quantising", "share of the mean diagonal added to it (gptq); else the library's own",
+        None, "Quantization", "fraction of the Hessian's mean diagonal added to it (gptq); "
+        "default: the library's",
         gt=0, lt=1,
     )  # fmt: skip
     calibration: str = setting(
@@ -170,6 +185,6 @@ class QuantizeSettings(_FromModelSettings):
     )
     output_dir: str = setting("", "Result", "the folder to write")
     environment: str = setting(
-        "", "Quantising", "an environment that has gptqmodel; where not given, one is made once in "
+        "", "Quantization", "a Python environment with gptqmodel; default: one is created once in "
         "the cache"
     )  # fmt: skip

@@ -14,19 +14,23 @@ class DownloadSettings(Settings):
         "huggingface", "From", "the hub: huggingface (HF_ENDPOINT sets a mirror), modelscope"
     )
     kind: Literal["model", "adapter", "dataset"] = setting(
-        "model", "From", "model, adapter, dataset"
+        "model", "From", "what the repository holds: model, adapter, dataset"
     )
     revision: str = setting("", "From", "a branch, tag or commit")
-    output_dir: str = setting("", "To", "a folder of your own; else the hub library's cache")
-    include: Words = setting([], "What", "patterns of files, such as *.safetensors,*.json")
+    output_dir: str = setting(
+        "", "To", "the folder to download to; default: the hub library's cache"
+    )
+    include: Words = setting(
+        [], "What", "patterns of files to download, such as *.safetensors,*.json"
+    )
     exclude: Words = setting([], "What", "patterns of files to leave out")
-    workers: int = setting(4, "How", "files at a time", ge=1, le=32)
+    workers: int = setting(4, "How", "files to download at a time", ge=1, le=32)
 
 
 class DoctorSettings(Settings):
     """The settings of `vicuna doctor`."""
 
-    model: str = setting("smollm2-135m", "Model", "the base to look at")
+    model: str = setting("smollm2-135m", "Model", "the base to check")
     template: str = setting("auto", "Model", "the template to check it with")
     json_output: bool = setting(False, "Output", "print one JSON object (--json)")
 
@@ -34,6 +38,8 @@ class DoctorSettings(Settings):
 class DemoSettings(Settings):
     """The settings of `vicuna demo`."""
 
-    output_dir: str = setting("runs/demo", "Demo", "the run's folder; an older demo is replaced")
-    quick: bool = setting(False, "Demo", "a few updates only: to see that everything works")
+    output_dir: str = setting(
+        "runs/demo", "Demo", "the run's folder; an older demo in it is replaced"
+    )
+    quick: bool = setting(False, "Demo", "a few steps only, to see that everything works")
     seed: int = setting(42, "Demo", "decides the order of examples and the adapter's first weights")

@@ -83,7 +83,7 @@ def write_tokenizer(path: Path, folder: Path, config: dict[str, Any]) -> None:
     if count < len(_NAMES[later]):
         raise UserError(
             f"the model has {config['vocab_size']} tokens, its tokenizer {len(ranks)} and "
-            f"{len(_NAMES[later])} control tokens",
+            f"{len(_NAMES[later])} special tokens",
             where=str(path),
             fix="They do not belong together; take the model's own tokenizer.model.",
         )
@@ -122,5 +122,5 @@ def _converter(ranks: dict[bytes, int], control: list[str]) -> Any:
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"the tokenizer is damaged: {why}", where=str(path), fix="Fetch the file again."
+        f"the tokenizer is damaged: {why}", where=str(path), fix="Download the file again."
     )

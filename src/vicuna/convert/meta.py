@@ -184,9 +184,9 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         faults.append("positions scaled otherwise than Llama 3's")
     if faults:
         raise UserError(
-            f"Meta's layout has no place for {' and '.join(faults)}",
+            f"Meta's format does not support {' and '.join(faults)}",
             where=where,
-            fix="It is for Llama 1, 2 and 3 and models of the same build.",
+            fix="It supports Llama 1, 2 and 3 and models of the same architecture.",
         )
 
 
@@ -228,7 +228,7 @@ class MetaWeights:
                 "files of the weights are missing: expected consolidated.00.pth and on, found "
                 + (", ".join(f.name for f in files) or "none"),
                 where=str(folder),
-                fix="Fetch the missing ones again.",
+                fix="Download the missing ones again.",
             )
         self.files = files
         self._shards = [load_pickled(f) for f in files]
@@ -379,7 +379,7 @@ def _check_names(wanted: set[str], held: set[str], where: str) -> None:
     strange = sorted(n for n in held - wanted - {_HEAD} if not _BUFFER.search(n))
     if lacking or strange:
         what = f"{lacking[0]} is missing" if lacking else f"Meta's layout has no {strange[0]}"
-        raise UserError(what, where=where, fix="It is for plain models of the Llama family.")
+        raise UserError(what, where=where, fix="It supports plain models of the Llama family.")
 
 
 def _share(

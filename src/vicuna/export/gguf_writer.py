@@ -164,7 +164,7 @@ def _columns(
         raise UserError(
             f"the importance of {name} has {found.size} columns, the matrix {shape[-1]}",
             where="imatrix",
-            fix="It was computed with another model.",
+            fix="The matrix was computed with another model.",
         )
     return found
 

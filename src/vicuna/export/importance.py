@@ -154,11 +154,11 @@ def read_importance(path: Path) -> Importance:
         raise UserError(
             f"the importance matrix cannot be read: {e}",
             where=str(path),
-            fix="Compute it again, or give data in its place.",
+            fix="Compute it again, or give data instead.",
         ) from e
     bad = [n for n, m in found.means.items() if not np.isfinite(m).all() or (m < 0).any()]
     if bad or not found.means:
-        what = f"{bad[0]} holds values that are no mean squares" if bad else "it is empty"
+        what = f"{bad[0]} holds values that cannot be mean squares" if bad else "it is empty"
         raise UserError(f"the importance matrix is damaged: {what}", where=str(path))
     return found
 

@@ -68,7 +68,7 @@ def _opened(gguf: Path) -> Iterator[_Reader]:
                 yield _Reader(data)
             except (struct.error, ValueError, RecursionError, TypeError) as e:
                 raise UserError(
-                    f"the metadata is damaged: {e}", where=str(gguf), fix="Fetch the file again."
+                    f"the metadata is damaged: {e}", where=str(gguf), fix="Download the file again."
                 ) from e
 
 

@@ -49,7 +49,7 @@ def _named(path: Path) -> Path:
         raise UserError(
             "gptqmodel is not installed in this environment",
             where=f"environment {path}",
-            fix="Install it there, or leave --environment out: one is then made.",
+            fix="Install it there, or leave --environment out: then one is created.",
         )
     return python
 
@@ -67,7 +67,7 @@ def _make(folder: Path) -> None:
     from vicuna.weights.output_folder import check_space
 
     check_space(folder, _ROOM)
-    say(f"Making an environment for gptqmodel once in {folder} ...", error=True)
+    say(f"Creating an environment for gptqmodel in {folder} (once) ...", error=True)
     venv.create(folder, with_pip=True, clear=True)
     pins = _requirements().read_text(encoding="utf-8").splitlines()
     torch = next(line for line in pins if line.startswith("torch=="))
@@ -86,6 +86,6 @@ def _pip(folder: Path, arguments: list[str]) -> None:
         raise UserError(
             "gptqmodel could not be installed: " + (lines[-1] if lines else "pip gives no reason"),
             where=str(folder),
-            fix="It needs a network and, where no wheel fits, a C++ compiler. Or install it "
+            fix="It needs a network and, if no wheel fits, a C++ compiler. Or install it "
             "yourself and name that environment: --environment FOLDER.",
         )

@@ -98,7 +98,7 @@ class _Worker:
         data = self._process.stdout.read(size)
         if len(data) < size:
             self.finish()
-            raise UserError("gptqmodel's process ended before it was done")
+            raise UserError("gptqmodel's process ended before it had finished")
         return data
 
     def rest(self) -> bytes:
@@ -112,10 +112,12 @@ class _Worker:
         self._listener.join()
         if not code:
             return
-        said = self._error or (f"it was ended by signal {-code}" if code < 0 else "no reason given")
+        said = self._error or (
+            f"it was killed by signal {-code}" if code < 0 else "it gave no reason"
+        )
         raise UserError(
             f"gptqmodel failed: {said}",
-            fix=_advice(said) + "\nIts last words:\n" + "\n".join(list(self._tail)[-8:]),
+            fix=_advice(said) + "\nThe end of its output:\n" + "\n".join(list(self._tail)[-8:]),
         )
 
     def _listen(self, stream: IO[bytes]) -> None:

@@ -122,8 +122,7 @@ class Report:
 
     def _failure(self, what_became: str) -> UserError:
         return UserError(
-            f"what was written is too far from what was read: {'; '.join(self.misses)}; "
-            f"{what_became}",
+            f"the result differs too much from its source: {'; '.join(self.misses)}; {what_became}",
             where=str(self.result),
             fix="--keep_failed keeps such a result; --max_kl and --max_perplexity_ratio move the "
             "gate.",

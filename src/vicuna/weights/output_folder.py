@@ -20,19 +20,21 @@ def result_folder(output_dir: str, force: bool, sources: Iterable[Path]) -> Path
         read, or what no command here has written.
     """
     if not output_dir:
-        raise SettingsError(["output_dir: which folder shall be written?"])
+        raise SettingsError(["output_dir is missing: the folder to write (--output_dir D)"])
     folder = Path(output_dir).expanduser()
     whole = folder.resolve()
     for source in (s.resolve() for s in sources):
         if source == whole or whole in source.parents:
             raise UserError(
-                "this folder holds what is read", where=str(folder), fix="Choose another one."
+                "this folder holds the source of the result",
+                where=str(folder),
+                fix="Choose another one.",
             )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if not force:
         raise UserError(
-            "this exists already",
+            "this folder exists already",
             where=str(folder),
             fix="Choose another --output_dir, or add --force to replace it.",
         )
@@ -56,7 +58,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the disk has {free / 2**30:.1f} GiB free, the result takes {needed / 2**30:.1f} GiB",
+            f"the disk has {free / 2**30:.1f} GiB free, but the result takes "
+            f"{needed / 2**30:.1f} GiB",
             where=str(target),
             fix="Free some space, or choose a folder on another disk.",
         )
