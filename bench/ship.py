@@ -290,12 +290,12 @@ def imatrix(args: argparse.Namespace) -> dict[str, Any]:
 
 def perplexity(path: Path, texts: Any, threads: int) -> float:
     """Of texts under a GGUF file, computed by llama.cpp."""
-    from vicuna.verify.scorers import GgufScorer
+    from vicuna.verify.logits import GgufLogits
 
-    scorer = GgufScorer(path, threads=threads)
+    scorer = GgufLogits(path, threads=threads)
     loss, count = 0.0, 0
     try:
-        for ids, scores in zip(texts, scorer.scores(texts)):
+        for ids, scores in zip(texts, scorer.logits(texts)):
             rows = scores[:-1].astype(np.float64)
             rows -= rows.max(axis=1, keepdims=True)
             logs = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))

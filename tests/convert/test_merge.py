@@ -225,7 +225,7 @@ def test_a_quantised_base_is_refused_with_the_way_out(
     config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     path.write_text(json.dumps(config))
     words = ["--model", base, "--adapter", made[1]]
-    refused(tmp_path / "m", *words, match=r"quantised \(gptq\)(.|\n)*then quantise the result")
+    refused(tmp_path / "m", *words, match=r"quantized \(gptq\)(.|\n)*then quantize the result")
 
 
 def test_another_base_is_refused_and_allowed_by_name(
@@ -322,10 +322,13 @@ def test_nothing_is_replaced_without_force_and_nothing_foreign_ever(
     assert content(folder) != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("x")
-    for place, said in ((tmp_path / "mine", "report.json"), (base, "holds what is read")):
+    for place, said in (
+        (tmp_path / "mine", "report.json"),
+        (base, "holds the source of the result"),
+    ):
         with pytest.raises(UserError, match=said):
             merged(place, "--adapter", one, "--force")
-    with pytest.raises(UserError, match="holds what is read"):
+    with pytest.raises(UserError, match="holds the source of the result"):
         merged(base.parent, "--adapter", one, "--force")
 
 
@@ -340,7 +343,7 @@ def test_a_result_that_misses_the_gate_is_not_there(
         return weight + 2 * (right(self, name, weight) - weight)
 
     monkeypatch.setattr(lora_delta.LoraDelta, "apply", wrong)
-    refused(tmp_path / "m", "--adapter", made[1], match="too far from what was read")
+    refused(tmp_path / "m", "--adapter", made[1], match="differs too much from its source")
     with pytest.raises(UserError, match="it was kept"):
         merged(tmp_path / "m", "--adapter", made[1], "--keep_failed")
     assert report_of(tmp_path / "m")["passed"] is False

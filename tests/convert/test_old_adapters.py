@@ -183,7 +183,7 @@ def test_an_alpha_may_be_given_only_where_none_is_written(
     upgrade([str(old), "--alpha", "32", "--output_dir", str(tmp_path / "new")])
     capsys.readouterr()
     assert inspected(tmp_path / "new", capsys)["scale"] == 8
-    with pytest.raises(UserError, match="says itself that alpha is 8"):
+    with pytest.raises(UserError, match="own alpha is 8"):
         upgrade([str(made[1]), "--alpha", "32", "--output_dir", str(tmp_path / "x")])
 
 
@@ -199,7 +199,7 @@ def test_nothing_is_overwritten_and_one_adapter_is_named(
     (tmp_path / "new" / "x").touch()
     with pytest.raises(UserError, match="--force"):
         upgrade([str(made[1]), "--output_dir", str(tmp_path / "new")])
-    with pytest.raises(UserError, match="holds what is read"):
+    with pytest.raises(UserError, match="holds the source of the result"):
         upgrade([str(made[1]), "--output_dir", str(made[1]), "--force"])
     for words in ([], ["a", "b"]):
         with pytest.raises(SettingsError, match="give one"):

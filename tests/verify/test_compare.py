@@ -21,8 +21,8 @@ from vicuna.errors import UserError
 from vicuna.model.adapter import read_adapter, save
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.verify.compare import compare
+from vicuna.verify.logits import FolderLogits, GgufLogits, ModelLogits, Texts
 from vicuna.verify.report import GATES, Report, gate_of, misses
-from vicuna.verify.scorers import FolderScorer, GgufScorer, ModelScorer, Texts
 from vicuna.verify.texts import texts_for
 
 TEXTS = [[5, 9, 200, 31, 7, 11, 60], [17, 3, 41], [8, 8, 120, 90, 33]]
@@ -34,7 +34,7 @@ class Fixed:
     def __init__(self, *scores: Any) -> None:
         self._scores = [np.asarray(s, np.float32) for s in scores]
 
-    def scores(self, _: Texts) -> Iterator[np.ndarray]:
+    def logits(self, _: Texts) -> Iterator[np.ndarray]:
         yield from self._scores
 
 
@@ -88,7 +88,7 @@ def test_scores_that_are_no_numbers_are_an_error(value: float) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_by_layer_equals_the_whole_model(tmp_path: Path, family: str) -> None:
     model = tiny_base(tmp_path, family)
-    for ids, found in zip(TEXTS, FolderScorer(tmp_path).scores(TEXTS)):
+    for ids, found in zip(TEXTS, FolderLogits(tmp_path).logits(TEXTS)):
         with torch.no_grad():
             wanted = model(input_ids=torch.tensor([ids])).logits[0].numpy()
         np.testing.assert_allclose(found, wanted, atol=1e-4)
@@ -98,9 +98,9 @@ def test_many_texts_are_computed_in_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_base(tmp_path, "llama")
-    whole = list(FolderScorer(tmp_path).scores(TEXTS))
-    monkeypatch.setattr("vicuna.verify.scorers._POSITIONS", 10)
-    parts = list(FolderScorer(tmp_path).scores(TEXTS))
+    whole = list(FolderLogits(tmp_path).logits(TEXTS))
+    monkeypatch.setattr("vicuna.verify.logits._POSITIONS", 10)
+    parts = list(FolderLogits(tmp_path).logits(TEXTS))
     assert [len(p) for p in parts] == [len(ids) for ids in TEXTS]
     for a, b in zip(whole, parts):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -113,15 +113,15 @@ def test_an_adapter_counts_as_in_peft(tmp_path: Path, rslora: bool) -> None:
     (tmp_path / "adapter").mkdir()
     save(peft, tmp_path / "adapter", {})
     files = read_adapter(str(tmp_path / "adapter"))
-    found = FolderScorer(tmp_path / "base", adapters=[(files, 1.0)]).scores(TEXTS)
-    for wanted, scores in zip(ModelScorer(peft).scores(TEXTS), found):
+    found = FolderLogits(tmp_path / "base", adapters=[(files, 1.0)]).logits(TEXTS)
+    for wanted, scores in zip(ModelLogits(peft).logits(TEXTS), found):
         np.testing.assert_allclose(scores, wanted, atol=1e-4)
 
 
 def test_a_gguf_file_scores_like_its_folder(tmp_path: Path) -> None:
     tiny_gguf(tmp_path, "llama-gqa-tied")
-    scorer = GgufScorer(tmp_path / "f32.gguf", longest=16, threads=1)
-    found = compare(FolderScorer(tmp_path), scorer, {"zh": TEXTS})
+    scorer = GgufLogits(tmp_path / "f32.gguf", longest=16, threads=1)
+    found = compare(FolderLogits(tmp_path), scorer, {"zh": TEXTS})
     scorer.close()
     assert found.mean_kl < 1e-6
     assert found.texts["zh"].agreement == 1
@@ -132,7 +132,7 @@ def test_weights_of_another_shape_are_told(tmp_path: Path) -> None:
     tiny_base(tmp_path / "b", "llama", intermediate_size=64)
     (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
     with pytest.raises(UserError, match=r"mlp\..*_proj\.weight has the shape"):
-        next(FolderScorer(tmp_path / "b").scores(TEXTS))
+        next(FolderLogits(tmp_path / "b").logits(TEXTS))
 
 
 # -- texts, gate, report ----
@@ -178,7 +178,7 @@ def verified(base: Path, other: Path, tmp_path: Path, kind: str, **given: Any) -
     report = Report("merge", tmp_path / "result", kind)
     settings = VerifySettings(verify_tokens=32, **given)
     report.verify(
-        settings, lambda: FolderScorer(base), lambda: FolderScorer(other), lambda: encoder(base)
+        settings, lambda: FolderLogits(base), lambda: FolderLogits(other), lambda: encoder(base)
     )
     return report
 

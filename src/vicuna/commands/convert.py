@@ -25,8 +25,8 @@ from vicuna.json_yaml import read_json, write_json
 from vicuna.memory.devices import parse_memory
 from vicuna.model.base import locate, locate_gguf
 from vicuna.model.vocabulary import load_vocabulary
+from vicuna.verify.logits import FolderLogits, GgufLogits, LogitSource
 from vicuna.verify.report import Report, size_of
-from vicuna.verify.scorers import FolderScorer, GgufScorer, Scorer
 from vicuna.verify.texts import LONGEST
 from vicuna.weights.output_folder import (
     check_space,
@@ -166,29 +166,29 @@ def _write_meta(source: _Source, folder: Path, settings: ConvertSettings, _: int
 # -- comparing ----
 
 
-def _scorer(source: _Source, stack: ExitStack) -> Callable[[], Scorer]:
+def _scorer(source: _Source, stack: ExitStack) -> Callable[[], LogitSource]:
     """What was read; its settings are its own, never the result's."""
 
-    def open_before() -> Scorer:
+    def open_before() -> LogitSource:
         if source.gguf is not None:
-            return GgufScorer(source.gguf, longest=LONGEST)
+            return GgufLogits(source.gguf, longest=LONGEST)
         if source.layout == "hf":
-            return FolderScorer(source.folder)
+            return FolderLogits(source.folder)
         return _in_meta(source.folder, stack)
 
     return open_before
 
 
-def _opener(folder: Path, settings: ConvertSettings, stack: ExitStack) -> Callable[[], Scorer]:
+def _opener(folder: Path, settings: ConvertSettings, stack: ExitStack) -> Callable[[], LogitSource]:
     """What was written, read again."""
     if settings.to == "meta":
         return lambda: _in_meta(folder, stack)
-    return lambda: FolderScorer(folder)
+    return lambda: FolderLogits(folder)
 
 
-def _in_meta(folder: Path, stack: ExitStack) -> Scorer:
+def _in_meta(folder: Path, stack: ExitStack) -> LogitSource:
     """A model in Meta's layout as its own params.json describes it."""
     weights = meta.MetaWeights(folder)
     place = Path(stack.enter_context(scratch_folder("meta")))
     write_json(place / "config.json", meta.config_of(weights.params, weights))
-    return FolderScorer(place, weights)
+    return FolderLogits(place, weights)

@@ -15,7 +15,7 @@ from vicuna.paths import shell_word
 from vicuna.terminal import say
 
 if TYPE_CHECKING:
-    from vicuna.commands.model_source import Source
+    from vicuna.commands.model_source import ModelSource
     from vicuna.export.importance import Importance
     from vicuna.verify.report import Report
 
@@ -79,19 +79,23 @@ def _check(settings: ExportSettings, mistakes: list[str], given: set[str]) -> No
 # -- a base ----
 
 
-def _base(settings: ExportSettings, source: Source, target: Path, aside: Path) -> Report:
-    from vicuna.commands.model_source import counter
-    from vicuna.export.gguf_vocab import Spoken
+def _base(settings: ExportSettings, source: ModelSource, target: Path, aside: Path) -> Report:
+    from vicuna.commands.model_source import progress_counter
+    from vicuna.export.gguf_vocab import ChatFormat
     from vicuna.export.gguf_writer import write_base
     from vicuna.export.template_text import jinja
+    from vicuna.verify.logits import GgufLogits
     from vicuna.verify.report import Report, size_of
-    from vicuna.verify.scorers import GgufScorer
     from vicuna.weights.read import weight_files
 
     about = {**source.about(), "type": settings.type}
     kind = _GATES.get(settings.type, f"{settings.type[1]}bit")
     report = Report(f"export gguf --type {settings.type}", target, kind, about, source.notes)
-    spoken = Spoken(jinja(source.renderer), source.renderer.end_id) if source.own_way else None
+    chat_format = (
+        ChatFormat(jinja(source.renderer), source.renderer.end_id)
+        if source.has_own_template
+        else None
+    )
     importance = _importance(settings, source, target) if settings.imatrix else None
     write_base(
         source.folder,
@@ -100,20 +104,20 @@ def _base(settings: ExportSettings, source: Source, target: Path, aside: Path) -
         source.title,
         base=source.name,
         adapter=source.adapter,
-        spoken=spoken,
+        chat_format=chat_format,
         importance=importance,
-        progress=counter("tensors"),
+        progress=progress_counter("tensors"),
     )
     report.measure(sum(size_of(f) for f in weight_files(source.folder)[0]), aside)
     report.verify(
-        settings, source.scorer, lambda: GgufScorer(aside), lambda: source.renderer.tokenizer
+        settings, source.logit_source, lambda: GgufLogits(aside), lambda: source.renderer.tokenizer
     )
     return report
 
 
-def _importance(settings: ExportSettings, source: Source, target: Path) -> Importance:
+def _importance(settings: ExportSettings, source: ModelSource, target: Path) -> Importance:
     """Read an importance matrix, or compute one and keep it beside the file."""
-    from vicuna.commands.model_source import counter
+    from vicuna.commands.model_source import progress_counter
     from vicuna.data.calibration import texts_for
     from vicuna.export import importance
     from vicuna.export.gguf_names import Names, Shape
@@ -126,7 +130,9 @@ def _importance(settings: ExportSettings, source: Source, target: Path) -> Impor
         settings.imatrix, source.renderer, settings.num_samples, settings.cutoff_len, settings.seed
     )
     model = _loaded(source)
-    found = importance.measure(model, names, texts, settings.imatrix, counter("importance"))
+    found = importance.measure(
+        model, names, texts, settings.imatrix, progress_counter("importance")
+    )
     kept = target.with_name(f"{target.stem}.imatrix.gguf")
     importance.write_importance(found, kept)
     tokens = sum(map(len, texts))
@@ -137,7 +143,7 @@ def _importance(settings: ExportSettings, source: Source, target: Path) -> Impor
     return found
 
 
-def _loaded(source: Source) -> object:
+def _loaded(source: ModelSource) -> object:
     """The model itself, its adapter beside it: what it computes is what is measured."""
     from vicuna.model import adapter, load
 
@@ -152,25 +158,25 @@ def _loaded(source: Source) -> object:
 # -- an adapter ----
 
 
-def _adapter(settings: ExportSettings, source: Source, target: Path, aside: Path) -> Report:
+def _adapter(settings: ExportSettings, source: ModelSource, target: Path, aside: Path) -> Report:
     from vicuna.export.gguf_cache import base_file
     from vicuna.export.gguf_writer import write_adapter
     from vicuna.export.template_text import jinja
+    from vicuna.verify.logits import GgufLogits
     from vicuna.verify.report import Report, size_of
-    from vicuna.verify.scorers import GgufScorer
 
     assert source.adapter is not None
     about = {**source.about(), "type": settings.type, "adapter_only": True}
     report = Report("export gguf --adapter_only", target, "16bit", about, source.notes)
-    template = jinja(source.renderer) if source.own_way else ""
+    template = jinja(source.renderer) if source.has_own_template else ""
     write_adapter(
         source.adapter, source.config, aside, settings.type, source.title, template, source.name
     )
     report.measure(size_of(source.adapter.path), aside)
     report.verify(
         settings,
-        source.scorer,
-        lambda: GgufScorer(base_file(source.folder, "f16"), aside),
+        source.logit_source,
+        lambda: GgufLogits(base_file(source.folder, "f16"), aside),
         lambda: source.renderer.tokenizer,
     )
     return report

@@ -18,7 +18,7 @@ from vicuna.data.templates.registry import template_from_dict
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError, UserError
-from vicuna.export.chat_format import write_speech
+from vicuna.export.chat_format import write_chat_format
 from vicuna.files import whole_folder
 from vicuna.json_yaml import read_json
 from vicuna.memory.devices import parse_memory
@@ -28,8 +28,8 @@ from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.model.lora_delta import LoraDelta
 from vicuna.model.vocabulary import load_vocabulary
+from vicuna.verify.logits import FolderLogits
 from vicuna.verify.report import Report, size_of
-from vicuna.verify.scorers import FolderScorer
 from vicuna.weights.output_folder import check_space, result_folder
 from vicuna.weights.read import Weights, nbytes, open_weights
 
@@ -154,8 +154,8 @@ def _merge(settings: MergeSettings, inputs: _Inputs, target: Path, largest: int)
         report.measure(_bytes_read(inputs), aside)
         report.verify(
             settings,
-            lambda: FolderScorer(inputs.folder, adapters=weighted),
-            lambda: FolderScorer(aside),
+            lambda: FolderLogits(inputs.folder, adapters=weighted),
+            lambda: FolderLogits(aside),
             lambda: Tokenizer(load_vocabulary(inputs.folder)),
         )
         report.write(aside)
@@ -188,7 +188,7 @@ def _write_chat_format(inputs: _Inputs, folder: Path) -> None:
             f"the adapters have different templates; the result gets the first one's "
             f"({saved[0].get('name')})"
         )
-    write_speech(
+    write_chat_format(
         Renderer(template_from_dict(saved[0]), Tokenizer(load_vocabulary(inputs.folder))), folder
     )
 

@@ -1,4 +1,4 @@
-"""What a command ships: a base, perhaps an adapter, and the template they are talked to with."""
+"""The model that `vicuna export` and `quantize` read: base, adapter if any, chat template."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.terminal import recount
-from vicuna.verify.scorers import FolderScorer, Scorer
+from vicuna.verify.logits import FolderLogits, LogitSource
 
 
-class _Asked(Protocol):
+class _ModelSettings(Protocol):
     model: str
     adapter: str
     template: str
@@ -28,18 +28,21 @@ class _Asked(Protocol):
 
 
 @dataclass
-class Source:
-    """A base in a folder and perhaps an adapter of it.
+class ModelSource:
+    """A base in a folder, and perhaps an adapter of it.
 
-    name: of the base, as the user wrote it. own_way: whether it is talked to as the adapter or the
-    user says, not only as the base's tokenizer does. notes: what was found, in words.
+    Attributes:
+        name: of the base, as the user wrote it.
+        has_own_template: whether the template is the adapter's or the user's, not only the base
+            tokenizer's.
+        notes: what the user should know.
     """
 
     name: str
     folder: Path
     adapter: AdapterFiles | None
     renderer: Renderer
-    own_way: bool
+    has_own_template: bool
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -56,9 +59,9 @@ class Source:
         path = self.adapter.path
         return f"{base}-{path.parent.name if path.name == 'adapter' else path.name}"
 
-    def scorer(self) -> Scorer:
-        """The scores that what is made of it should have."""
-        return FolderScorer(
+    def logit_source(self) -> LogitSource:
+        """The logits that the result should have."""
+        return FolderLogits(
             self.folder, adapters=[(self.adapter, 1.0)] if self.adapter is not None else []
         )
 
@@ -71,26 +74,27 @@ class Source:
         }
 
 
-def open_source(asked: _Asked) -> Source:
+def open_source(settings: _ModelSettings) -> ModelSource:
     """Find base and adapter, and check that they belong together.
 
-    Raises: UserError where they do not, or one is missing.
+    Raises: UserError if they do not, or one is missing.
     """
-    files = adapters.read_adapter(asked.adapter) if asked.adapter else None
-    name = asked.model or base_of(files)
+    files = adapters.read_adapter(settings.adapter) if settings.adapter else None
+    name = settings.model or base_of(files)
     folder = locate(name)
     notes = []
     if files is not None:
-        found = adapters.check_belongs(files, folder, asked.allow_other_base)
+        found = adapters.check_belongs(files, folder, settings.allow_other_base)
         notes += [*files.notes, *found]
     vocabulary = load_vocabulary(folder)
-    template = template_of(asked.template, files, vocabulary)
-    own_way = bool(asked.template or (files and files.meta.get("template")))
-    return Source(name, folder, files, Renderer(template, Tokenizer(vocabulary)), own_way, notes)
+    template = template_of(settings.template, files, vocabulary)
+    has_own_template = bool(settings.template or (files and files.meta.get("template")))
+    renderer = Renderer(template, Tokenizer(vocabulary))
+    return ModelSource(name, folder, files, renderer, has_own_template, notes)
 
 
 def check_target(target: Path, force: bool, what: str) -> None:
-    """Raises: UserError where something is there that was not to be replaced."""
+    """Raises: UserError if the target exists and `force` is not set."""
     if target.exists() and not force:
         raise UserError(
             f"{what} exists already",
@@ -99,18 +103,18 @@ def check_target(target: Path, force: bool, what: str) -> None:
         )
 
 
-def counter(label: str) -> Callable[[int, int], None]:
-    """A line on the terminal that counts up; nothing where there is no terminal."""
+def progress_counter(label: str) -> Callable[[int, int], None]:
+    """A line on the terminal that counts up; nothing if there is no terminal."""
     import sys
     import time
 
     last = 0.0
 
-    def tell(done: int, of: int) -> None:
+    def show(done: int, of: int) -> None:
         nonlocal last
         now = time.monotonic()
         if sys.stderr.isatty() and (done == of or now - last > 0.2):
             last = now
             recount(f"{label} {done}/{of}", last=done == of)
 
-    return tell
+    return show

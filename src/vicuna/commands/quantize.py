@@ -14,8 +14,8 @@ from vicuna.files import whole_folder
 from vicuna.terminal import say
 
 if TYPE_CHECKING:
-    from vicuna.commands.model_source import Source
-    from vicuna.verify.scorers import Scorer
+    from vicuna.commands.model_source import ModelSource
+    from vicuna.verify.logits import LogitSource
 
 _BITS = {"gptq": (2, 3, 4, 8), "awq": (4,), "bnb": (4, 8)}
 _GROUPS = (128, 64, 32)
@@ -65,7 +65,7 @@ def run(method: str, argv: Sequence[str]) -> int:
         after = _write(method, settings, source, aside)
         _finish_folder(source, aside)
         report.measure(_size(source), aside)
-        report.verify(settings, source.scorer, after, lambda: source.renderer.tokenizer)
+        report.verify(settings, source.logit_source, after, lambda: source.renderer.tokenizer)
         if settings.verify and method != "bnb":
             try:
                 report.answers[_QUESTION] = _answer(source, after())
@@ -88,7 +88,7 @@ def _check(method: str, settings: QuantizeSettings, given: set[str]) -> None:
         raise SettingsError(mistakes)
 
 
-def _refuse_quantised(source: Source) -> None:
+def _refuse_quantised(source: ModelSource) -> None:
     if source.config.get("quantization_config"):
         raise UserError(
             "this base is already quantized",
@@ -100,7 +100,7 @@ def _refuse_quantised(source: Source) -> None:
 _WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads")
 
 
-def _group(settings: QuantizeSettings, given: dict[str, object], source: Source) -> int:
+def _group(settings: QuantizeSettings, given: dict[str, object], source: ModelSource) -> int:
     """Weights that share a scale: what was asked for, if it divides the rows of every matrix.
 
     Raises: SettingsError where it does not; UserError where config.json lacks a width.
@@ -128,18 +128,18 @@ def _group(settings: QuantizeSettings, given: dict[str, object], source: Source)
 
 
 def _write(
-    method: str, settings: QuantizeSettings, source: Source, aside: Path
-) -> Callable[[], Scorer]:
+    method: str, settings: QuantizeSettings, source: ModelSource, aside: Path
+) -> Callable[[], LogitSource]:
     """Write the weights; what gives their scores."""
     if method == "bnb":
         from vicuna.quantize.bnb import write
 
         return write(settings.bits, source, aside)
-    from vicuna.commands.model_source import counter
+    from vicuna.commands.model_source import progress_counter
     from vicuna.data.calibration import texts_for
     from vicuna.quantize.environment import python_of
     from vicuna.quantize.merged_base import merged_folder
-    from vicuna.quantize.process import QuantizedScorer, quantize
+    from vicuna.quantize.process import QuantizedLogits, quantize
 
     texts = texts_for(
         settings.calibration, source.renderer, settings.num_samples, settings.cutoff_len,
@@ -158,11 +158,11 @@ def _write(
             "group_size": settings.group_size, "act_order": settings.act_order,
             "damp": settings.damp, "texts": texts,
         }  # fmt: skip
-        quantize(python, job, counter("layers"))
-    return lambda: QuantizedScorer(python, aside, method)
+        quantize(python, job, progress_counter("layers"))
+    return lambda: QuantizedLogits(python, aside, method)
 
 
-def _answer(source: Source, scorer: Any) -> str:
+def _answer(source: ModelSource, scorer: Any) -> str:
     """What the result says to `_QUESTION`: nobody else here can open it and ask."""
     from vicuna.data.conversation import Turn
 
@@ -172,7 +172,7 @@ def _answer(source: Source, scorer: Any) -> str:
     return renderer.tokenizer.decode(ids).strip()
 
 
-def _tell_how_long(source: Source, tokens: int) -> None:
+def _tell_how_long(source: ModelSource, tokens: int) -> None:
     """Say before it begins what AWQ's search takes where there is no GPU."""
     import torch
 
@@ -187,22 +187,22 @@ def _tell_how_long(source: Source, tokens: int) -> None:
     )
 
 
-def _finish_folder(source: Source, aside: Path) -> None:
+def _finish_folder(source: ModelSource, aside: Path) -> None:
     """Leave a folder that stands alone: the base's own tokenizer, the template, the end tokens."""
-    from vicuna.export.chat_format import write_speech
+    from vicuna.export.chat_format import write_chat_format
     from vicuna.weights.output_folder import copy_side_files
 
     (aside / "quant_log.csv").unlink(missing_ok=True)
     written = (aside / "config.json").read_bytes()
     copy_side_files(source.folder, aside)
     (aside / "config.json").write_bytes(written)
-    if source.own_way:
-        write_speech(source.renderer, aside)
+    if source.has_own_template:
+        write_chat_format(source.renderer, aside)
     if "quantization_config" not in json.loads(written):
         raise UserError("the library wrote weights that are not quantized", where=str(aside))
 
 
-def _size(source: Source) -> int:
+def _size(source: ModelSource) -> int:
     from vicuna.verify.report import size_of
     from vicuna.weights.read import weight_files
 

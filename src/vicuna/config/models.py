@@ -77,13 +77,8 @@ class MergeSettings(VerifySettings):
     )
     seed: int = setting(42, "Combining", "seed of what dare drops")
     output_dir: str = setting("", "Result", "the folder to write")
-<<<<<<< HEAD
     dtype: FloatName = setting(
-        "auto", "Result", "type of the weights: auto (the base's own), fp32, bf16, fp16"
-=======
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "Result", "data type of the weights: auto (the base's own), fp32, bf16, fp16"
->>>>>>> 370f782 (Help and messages of export, merge, convert, quantize, download and settings in plain English; docs/architecture.md's modules written from their first lines)
     )
     max_shard_size: str = setting("2GB", "Result", "largest weights file, such as 500MB, 2GB")
     force: bool = setting(False, "Result", "replace an existing folder")

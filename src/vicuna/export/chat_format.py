@@ -11,7 +11,7 @@ from vicuna.json_yaml import read_json
 from vicuna.model.adapter import META
 
 
-def write_speech(renderer: Renderer, folder: Path) -> None:
+def write_chat_format(renderer: Renderer, folder: Path) -> None:
     """Write the template and the tokens that end an answer.
 
     `vicuna.json` keeps the template letter by letter for this project; in Jinja, among the

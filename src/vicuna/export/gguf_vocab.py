@@ -28,7 +28,7 @@ _NEVER_MERGED, _PADDING = -1000.0, -10000.0
 
 
 @dataclass(frozen=True)
-class Spoken:
+class ChatFormat:
     """How a model is talked to, where that is not what its tokenizer says: a merged adapter's way.
 
     chat_template: in Jinja; "" leaves the tokenizer's. end_id: the token that ends an answer.
@@ -57,14 +57,18 @@ class Tokens:
 
 
 def add_vocabulary(
-    writer: Any, vocabulary: TokenizerData, folder: Path, rows: int, spoken: Spoken | None = None
+    writer: Any,
+    vocabulary: TokenizerData,
+    folder: Path,
+    rows: int,
+    chat_format: ChatFormat | None = None,
 ) -> None:
     """Write a tokenizer into the metadata of a `gguf.GGUFWriter`.
 
     Args:
         folder: the base's; its tokenizer.model, where it has one, gives the exact scores.
         rows: of the embedding; ids that the tokenizer does not use are filled up.
-        spoken: in place of the tokenizer's chat template and end token.
+        chat_format: in place of the tokenizer's chat template and end token.
 
     Raises: UserError where llama.cpp has no such tokenizer.
     """
@@ -78,9 +82,9 @@ def add_vocabulary(
         writer.add_add_space_prefix(tokens.space_first)
     else:
         writer.add_token_merges(tokens.merges)
-    spoken = spoken or Spoken()
-    _add_specials(writer, vocabulary, tokens, spoken.end_id)
-    template = spoken.chat_template or vocabulary.chat_template
+    chat_format = chat_format or ChatFormat()
+    _add_specials(writer, vocabulary, tokens, chat_format.end_id)
+    template = chat_format.chat_template or vocabulary.chat_template
     if template:
         writer.add_chat_template(template)
 

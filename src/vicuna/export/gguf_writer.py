@@ -23,7 +23,7 @@ from vicuna.errors import UserError
 from vicuna.export import ggml
 from vicuna.export.gguf_names import Names, Shape, add_base_model, add_settings, rope_factors
 from vicuna.export.gguf_types import FILE_TYPES, FULL, PLAIN, Model, check_kind, kind_of
-from vicuna.export.gguf_vocab import Spoken, add_vocabulary
+from vicuna.export.gguf_vocab import ChatFormat, add_vocabulary
 from vicuna.files import whole_file
 from vicuna.llamacpp.library import INSTALL
 from vicuna.model.adapter import even
@@ -72,7 +72,7 @@ def write_base(
     *,
     base: str = "",
     adapter: AdapterFiles | None = None,
-    spoken: Spoken | None = None,
+    chat_format: ChatFormat | None = None,
     importance: Importance | None = None,
     progress: Progress = _silent,
 ) -> None:
@@ -88,7 +88,7 @@ def write_base(
         name: `general.name`; the folder's where not given.
         base: what an adapter is merged into, a hub id or a path; the folder's name if empty.
         adapter: merged into the weights on the way, in float32.
-        spoken: chat template and end tokens in place of the tokenizer's.
+        chat_format: chat template and end tokens in place of the tokenizer's.
         importance: how much each column of each matrix counts, for quantised types.
 
     Raises: UserError where the architecture, the tokenizer or the type is not supported, the
@@ -118,7 +118,9 @@ def write_base(
         writer.add_quantization_version(2)
         if importance is not None:
             importance.describe(writer)
-        add_vocabulary(writer, load_vocabulary(folder), folder, int(config["vocab_size"]), spoken)
+        add_vocabulary(
+            writer, load_vocabulary(folder), folder, int(config["vocab_size"]), chat_format
+        )
         _write(writer, plan, progress)
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from vicuna.errors import UserError
 
 if TYPE_CHECKING:
-    from vicuna.commands.model_source import Source
-    from vicuna.verify.scorers import Scorer
+    from vicuna.commands.model_source import ModelSource
+    from vicuna.verify.logits import LogitSource
 
 
-def write(bits: int, source: Source, aside: Path) -> Callable[[], Scorer]:
+def write(bits: int, source: ModelSource, aside: Path) -> Callable[[], LogitSource]:
     """Write a base, with its adapter merged, in 8 bits or nf4; what gives the result's scores.
 
     Raises: UserError where bitsandbytes is missing or memory runs out.
@@ -35,14 +35,14 @@ def write(bits: int, source: Source, aside: Path) -> Callable[[], Scorer]:
     return lambda: _loaded(aside, device)
 
 
-def _loaded(folder: Path, device: object) -> Scorer:
+def _loaded(folder: Path, device: object) -> LogitSource:
     """What was written, read again: what is compared must be what others will load."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vicuna.verify.scorers import ModelScorer
+    from vicuna.verify.logits import ModelLogits
 
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), device_map={"": device}, dtype=torch.float32
     )
-    return ModelScorer(model)
+    return ModelLogits(model)

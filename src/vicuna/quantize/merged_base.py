@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from vicuna.files import scratch_folder
 
 if TYPE_CHECKING:
-    from vicuna.commands.model_source import Source
+    from vicuna.commands.model_source import ModelSource
 
 _LARGEST = 2 << 30  # bytes of a file of weights
 
 
 @contextmanager
-def merged_folder(source: Source) -> Iterator[Path]:
+def merged_folder(source: ModelSource) -> Iterator[Path]:
     """The base's own folder; if there is an adapter, a temporary one with it merged.
 
     Sums are rounded to the base's own type once.

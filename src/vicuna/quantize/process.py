@@ -35,14 +35,14 @@ def quantize(python: Path, job: dict[str, Any], progress: Progress) -> None:
         running.finish()
 
 
-class QuantizedScorer:
-    """The scores of a quantised folder, computed where the library is (`verify.scorers.Scorer`)."""
+class QuantizedLogits:
+    """The logits of a quantized folder, computed in gptqmodel's environment."""
 
     def __init__(self, python: Path, model: Path, method: str) -> None:
         self._python, self._job = python, {"model": str(model), "method": method}
 
-    def scores(self, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Scores (T, V) of each text in turn, float32."""
+    def logits(self, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Logits (T, V) of each text in turn, float32."""
         job = {**self._job, "texts": [list(ids) for ids in texts]}
         with _Worker(self._python, "scores", job, lambda _done, _of: None) as running:
             for _ in texts:
@@ -52,7 +52,7 @@ class QuantizedScorer:
             running.finish()
 
     def answer(self, prompt: Sequence[int], ends: Sequence[int], longest: int) -> list[int]:
-        """The ids of the likeliest answer, at most `longest`, without the one that ends it."""
+        """The ids of the most likely answer, at most `longest`, without the one that ends it."""
         job = {**self._job, "prompt": list(prompt), "ends": list(ends), "longest": longest}
         with _Worker(self._python, "answer", job, lambda _done, _of: None) as running:
             ids = np.frombuffer(running.rest(), np.int64).tolist()

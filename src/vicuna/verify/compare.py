@@ -1,4 +1,4 @@
-"""Two models over the same texts: how far apart what they expect next is."""
+"""Compare two models over the same texts: KL divergence, perplexity, agreement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vicuna.errors import UserError
-from vicuna.verify.scorers import Scorer, Texts
+from vicuna.verify.logits import LogitSource, Texts
 
 _ROWS = 32  # positions compared at a time: over 128,000 tokens each takes a megabyte in float64
 
@@ -20,8 +20,8 @@ class Distance:
     """What a change did to one kind of text.
 
     tokens: positions compared. perplexity: of the text itself, before and after. kl: nats from the
-    model before to that after, over the next token, its mean and its largest. agreement: share of
-    positions with the same likeliest token.
+    model before to that after, over the next token, its mean and its largest. agreement: fraction
+    of positions with the same most likely token.
     """
 
     tokens: int
@@ -75,7 +75,7 @@ class _Sums:
         self.largest_kl = self.largest_difference = 0.0
 
     def add(self, before: np.ndarray, after: np.ndarray, ids: Sequence[int]) -> None:
-        """Scores (T, V) of both, and the text's ids (T,)."""
+        """Logits (T, V) of both, and the text's ids (T,)."""
         # A file may hold rows for padding that the other lacks; no text has those tokens.
         shared = min(before.shape[1], after.shape[1])
         for start in range(0, len(ids), _ROWS):
@@ -109,32 +109,32 @@ class _Sums:
         )
 
 
-def compare(before: Scorer, after: Scorer, texts: Mapping[str, Texts]) -> Comparison:
-    """Both models over all texts, one text's scores in memory at a time.
+def compare(before: LogitSource, after: LogitSource, texts: Mapping[str, Texts]) -> Comparison:
+    """Both models over all texts, one text's logits in memory at a time.
 
     Args:
         texts: token ids, two at least in each text, by kind of text.
 
-    Raises: UserError where a model gives scores that are no numbers.
+    Raises: UserError if a model gives NaN or Inf.
     """
     kinds = [(kind, list(ids)) for kind, of_kind in texts.items() for ids in of_kind]
     every = [ids for _, ids in kinds]
     sums = {kind: _Sums() for kind in texts}
-    for (kind, ids), a, b in zip(kinds, before.scores(every), after.scores(every)):
-        for scores, who in ((a, "what was read"), (b, "what was written")):
-            if not np.isfinite(scores).all():
+    for (kind, ids), a, b in zip(kinds, before.logits(every), after.logits(every)):
+        for logits, who in ((a, "the source"), (b, "the result")):
+            if not np.isfinite(logits).all():
                 raise UserError(
-                    f"{who} gives scores that are not finite",
-                    fix="Its weights hold values that are no numbers, or overflow in its type; "
+                    f"{who} gives logits that are not finite",
+                    fix="Its weights contain NaN or Inf, or overflow in its data type; "
                     "bf16 has a wider range than fp16.",
                 )
         sums[kind].add(a, b, ids)
     return Comparison({kind: s.distance() for kind, s in sums.items()})
 
 
-def _log_softmax(scores: np.ndarray) -> np.ndarray:
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """In float64: differences are looked for that float32 would round away."""
-    shifted = scores.astype(np.float64) - scores.max(axis=1, keepdims=True)
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 

@@ -26,7 +26,7 @@ from vicuna.errors import UserError
 from vicuna.json_yaml import write_json
 from vicuna.terminal import say
 from vicuna.verify.compare import Comparison, compare
-from vicuna.verify.scorers import Scorer
+from vicuna.verify.logits import LogitSource
 from vicuna.verify.texts import texts_for
 
 REPORT = "report.json"
@@ -96,8 +96,8 @@ class Report:
     def verify(
         self,
         settings: VerifySettings,
-        before: Callable[[], Scorer],
-        after: Callable[[], Scorer],
+        before: Callable[[], LogitSource],
+        after: Callable[[], LogitSource],
         tokenizer: Callable[[], Tokenizer],
     ) -> None:
         """Compare, unless that is turned off.

@@ -11,7 +11,7 @@ from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
 from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import UserError
-from vicuna.verify.scorers import Texts
+from vicuna.verify.logits import Texts
 
 # Tokens of a text that are compared; what is longer is cut.
 LONGEST = 256

@@ -1,9 +1,9 @@
-"""Scores of the next token at every position of a text, whatever holds the model.
+"""Logits at every position of a text, from a folder, a loaded model or a GGUF file.
 
 A folder is computed layer by layer: the weights of one layer are in memory at a time, in fp32, so
 that a model that only just fits on the disk can be compared with another. What an adapter adds is
-computed beside the base, as it is when somebody talks with it, and never added to the weights: a
-merge is compared with what it claims to equal, not with itself.
+computed beside the base, as in inference, and never added to the weights: a merge is compared with
+what it claims to equal, not with itself.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ _HEAD_ROWS = 8192  # rows of the output matrix multiplied at a time
 _POSITIONS = 8192  # padding included, computed at a time
 
 
-class Scorer(Protocol):
-    """What gives the scores of texts."""
+class LogitSource(Protocol):
+    """A model that gives the logits of texts."""
 
-    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
-        """Scores (T, V) of each text in turn, float32: row t is about the token behind t."""
+    def logits(self, texts: Texts) -> Iterator[np.ndarray]:
+        """Logits (T, V) of each text in turn, float32: row t is for the token after t."""
         ...
 
 
-class FolderScorer:
+class FolderLogits:
     """A base in Hugging Face's layout, perhaps with adapters, computed in fp32.
 
     Args:
         folder: config.json is read from here.
-        weights: the tensors by Hugging Face's names; the folder's own where not given.
-        adapters: each with the weight its part counts with.
+        weights: the tensors by Hugging Face's names; default: the folder's own.
+        adapters: each with its weight.
 
-    Raises: UserError where the weights cannot be read or do not belong to the config.
+    Raises: UserError if the weights cannot be read or do not belong to the config.
     """
 
     def __init__(
@@ -68,14 +68,13 @@ class FolderScorer:
         if not self._whole and weights is None:
             self._weights = open_weights(folder)
 
-    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
-        """See `Scorer.scores`."""
+    def logits(self, texts: Texts) -> Iterator[np.ndarray]:
         if self._whole:
-            return self._loaded().scores(texts)
+            return self._loaded().logits(texts)
         assert self._weights is not None
-        return _Streamed(self._folder, self._weights, _deltas(self._adapters)).scores(texts)
+        return _Streamed(self._folder, self._weights, _deltas(self._adapters)).logits(texts)
 
-    def _loaded(self) -> ModelScorer:
+    def _loaded(self) -> ModelLogits:
         from vicuna.model.load import Chosen, load_base
 
         if self._weights is not None:
@@ -88,32 +87,31 @@ class FolderScorer:
         model = load_base(self._folder, Chosen(precision, "comparing"), pick_device())
         for module, delta in _deltas(self._adapters).items():
             _add(model.get_submodule(module), delta)
-        return ModelScorer(model)
+        return ModelLogits(model)
 
 
-class ModelScorer:
-    """A causal language model of transformers that is loaded already, quantised or not."""
+class ModelLogits:
+    """A causal language model of transformers that is loaded already, quantized or not."""
 
     def __init__(self, model: Any) -> None:
         self._model = model.eval()
 
-    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
-        """See `Scorer.scores`."""
+    def logits(self, texts: Texts) -> Iterator[np.ndarray]:
         device = self._model.get_input_embeddings().weight.device
         for ids in texts:
             with torch.inference_mode():
-                given = torch.tensor([list(ids)], device=device)
-                logits = self._model(input_ids=given, use_cache=False).logits[0]
+                input_ids = torch.tensor([list(ids)], device=device)
+                logits = self._model(input_ids=input_ids, use_cache=False).logits[0]
             yield logits.float().cpu().numpy()
 
 
-class GgufScorer:
+class GgufLogits:
     """A GGUF file, computed by llama.cpp, perhaps with a GGUF LoRA beside it.
 
     Args:
         longest: tokens of the longest text.
 
-    Raises: UserError where llama.cpp is missing or cannot load the file.
+    Raises: UserError if llama.cpp is missing or cannot load the file.
     """
 
     def __init__(
@@ -134,8 +132,7 @@ class GgufScorer:
             self._model.close()
             raise
 
-    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
-        """See `Scorer.scores`."""
+    def logits(self, texts: Texts) -> Iterator[np.ndarray]:
         for ids in texts:
             if len(ids) > self._longest:
                 raise ValueError(f"{len(ids)} tokens, room for {self._longest}")
@@ -190,14 +187,14 @@ class _Streamed:
         self._check()
         self._hook()
 
-    def scores(self, texts: Texts) -> Iterator[np.ndarray]:
+    def logits(self, texts: Texts) -> Iterator[np.ndarray]:
         for batch in _batches(texts):
             with torch.inference_mode():
                 hidden = self._hidden(batch)
             for row, ids in zip(hidden, batch):
                 with torch.inference_mode():
-                    scores = self._logits(row[: len(ids)]).cpu().numpy()
-                yield scores
+                    logits = self._head_logits(row[: len(ids)]).cpu().numpy()
+                yield logits
 
     def _hidden(self, texts: Texts) -> Tensor:
         """The last layer's rows (B, T, H). What stands behind a text is never seen by it."""
@@ -208,18 +205,18 @@ class _Streamed:
         hidden: Tensor = inner(input_ids=given.to(self._device), use_cache=False).last_hidden_state
         return hidden
 
-    def _logits(self, rows: Tensor) -> Tensor:
-        """Scores (T, V) of rows (T, H); the output matrix in parts, so that it is fp32 in parts."""
+    def _head_logits(self, rows: Tensor) -> Tensor:
+        """Logits (T, V) of hidden rows (T, H); the output matrix is converted to fp32 in parts."""
         name = self._head
         if getattr(self, "_matrix", None) is None:
             self._matrix = self._weights.read(name).to(self._device)
         parts = [F.linear(rows, part.float()) for part in self._matrix.split(_HEAD_ROWS)]
-        scores = torch.cat(parts, dim=-1)
+        logits = torch.cat(parts, dim=-1)
         if delta := self._deltas.get("lm_head"):
-            scores = scores + _added(rows, delta)
+            logits = logits + _added(rows, delta)
         if cap := getattr(self._model.config, "final_logit_softcapping", None):
-            scores = torch.tanh(scores / cap) * cap
-        return scores
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
     @property
     def _head(self) -> str:
