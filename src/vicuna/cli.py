@@ -52,7 +52,7 @@ class Command:
     def load(self) -> Callable[[list[str]], int]:
         """The function itself."""
         module, function = self.function.split(":")
-        return getattr(import_module(f"vicuna.{module}"), function)  # type: ignore[no-any-return]
+        return getattr(import_module(f"vicuna.{module}"), function)
 
 
 GROUPS = {
