@@ -136,7 +136,7 @@ def _item(raw: Any, value: Any, renderer: Renderer) -> Item | None:
     if len(rendered) != 1:
         return None
     segments = rendered[0]
-    taught = [s.supervised for s in segments]
+    taught = [s.in_loss for s in segments]
     first = taught.index(True) if any(taught) else 0
     if not first or not all(taught[first:]):
         return None

@@ -38,7 +38,7 @@ def taught(value: Any) -> list[str]:
     if parsed.conversation is None:
         assert [p.action for p in parsed.problems] == ["dropped"]
         return []
-    return [t.text for t in turns(parsed) if t.role == "assistant" and t.supervised]
+    return [t.text for t in turns(parsed) if t.role == "assistant" and t.in_loss]
 
 
 def user(text: Any, **more: Any) -> dict[str, Any]:
@@ -690,8 +690,8 @@ def test_converting_keeps_what_is_meant(to: str) -> None:
 
     one = [Turn("system", "你是老师。"), Turn("user", Q), Turn("assistant", A, thought="先想。")]
     two = [*one, Turn("user", Q2), Turn("assistant", A2)]
-    masked = [*one[:2], Turn("assistant", A, supervised=False), *two[3:]]
-    last = [*one, Turn("user", Q2), Turn("assistant", A2, thought="再想。", supervised=False)]
+    masked = [*one[:2], Turn("assistant", A, in_loss=False), *two[3:]]
+    last = [*one, Turn("user", Q2), Turn("assistant", A2, thought="再想。", in_loss=False)]
     for said in (one, two, masked, last):
         assert back(Conversation(said, 1)) == Conversation(said, 1)
 
@@ -721,4 +721,4 @@ def test_any_record_of_known_names_is_sound_or_dropped(value: Any, as_text: bool
     assert all(isinstance(t.text, str) and t.text.strip() for t in said)
     assert all(isinstance(t.thought, str) and isinstance(t.input, str) for t in said)
     if parsed.conversation.kind == "chat":
-        assert any(t.supervised for t in said if t.role == "assistant")
+        assert any(t.in_loss for t in said if t.role == "assistant")

@@ -42,18 +42,18 @@ def test_spans_hold_every_token_once_and_are_learned_where_the_labels_say(
     found = list(spans(example, renderer))
     ids = [i for span in found for i in span.ids]
     assert ids == example.ids.tolist()
-    learned = [span.learned for span in found for _ in span.ids]
+    learned = [span.in_loss for span in found for _ in span.ids]
     expected = [False, *(example.labels[:-1] == NEXT_TOKEN).tolist()]
     assert learned == expected
     silent = [span for span in found if span.silent]
     assert len(silent) == int((example.labels == END_TOKEN).sum())
-    assert all(span.learned and not span.ids for span in silent)
+    assert all(span.in_loss and not span.ids for span in silent)
 
 
 def test_a_learned_answer_and_its_end_stand_in_the_spans() -> None:
     renderer = RENDERERS["byte-level"]
     found = list(spans(example_of(renderer), renderer))
-    answer = "".join(span.text for span in found if span.learned and not span.control)
+    answer = "".join(span.text for span in found if span.in_loss and not span.control)
     assert "很好，谢谢。 fine" in answer
     assert "你好" not in answer
     # What a user typed is text, even where it is spelled like a control token.

@@ -238,7 +238,7 @@ def test_targets_are_the_answers_and_their_ends(name: str, kind: str, c: Convers
             assert run[-1] == r.end_id
             assert run[-1] in r.stop_ids
             said = r.tokenizer.decode(run[:-1])
-            assert _plain(said) == _plain(r.template.harmless(c.turns[at].text))
+            assert _plain(said) == _plain(r.template.escape_role_marks(c.turns[at].text))
 
 
 @every

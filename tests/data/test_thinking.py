@@ -249,9 +249,9 @@ def test_an_answer_that_the_template_would_cut_up_is_taught_whole_and_told() -> 
     inside = Turn("assistant", "标记是 </think> 这个")
     given, learned = rendered(r, [ASKED, inside])
     assert (given, learned) == (ASK + EMPTY, "标记是 </think> 这个<|im_end|>\n")
-    assert "for a thought" in r.template.odd
+    assert "for a thought" in r.template.oddity
     rendered(r, [ASKED, INLINE])
-    assert not r.template.odd
+    assert not r.template.oddity
 
 
 # -- the day ----

@@ -190,7 +190,7 @@ def _coloured(example: Example, renderer: Renderer) -> Any:
     text = Text()
     for span in spans(example, renderer):
         style = ["reverse"] if span.control else []
-        style += ["green"] if span.learned else []
+        style += ["green"] if span.in_loss else []
         style += ["dim"] if span.silent else []
         text.append(span.text, " ".join(style))
     return text

@@ -171,4 +171,4 @@ def _said(q: Turn) -> str:
 def _beside(answer: Turn) -> dict[str, Any]:
     """What stands beside an answer: its thought, and that it is not learned."""
     found: dict[str, Any] = {"reasoning_content": answer.thought} if answer.thought else {}
-    return found if answer.supervised else {**found, "weight": 0}
+    return found if answer.in_loss else {**found, "weight": 0}

@@ -31,14 +31,14 @@ class Turn:
     """One utterance.
 
     input: the separate material of an instruction (Alpaca's `input`). thought: the reasoning that
-    precedes an answer, without its marks. supervised: whether an answer is in the loss.
+    precedes an answer, without its marks. in_loss: whether an answer is in the loss.
     """
 
     role: Role
     text: str
     input: str = ""
     thought: str = ""
-    supervised: bool = True
+    in_loss: bool = True
 
 
 @dataclass(slots=True)

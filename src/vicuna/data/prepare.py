@@ -286,13 +286,13 @@ class Work:
         owners: list[int] = []
         for n, conversation in enumerate(conversations):
             before = len(rendered)
-            for segments in template.examples(conversation, self.spec.train_turns):
-                rendered.append(segments)
+            for pieces in template.examples(conversation, self.spec.train_turns):
+                rendered.append(pieces)
                 owners.append(n)
             if len(rendered) == before:  # its last answer is not to be learned
                 report.drop_used(conversation.line, "", "nothing to learn")
-            if template.odd:
-                report.warn(conversation.line, "", template.odd)
+            if template.oddity:
+                report.warn(conversation.line, "", template.oddity)
         encoded = self.renderer.tokenizer.encode_many(rendered, end)
         examples: list[Example] = []
         records: list[int] = []
@@ -356,8 +356,8 @@ class Work:
 
     def _render(self, turns: list[Turn], conversation: Conversation) -> list[Example]:
         part = Conversation(turns, conversation.line)
-        segments = self.renderer.template.examples(part, self.spec.train_turns)
-        return self.renderer.tokenizer.encode_many(segments, self.renderer.end_id)
+        pieces = self.renderer.template.examples(part, self.spec.train_turns)
+        return self.renderer.tokenizer.encode_many(pieces, self.renderer.end_id)
 
 
 def _ranked(conversations: Sequence[Conversation]) -> np.ndarray:

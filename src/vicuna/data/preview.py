@@ -25,7 +25,7 @@ class Span:
 
     ids: list[int]
     text: str
-    learned: bool
+    in_loss: bool
     control: bool = False
     silent: bool = False
 
@@ -34,26 +34,26 @@ def spans(example: Example, renderer: Renderer) -> Iterator[Span]:
     """An example cut up; the texts of its spans, one after another, are the text of the example."""
     tokenizer, labels = renderer.tokenizer, example.labels
     held: list[int] = []
-    holds_learned = False
+    held_in_loss = False
     for position, token in enumerate(example.ids.tolist()):
-        learned = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
+        in_loss = position > 0 and labels[position - 1] not in (NO_TARGET, END_TOKEN)
         control = token in tokenizer.control_ids
-        if held and (control or learned != holds_learned):
-            yield Span(held, tokenizer.decode(held), holds_learned)
+        if held and (control or in_loss != held_in_loss):
+            yield Span(held, tokenizer.decode(held), held_in_loss)
             held = []
         if control:
-            yield Span([token], tokenizer.token(token), learned, control=True)
+            yield Span([token], tokenizer.token(token), in_loss, control=True)
         else:
             held.append(token)
-        holds_learned = learned
+        held_in_loss = in_loss
         if labels[position] == END_TOKEN:
             if held:
-                yield Span(held, tokenizer.decode(held), holds_learned)
+                yield Span(held, tokenizer.decode(held), held_in_loss)
                 held = []
             end = tokenizer.token(renderer.end_id)
-            yield Span([], end, learned=True, control=True, silent=True)
+            yield Span([], end, in_loss=True, control=True, silent=True)
     if held:
-        yield Span(held, tokenizer.decode(held), holds_learned)
+        yield Span(held, tokenizer.decode(held), held_in_loss)
 
 
 def tokens(span: Span, tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:

@@ -1,6 +1,6 @@
 """Text to token ids as the base's own tokenizer gives them, but no text becomes a control token.
 
-A rendered conversation is a list of segments. *Marks* are the template's own words: special tokens
+A rendered conversation is a list of pieces. *Marks* are the template's own words: special tokens
 in them are parsed. *Text* is what people and models wrote: `<|im_end|>` typed by a user stays eight
 harmless pieces. Only tokens that the tokenizer marks special are control tokens; its other added
 tokens (`<think>`, `<tool_call>`) are text.
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
     kind: Literal["mark", "text", "bos", "end", "silent_end"]
     text: str = ""
-    supervised: bool = False
+    in_loss: bool = False
     cut: bool = False
 
 
@@ -87,7 +87,7 @@ class _RunPart(NamedTuple):
     """
 
     text: str
-    supervised: bool
+    in_loss: bool
     literal: bool
     source: str | int
 
@@ -114,22 +114,22 @@ class _TokenRun(NamedTuple):
     """
 
     ids: list[int] | None
-    supervised: bool
+    in_loss: bool
     begins: bool = False
     sources: tuple[str | int, ...] = ()
     mixed: tuple[bool, ...] = ()
     silent: bool = False
 
 
-def _source(source: str | int, segments: Sequence[Piece]) -> str:
-    return source if isinstance(source, str) else segments[source].text
+def _source(source: str | int, pieces: Sequence[Piece]) -> str:
+    return source if isinstance(source, str) else pieces[source].text
 
 
-def _filled(token_run: _TokenRun, segments: Sequence[Piece]) -> str:
+def _filled(token_run: _TokenRun, pieces: Sequence[Piece]) -> str:
     """The text of a token run of a conversation."""
     if len(token_run.sources) == 1:
-        return _source(token_run.sources[0], segments)
-    return "".join([_source(source, segments) for source in token_run.sources])
+        return _source(token_run.sources[0], pieces)
+    return "".join([_source(source, pieces) for source in token_run.sources])
 
 
 def _joined(token_runs: Sequence[_TokenRun]) -> list[_TokenRun]:
@@ -137,7 +137,7 @@ def _joined(token_runs: Sequence[_TokenRun]) -> list[_TokenRun]:
     plan: list[_TokenRun] = []
     for token_run in token_runs:
         last = plan[-1] if plan else None
-        alike = last is not None and last.supervised == token_run.supervised
+        alike = last is not None and last.in_loss == token_run.in_loss
         if last and alike and last.ids is not None and token_run.ids is not None:
             plan[-1] = last._replace(ids=last.ids + token_run.ids)
         else:
@@ -150,14 +150,14 @@ class _Chunk:
 
     def __init__(self) -> None:
         self.runs: list[list[int]] = []
-        self.learned: list[bool] = []  # of each run
+        self.in_loss: list[bool] = []  # of each run
         self.starts: list[int] = [0]  # the number of runs in front of each conversation
         # Of silent ends that are learned: the runs in front of it, and in front of its conversation
         self.silent: list[tuple[int, int]] = []
 
-    def add(self, ids: list[int], learned: bool) -> None:
+    def add(self, ids: list[int], in_loss: bool) -> None:
         self.runs.append(ids)
-        self.learned.append(learned)
+        self.in_loss.append(in_loss)
 
     def examples(self) -> list[Example]:
         """An example for each conversation; all of them are views into two arrays."""
@@ -165,7 +165,7 @@ class _Chunk:
         ids = _int32(self.runs, int(stops[-1]))
         # What a token is learned for is said at the position before it, which predicts it.
         labels = np.zeros(len(ids), np.uint8)
-        labels[:-1] = np.repeat(np.array(self.learned, np.uint8), np.diff(stops))[1:]
+        labels[:-1] = np.repeat(np.array(self.in_loss, np.uint8), np.diff(stops))[1:]
         borders = stops[self.starts]
         labels[borders[1:][np.diff(borders) > 0] - 1] = NO_TARGET
         for here, start in self.silent:
@@ -184,7 +184,7 @@ def _int32(rows: list[list[int]], count: int) -> np.ndarray:
 
 
 class Tokenizer:
-    """Encodes segments into ids and labels, and ids back into text."""
+    """Encodes pieces into ids and labels, and ids back into text."""
 
     def __init__(self, data: TokenizerData) -> None:
         from tokenizers import Tokenizer as FastTokenizer
@@ -230,8 +230,8 @@ class Tokenizer:
 
     def mark(self, text: str, first: bool = False) -> list[int]:
         """Ids of a template's own words by themselves; special tokens in them are parsed."""
-        segments = [Piece("mark", text, cut=True)]
-        return self._encode([segments], self.data.eos_id, first)[0].ids.tolist()
+        pieces = [Piece("mark", text, cut=True)]
+        return self._encode([pieces], self.data.eos_id, first)[0].ids.tolist()
 
     def text(self, text: str, first: bool = False) -> list[int]:
         """Ids of somebody's words; never a control token."""
@@ -243,9 +243,9 @@ class Tokenizer:
         call, whatever spells a special token in it parsed."""
         return self._whole.encode(text, add_special_tokens=False).ids
 
-    def encode(self, segments: Sequence[Piece], end_id: int) -> Example:
+    def encode(self, pieces: Sequence[Piece], end_id: int) -> Example:
         """One rendered conversation to ids (T,) and labels (T,)."""
-        return self.encode_many([segments], end_id)[0]
+        return self.encode_many([pieces], end_id)[0]
 
     def encode_many(self, rendered: Iterable[Sequence[Piece]], end_id: int) -> list[Example]:
         """Many rendered conversations at once: one call of the tokenizer for all their texts."""
@@ -257,19 +257,19 @@ class Tokenizer:
         chunk = _Chunk()
         # (run, text) of what is to be encoded, for each of the two tokenizers
         waiting: tuple[list[tuple[int, str]], list[tuple[int, str]]] = ([], [])
-        for segments in rendered:
-            for token_run in self._plan(segments, end_id, first):
+        for pieces in rendered:
+            for token_run in self._plan(pieces, end_id, first):
                 if token_run.ids is not None:
-                    chunk.add(token_run.ids, token_run.supervised)
+                    chunk.add(token_run.ids, token_run.in_loss)
                 elif token_run.silent:
-                    if token_run.supervised:
+                    if token_run.in_loss:
                         chunk.silent.append((len(chunk.runs), chunk.starts[-1]))
                 elif token_run.mixed:
-                    self._mixed(token_run, segments, chunk)
+                    self._mixed(token_run, pieces, chunk)
                 else:
                     which = token_run.begins and self._begin is not self._within
-                    waiting[which].append((len(chunk.runs), _filled(token_run, segments)))
-                    chunk.add([], token_run.supervised)
+                    waiting[which].append((len(chunk.runs), _filled(token_run, pieces)))
+                    chunk.add([], token_run.in_loss)
             chunk.starts.append(len(chunk.runs))
         for tokenizer, some in zip((self._within, self._begin), waiting):
             texts = [text for _, text in some]
@@ -278,7 +278,7 @@ class Tokenizer:
                 chunk.runs[run] = encoding.ids
         return chunk.examples()
 
-    def _plan(self, segments: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
+    def _plan(self, pieces: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
         """How a conversation is encoded; made once for all that differ in nothing but their texts.
 
         White space at an end of a text decides where it may be cut from its neighbours: such a
@@ -286,24 +286,24 @@ class Tokenizer:
         """
         shape: list[object] = [end_id, begins]
         kept = True
-        for segment in segments:
-            kind, text, supervised, cut = segment
+        for piece in pieces:
+            kind, text, in_loss, cut = piece
             if kind != "text" or not text:
-                shape.append(segment)
+                shape.append(piece)
             else:
-                shape.append((supervised, cut))
+                shape.append((in_loss, cut))
                 kept = kept and not (text[0].isspace() or text[-1].isspace())
         if not kept:
-            return _joined(self._token_runs(segments, end_id, begins))
+            return _joined(self._token_runs(pieces, end_id, begins))
         key = tuple(shape)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = _joined(self._token_runs(segments, end_id, begins))
+            plan = self._plans[key] = _joined(self._token_runs(pieces, end_id, begins))
         return plan
 
-    def _token_runs(self, segments: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
+    def _token_runs(self, pieces: Sequence[Piece], end_id: int, begins: bool) -> list[_TokenRun]:
         """A conversation cut up into control tokens and runs.
 
         begins: whether the first run gets the dummy space.
@@ -311,37 +311,37 @@ class Tokenizer:
         token_runs: list[_TokenRun] = []
         run: list[_RunPart] = []
 
-        def control(token_id: int, supervised: bool) -> None:
+        def control(token_id: int, in_loss: bool) -> None:
             nonlocal begins
             self._close(run, begins, token_runs, token_id)
-            token_runs.append(_TokenRun([token_id], supervised))
+            token_runs.append(_TokenRun([token_id], in_loss))
             begins = self._each
 
-        for n, (kind, text, supervised, cut) in enumerate(segments):
+        for n, (kind, text, in_loss, cut) in enumerate(pieces):
             if kind == "text" or kind == "mark":
                 if cut and run:
                     self._close(run, begins, token_runs)
                     begins = False
                 if kind == "text":
                     if text:
-                        run.append(_RunPart(text, supervised, False, n))
+                        run.append(_RunPart(text, in_loss, False, n))
                     continue
                 for part in self._parts(text):
                     if isinstance(part, int):
-                        control(part, supervised)
+                        control(part, in_loss)
                     else:
-                        run.append(_RunPart(part, supervised, True, part))
+                        run.append(_RunPart(part, in_loss, True, part))
             elif kind == "end":
-                control(end_id, supervised)
+                control(end_id, in_loss)
             elif kind == "bos":
                 if self.data.bos_id is not None:
-                    control(self.data.bos_id, supervised)
+                    control(self.data.bos_id, in_loss)
                 begins = True
             elif kind == "silent_end":
                 if run:
                     self._close(run, begins, token_runs)
                     begins = False
-                token_runs.append(_TokenRun(None, supervised, silent=True))
+                token_runs.append(_TokenRun(None, in_loss, silent=True))
         self._close(run, begins, token_runs)
         return token_runs
 
@@ -399,7 +399,7 @@ class Tokenizer:
         run.clear()
 
     def _token_run(self, held: Sequence[_RunPart], begins: bool) -> _TokenRun:
-        flags = tuple(piece.supervised for piece in held)
+        flags = tuple(piece.in_loss for piece in held)
         ids = None
         if len(held) == 1 and held[0].literal:
             ids = self._literal(held[0].text, begins)
@@ -413,14 +413,14 @@ class Tokenizer:
             self._literals[key] = self.text(text, begins)
         return self._literals[key]
 
-    def _mixed(self, token_run: _TokenRun, segments: Sequence[Piece], chunk: _Chunk) -> None:
+    def _mixed(self, token_run: _TokenRun, pieces: Sequence[Piece], chunk: _Chunk) -> None:
         """A text of which a part is learned: a token counts as the part that it begins in."""
         tokenizer = self._begin if token_run.begins else self._within
-        parts = [_source(source, segments) for source in token_run.sources]
+        parts = [_source(source, pieces) for source in token_run.sources]
         encoding = tokenizer.encode("".join(parts), add_special_tokens=False)
         flags = [flag for part, flag in zip(parts, token_run.mixed) for _ in part]
-        learned = (flags[min(start, len(flags) - 1)] for start, _ in encoding.offsets)
-        for flag, group in groupby(zip(learned, encoding.ids), lambda pair: pair[0]):
+        in_loss = (flags[min(start, len(flags) - 1)] for start, _ in encoding.offsets)
+        for flag, group in groupby(zip(in_loss, encoding.ids), lambda pair: pair[0]):
             chunk.add([token_id for _, token_id in group], flag)
 
     # -- decoding -------------------------------------------------------------------------------

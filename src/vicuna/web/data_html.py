@@ -155,7 +155,7 @@ def example(view: DatasetView, i: int, borders: bool, tr: Translate) -> Markup:
 
 
 def _span(span: Span, view: DatasetView, borders: bool, tr: Translate) -> Markup:
-    kinds = ["learned"] if span.learned else []
+    kinds = ["learned"] if span.in_loss else []
     if span.control:
         kinds += ["control"] + (["silent"] if span.silent else [])
         title = tr("data.silent_end") if span.silent else f"{span.ids[0]}"

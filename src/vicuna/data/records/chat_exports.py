@@ -24,9 +24,9 @@ from vicuna.data.records.reasons import (
     Unusable,
     shorten,
 )
-from vicuna.data.records.record import Reading, number_of, says
+from vicuna.data.records.record import Record, number_of, says
 from vicuna.data.records.turn_lists import role_of
-from vicuna.data.records.turn_order import Said
+from vicuna.data.records.turn_order import Utterance
 
 _MOSS_BEGIN = re.compile(r"\A\s*<\|[^|<>]{1,30}\|>\s*[:：]?\s*")
 _MOSS_END = re.compile(r"(?:\s|<eo[a-z]>)+\Z")
@@ -66,9 +66,9 @@ def is_moss(values: dict[str, Any]) -> bool:
     return isinstance(chat, dict) and any(_TURN_NAME.fullmatch(str(k)) for k in chat)
 
 
-def moss(reading: Reading) -> Iterator[Said]:
+def moss(record: Record) -> Iterator[Utterance]:
     """MOSS 003; a turn that commands a tool drops the record."""
-    chat = reading.take("chat")
+    chat = record.take("chat")
     numbered = [(int(m[1]), k) for k in chat if (m := _TURN_NAME.fullmatch(str(k)))]
     for _, key in sorted(numbered):
         turn, where = chat[key], f"chat.{key}"
@@ -79,8 +79,8 @@ def moss(reading: Reading) -> Iterator[Said]:
             if not empty(turn.get(tool)):
                 raise Unusable(where, f"{TOOL}: {tool}")
         thought = turn.get("inner_thoughts")
-        yield Said("user", turn.get("human"), f"{where}.Human")
-        yield Said(
+        yield Utterance("user", turn.get("human"), f"{where}.Human")
+        yield Utterance(
             "assistant",
             turn.get("moss"),
             f"{where}.MOSS",
@@ -103,33 +103,33 @@ def is_tree(values: dict[str, Any]) -> bool:
     return isinstance(mapping, dict) and any(isinstance(n, dict) for n in mapping.values())
 
 
-def tree(reading: Reading) -> list[Said]:
+def tree(record: Record) -> list[Utterance]:
     """The branch of an exported conversation that was kept: from `current_node` to the root."""
-    mapping = reading.take("mapping")
-    reading.used.update(k for k in _ABOUT if k in reading.values)
-    node = reading.take("current_node")
+    mapping = record.take("mapping")
+    record.used.update(k for k in _ABOUT if k in record.values)
+    node = record.take("current_node")
     if node not in mapping:
         node = _newest(mapping)
     branch: list[tuple[str, Any]] = []
     while isinstance(mapping.get(node), dict) and len(branch) <= len(mapping):
         branch.append((node, mapping[node].get("message")))
         node = mapping[node].get("parent")
-    said: list[Said] = []
+    utterances: list[Utterance] = []
     thought: list[str] = []
     for name, message in reversed(branch):
         if not isinstance(message, dict):
             continue
-        for one in _message(message, f"mapping.{shorten(str(name), 40)}", reading):
+        for one in _message(message, f"mapping.{shorten(str(name), 40)}", record):
             if one.field == "":
                 thought += [one.thought] if one.thought else []
                 continue
             if one.role == "assistant" and thought:
                 one = one._replace(thought="\n".join(thought))
                 thought = []
-            said.append(one)
-    if not said:
+            utterances.append(one)
+    if not utterances:
         raise Unusable("mapping", EMPTY_CONVERSATION)
-    return said
+    return utterances
 
 
 # What an export says about a conversation, and is no part of it.
@@ -158,7 +158,7 @@ def _newest(mapping: dict[str, Any]) -> str:
     return node
 
 
-def _message(message: dict[str, Any], where: str, reading: Reading) -> Iterator[Said]:
+def _message(message: dict[str, Any], where: str, record: Record) -> Iterator[Utterance]:
     if isinstance(message.get("fragments"), list):
         yield from _fragments(message["fragments"], where)
         return
@@ -172,25 +172,25 @@ def _message(message: dict[str, Any], where: str, reading: Reading) -> Iterator[
     form = content.get("content_type", "text") if isinstance(content, dict) else "text"
     if form in ("thoughts", "reasoning_recap"):
         thoughts = content.get("thoughts") or []
-        yield Said("assistant", None, "", thought=thinking(thoughts))
+        yield Utterance("assistant", None, "", thought=thinking(thoughts))
         return
     if form in ("user_editable_context", "model_editable_context"):
         profile = content.get("user_instructions") or content.get("user_profile")
         if not empty(profile):
-            yield Said("system", profile, where)
+            yield Utterance("system", profile, where)
         return
     if not empty(about.get("attachments")):
         raise Unusable(where, f"{MEDIA}: attachments")
     if message.get("recipient") not in (None, "all") or form in ("code", "execution_output"):
         raise Unusable(where, TOOL)
     role = role_of(name, where)
-    value, thought = joined(content, where, reading)
+    value, thought = joined(content, where, record)
     if role == "system" and empty(value):
         return
     if role != "user" and empty(value) and not thought:
         return  # steps without words, which the service hides as well
-    learned = says(message.get("weight", 1)) is not False
-    yield Said(role, value, where, thought=thought, learned=learned or role != "assistant")
+    in_loss = says(message.get("weight", 1)) is not False
+    yield Utterance(role, value, where, thought=thought, in_loss=in_loss or role != "assistant")
 
 
 def _hidden_words(message: dict[str, Any]) -> bool:
@@ -199,18 +199,18 @@ def _hidden_words(message: dict[str, Any]) -> bool:
     return isinstance(content, dict) and content.get("content_type") == "user_editable_context"
 
 
-def _fragments(fragments: list[Any], where: str) -> Iterator[Said]:
+def _fragments(fragments: list[Any], where: str) -> Iterator[Utterance]:
     """DeepSeek's: REQUEST, THINK and RESPONSE in one message."""
     for fragment in fragments:
         if not isinstance(fragment, dict):
             continue
         name, words = str(fragment.get("type", "")).upper(), fragment.get("content")
         if name == "REQUEST":
-            yield Said("user", words, where)
+            yield Utterance("user", words, where)
         elif name == "THINK":
-            yield Said("assistant", None, "", thought=words)
+            yield Utterance("assistant", None, "", thought=words)
         elif name == "RESPONSE":
-            yield Said("assistant", words, where)
+            yield Utterance("assistant", words, where)
         elif name in ("SEARCH", "TOOL", "READ_LINK"):
             raise Unusable(where, f"{TOOL}: {name}")
 
@@ -224,13 +224,13 @@ def is_assistant_tree(values: dict[str, Any]) -> bool:
     return isinstance(prompt, dict) and isinstance(prompt.get("replies"), list) and "text" in prompt
 
 
-def assistant_tree(reading: Reading) -> Iterator[Said]:
+def assistant_tree(record: Record) -> Iterator[Utterance]:
     """The branch of the best-ranked replies; deleted ones do not count."""
-    node, where = reading.take("prompt"), "prompt"
-    reading.used.update(("message_tree_id", "tree_state"))
+    node, where = record.take("prompt"), "prompt"
+    record.used.update(("message_tree_id", "tree_state"))
     while isinstance(node, dict):
         role = role_of(node.get("role"), f"{where}.role")
-        yield Said(role, node.get("text"), f"{where}.text")
+        yield Utterance(role, node.get("text"), f"{where}.text")
         replies = [
             r
             for r in node.get("replies") or []

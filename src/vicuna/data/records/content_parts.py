@@ -7,7 +7,7 @@ from typing import Any
 from vicuna.data.records.field_names import empty
 from vicuna.data.records.parse_values import kind
 from vicuna.data.records.reasons import MEDIA, NOT_TEXT, TOOL, Unusable, shorten
-from vicuna.data.records.record import Reading
+from vicuna.data.records.record import Record
 
 
 def thinking(value: Any) -> Any:
@@ -35,7 +35,7 @@ _THOUGHT_PARTS = frozenset(("thinking", "reasoning", "thought", "think", "though
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
 
 
-def joined(content: Any, field: str, reading: Reading) -> tuple[Any, Any]:
+def joined(content: Any, field: str, record: Record) -> tuple[Any, Any]:
     """Content in parts as one text, and the thought among them.
 
     Raises: Unusable where a part is no text.
@@ -67,9 +67,9 @@ def joined(content: Any, field: str, reading: Reading) -> tuple[Any, Any]:
         for key, value in part.items():
             if key not in ("type", "text", "thought") and not empty(value) and key != "id":
                 outer = field.split("[")[0]
-                reading.leave(f"{outer}[].{field.rsplit('.', 1)[-1]}[].{key}")
-    said = [t for t in thoughts if t]
-    return "\n".join(parts), ("\n".join(said) if said else None)
+                record.leave(f"{outer}[].{field.rsplit('.', 1)[-1]}[].{key}")
+    texts = [t for t in thoughts if t]
+    return "\n".join(parts), ("\n".join(texts) if texts else None)
 
 
 def _foreign(name: Any, part: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ from vicuna.data.records.reasons import (
     REPLACED,
     Unusable,
 )
-from vicuna.data.records.record import Reading
-from vicuna.data.records.transcripts import POSSIBLE, Spoken, open_dialogue, whole_dialogue
+from vicuna.data.records.record import Record
+from vicuna.data.records.transcripts import POSSIBLE, Transcript, open_dialogue, whole_dialogue
 from vicuna.data.records.turn_lists import (
     answers_of,
     as_list,
@@ -42,29 +42,29 @@ from vicuna.data.records.turn_lists import (
     pair_keys,
     turns_key,
 )
-from vicuna.data.records.turn_order import Said
+from vicuna.data.records.turn_order import Utterance
 
 # The reasons a user reads, beside those of `said` and `marks`.
 
 _PLAIN_ALPACA = frozenset(("instruction", "input", "output", "id"))
 
 
-def alpaca(reading: Reading) -> list[Said]:
+def alpaca(record: Record) -> list[Utterance]:
     """{instruction, input, output}."""
-    values = reading.values
+    values = record.values
     question, material = values["instruction"], values.get("input")
     answer: Any = values.get("output")
     if not _PLAIN_ALPACA.issuperset(values):
-        reading.used.update(("instruction", "input", "output"))
-        question, material, answer = _choice(reading, question, material, answer, "output")
+        record.used.update(("instruction", "input", "output"))
+        question, material, answer = _choice(record, question, material, answer, "output")
     if isinstance(answer, list):
-        answer = preferences.best(answer, "output", reading)
-    return _asked(question, material, "instruction", "input", answer, "output", reading)
+        answer = preferences.best(answer, "output", record)
+    return _asked(question, material, "instruction", "input", answer, "output", record)
 
 
-def pair(reading: Reading) -> list[Said]:
+def pair(record: Record) -> list[Utterance]:
     """{prompt, response} and whatever else questions and answers are called."""
-    values = reading.values
+    values = record.values
     question_, answer_ = pair_keys(values)
     question = question_ or first(values, PLAIN_QUESTIONS) or ""
     material = next((m for m in MATERIAL if m in values and m != question), "")
@@ -73,27 +73,27 @@ def pair(reading: Reading) -> list[Said]:
     if (question, answer_) == ("input", "output"):
         # Also the chat format without its lists; the report keeps this to itself unless the
         # file has records of that format.
-        reading.note("input", ONE_TURN, "warned")
-    asked, given = reading.take(question), reading.take(material)
-    answer = reading.take(answer_)
+        record.note("input", ONE_TURN, "warned")
+    asked, given = record.take(question), record.take(material)
+    answer = record.take(answer_)
     if isinstance(asked, (list, dict)):
         return [
-            *_context(asked, question, reading),
-            *answers_of(answer, answer_ or "answer", reading),
+            *_context(asked, question, record),
+            *answers_of(answer, answer_ or "answer", record),
         ]
-    asked, given, answer = _choice(reading, asked, given, answer, answer_)
+    asked, given, answer = _choice(record, asked, given, answer, answer_)
     if isinstance(answer, (list, dict)):
-        before = _asked(asked, given, question, material, "", "", reading)[:-1]
-        return [*before, *answers_of(answer, answer_ or "answer", reading)]
-    return _asked(asked, given, question, material, answer, answer_ or "answer", reading)
+        before = _asked(asked, given, question, material, "", "", record)[:-1]
+        return [*before, *answers_of(answer, answer_ or "answer", record)]
+    return _asked(asked, given, question, material, answer, answer_ or "answer", record)
 
 
 def _choice(
-    reading: Reading, question: Any, material: Any, answer: Any, key: str | None
+    record: Record, question: Any, material: Any, answer: Any, key: str | None
 ) -> tuple[Any, Any, Any]:
     """Question, material and answer with the options of a multiple choice among them."""
-    if found := multiple_choice.take(reading):
-        answer = multiple_choice.answer(reading, key, found)
+    if found := multiple_choice.take(record):
+        answer = multiple_choice.answer(record, key, found)
         if empty(material):
             question = multiple_choice.asked(question, found)
         elif not (isinstance(question, str) and all(text in question for _, text in found)):
@@ -108,18 +108,18 @@ def _asked(
     input_field: str,
     answer: Any,
     answer_field: str,
-    reading: Reading,
-) -> list[Said]:
+    record: Record,
+) -> list[Utterance]:
     """A question with its material and its answer; the question may hold a dialogue in one text."""
-    given = Said("assistant", answer, answer_field)
+    given = Utterance("assistant", answer, answer_field)
     possible = type(question) is str and POSSIBLE.match(question)
-    if possible and (said := _dialogue_before(question, material)):
-        reading.note(field, DIALOGUE, "repaired")
-        return [*_spoken(said, field), given]
-    return [Said("user", question, field, material, input_field), given]
+    if possible and (utterances := _dialogue_before(question, material)):
+        record.note(field, DIALOGUE, "repaired")
+        return [*_utterances(utterances, field), given]
+    return [Utterance("user", question, field, material, input_field), given]
 
 
-def _dialogue_before(question: str, material: Any) -> Spoken | None:
+def _dialogue_before(question: str, material: Any) -> Transcript | None:
     if type(material) is str and material.strip():
         # BELLE's and others': the dialogue goes on in the input.
         return (
@@ -130,62 +130,62 @@ def _dialogue_before(question: str, material: Any) -> Spoken | None:
     return open_dialogue(question)
 
 
-def _spoken(said: Spoken, field: str, learned: bool = True) -> list[Said]:
-    return [Said(role, words, field, learned=learned) for role, words in said]
+def _utterances(utterances: Transcript, field: str, in_loss: bool = True) -> list[Utterance]:
+    return [Utterance(role, words, field, in_loss=in_loss) for role, words in utterances]
 
 
-def _context(value: Any, key: str, reading: Reading) -> Iterator[Said]:
+def _context(value: Any, key: str, record: Record) -> Iterator[Utterance]:
     """What comes before an answer that was set apart; its own answers are not learned."""
     if isinstance(value, dict):
         value = [value]
-    for said in items(value, key, reading):
-        yield said._replace(learned=False) if said.role == "assistant" else said
+    for utterances in items(value, key, record):
+        yield utterances._replace(in_loss=False) if utterances.role == "assistant" else utterances
 
 
-def chat(reading: Reading) -> Iterator[Said]:
+def chat(record: Record) -> Iterator[Utterance]:
     """{input: [questions], output: [answers]}: the 2023 project's."""
-    questions = _one_or_many(reading, "input")
-    answers = _one_or_many(reading, "output")
+    questions = _one_or_many(record, "input")
+    answers = _one_or_many(record, "output")
     if len(answers) > len(questions):
         raise Unusable("output", f"{MORE_ANSWERS}: {len(answers)} and {len(questions)}")
     if not answers:
         raise Unusable("output", NO_ANSWER if questions else EMPTY_CONVERSATION)
     for i, (question, answer) in enumerate(zip(questions, answers)):
-        yield Said("user", question, f"input[{i}]")
-        yield Said("assistant", answer, f"output[{i}]")
+        yield Utterance("user", question, f"input[{i}]")
+        yield Utterance("assistant", answer, f"output[{i}]")
     if left := len(questions) - len(answers):
-        reading.note("input", f"{OPEN_QUESTION}: {left} of {len(questions)}", "repaired")
+        record.note("input", f"{OPEN_QUESTION}: {left} of {len(questions)}", "repaired")
 
 
-def _one_or_many(reading: Reading, key: str) -> list[Any]:
-    value = reading.take(key)
+def _one_or_many(record: Record, key: str) -> list[Any]:
+    value = record.take(key)
     if isinstance(value, str) and (many := as_list(value)) is not None:
         value = many
     if value is None or isinstance(value, list):
         return value or []
     if isinstance(value, (bool, dict)):
         raise Unusable(key, f"{NOT_TEXT}: {kind(value)}")
-    reading.note(key, ONE_TURN, "repaired")
+    record.note(key, ONE_TURN, "repaired")
     return [value]
 
 
-def turn_list(reading: Reading) -> Iterator[Said]:
+def turn_list(record: Record) -> Iterator[Utterance]:
     """{conversations: [{from, value} ...]}, {messages: [{role, content} ...]}, their relatives."""
-    values = reading.values
+    values = record.values
     key = turns_key(values) or ""
-    found = as_list(reading.take(key), reading, key)
+    found = as_list(record.take(key), record, key)
     if not found:
         raise Unusable(key, EMPTY_CONVERSATION)
     if "instruction" in values and not empty(values["instruction"]):
         # Beside a list of turns an instruction is what holds for all of them.
-        yield Said("system", reading.take("instruction"), "instruction")
-    yield from items(found, key, reading)
+        yield Utterance("system", record.take("instruction"), "instruction")
+    yield from items(found, key, record)
 
 
-def history(reading: Reading) -> Iterator[Said]:
+def history(record: Record) -> Iterator[Utterance]:
     """{history: [{input, output} | [question, answer] ...], input, output}; saved chats."""
-    values = reading.values
-    yield from items(as_list(reading.take("history")) or [], "history", reading)
+    values = record.values
+    yield from items(as_list(record.take("history")) or [], "history", record)
     question, answer = pair_keys(values)
     if "instruction" in values:
         question = "instruction"
@@ -194,96 +194,99 @@ def history(reading: Reading) -> Iterator[Said]:
     if not question or (values[question] is None and values.get(answer or "") is None):
         return
     material = "input" if question != "input" else ""
-    asked, given = reading.take(question), reading.take(material)
-    yield Said("user", asked, question, given, material)
+    asked, given = record.take(question), record.take(material)
+    yield Utterance("user", asked, question, given, material)
     if answer:
-        value = reading.take(answer)
-        yield from answers_of(value, answer, reading)
+        value = record.take(answer)
+        yield from answers_of(value, answer, record)
 
 
-def preference(reading: Reading) -> list[Said]:
+def preference(record: Record) -> list[Utterance]:
     """A question and the better of its answers; what comes before that answer is context."""
-    values = reading.values
+    values = record.values
     key = preferences.chosen_key(values)
     two = None if key else preferences.two_keys(values)
     if two:
-        key = preferences.better(reading, two)
+        key = preferences.better(record, two)
     elif not key:
         key = preferences.list_key(values)
     assert key is not None
-    value = reading.take(key)
+    value = record.take(key)
     as_turns = as_list(value)
     if looks_like_turns(as_turns):
-        answers = list(items(as_turns or [], key, reading))
+        answers = list(items(as_turns or [], key, record))
     elif as_turns is not None:
-        answers = [preferences.answer(preferences.best(as_turns, key, reading), key, reading)]
+        answers = [preferences.answer(preferences.best(as_turns, key, record), key, record)]
     else:
-        answers = [preferences.answer(value, key, reading)]
-        said = whole_dialogue(value, expected=True) if type(value) is str else None
-        if said:
-            answers = _spoken(said, key)
-    before = list(_before(reading, key))
+        answers = [preferences.answer(value, key, record)]
+        utterances = whole_dialogue(value, expected=True) if type(value) is str else None
+        if utterances:
+            answers = _utterances(utterances, key)
+    before = list(_before(record, key))
     if any(s.role == "user" for s in answers):  # the question is in it, too
         before = [s for s in before if s.role == "system"]
     while before and before[-1].role == "assistant":  # one of the two, or neither
-        reading.note(before.pop().field, REPLACED, "repaired")
+        record.note(before.pop().field, REPLACED, "repaired")
     last = len(answers) - 1
     while last > 0 and answers[last].role != "assistant":
         last -= 1
     answers = [
-        s._replace(learned=s.learned and i == last) if s.role == "assistant" else s
+        s._replace(in_loss=s.in_loss and i == last) if s.role == "assistant" else s
         for i, s in enumerate(answers)
     ]
     return [*before, *answers]
 
 
-def _before(reading: Reading, answer: str) -> Iterator[Said]:
+def _before(record: Record, answer: str) -> Iterator[Utterance]:
     """The question of a preference, and what came before it."""
-    values = reading.values
+    values = record.values
     if turns := turns_key({k: v for k, v in values.items() if k != answer}):
-        yield from _context(as_list(reading.take(turns)) or [], turns, reading)
+        yield from _context(as_list(record.take(turns)) or [], turns, record)
         return
     if "history" in values and (earlier := as_list(values["history"])):
-        reading.used.add("history")
-        yield from _context(earlier, "history", reading)
+        record.used.add("history")
+        yield from _context(earlier, "history", record)
     names = [q for q in ("instruction", *QUESTIONS, "history") if q in values and q != answer]
     if not names:
         return
     question = names[0]
-    value = reading.take(question)
+    value = record.take(question)
     asked = as_list(value) if not isinstance(value, dict) else [value]
     if looks_like_turns(asked):
-        yield from _context(asked, question, reading)
+        yield from _context(asked, question, record)
         return
     material = next((m for m in MATERIAL if m in values and m not in (question, answer)), "")
-    given = reading.take(material)
-    if type(value) is str and (said := _dialogue_before(value, given)):
-        yield from _spoken(said, question, learned=False)
+    given = record.take(material)
+    if type(value) is str and (utterances := _dialogue_before(value, given)):
+        yield from _utterances(utterances, question, in_loss=False)
         return
-    yield Said("user", value, question, given, material)
+    yield Utterance("user", value, question, given, material)
 
 
-def dialogue(reading: Reading) -> list[Said]:
+def dialogue(record: Record) -> list[Utterance]:
     """A dialogue in one text: `Human: … Assistant: …`, or what a template wrote."""
-    found = dialogue_key(reading.values)
+    found = dialogue_key(record.values)
     assert found is not None
-    key, said = found
-    reading.used.add(key)
-    system = reading.take("prefix")
-    return [*([Said("system", system, "prefix")] if system else []), *_spoken(said, key)]
+    key, utterances = found
+    record.used.add(key)
+    system = record.take("prefix")
+    return [
+        *([Utterance("system", system, "prefix")] if system else []),
+        *_utterances(utterances, key),
+    ]
 
 
 _DIALOGUES = ("plain_text", "text", *TURN_LISTS, *OTHER_TURN_LISTS, "content", "prompt")
 
 
-def dialogue_key(values: dict[str, Any]) -> tuple[str, Spoken] | None:
+def dialogue_key(values: dict[str, Any]) -> tuple[str, Transcript] | None:
     """The key of a text that is a dialogue, and who says what in it."""
     for key in _DIALOGUES:
         value = values.get(key)
         if type(value) is not str or len(value) <= 8:
             continue
-        if said := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
-            return key, said
+        if utterances := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
+            return key, utterances
     return None
 
 

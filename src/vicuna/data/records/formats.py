@@ -49,16 +49,16 @@ from vicuna.data.records.reasons import (
     Unusable,
     shorten,
 )
-from vicuna.data.records.record import Reading
+from vicuna.data.records.record import Record
 from vicuna.data.records.turn_lists import as_list, looks_like_turns, pair_keys
 from vicuna.data.records.turn_order import (
-    Said,
-    converse,
+    Utterance,
+    ordered_turns,
 )
 
 __all__ = ["parse", "recognised"]
 
-_READERS: dict[str, Callable[[Reading], Iterable[Said]]] = {
+_READERS: dict[str, Callable[[Record], Iterable[Utterance]]] = {
     "alpaca": format_readers.alpaca,
     "chat": format_readers.chat,
     "history": format_readers.history,
@@ -98,36 +98,36 @@ def parse(raw: Raw, columns: Columns = ()) -> Parsed:
 
     name = "unknown"
     try:
-        reading = _object(raw.value, note, columns)
-        name = _detect(reading.values)
+        record = _object(raw.value, note, columns)
+        name = _detect(record.values)
         if name == "unknown":
-            reading = _inside(reading)
-            name = _detect(reading.values)
+            record = _inside(record)
+            name = _detect(record.values)
         if name == "unknown":
-            raise _unknown(reading.values)
+            raise _unknown(record.values)
         if name == "text":
-            turns = _text(reading)
-            loss_flags.record(reading, [])
+            turns = _text(record)
+            loss_flags.apply_record_flags(record, [])
             conversation = Conversation(turns, raw.line, "text")
         else:
-            said = list(_READERS[name](reading))
+            utterances = list(_READERS[name](record))
             merit = None
-            if not _PLAIN.issuperset(reading.values):
-                said = loss_flags.record(reading, said)
-                merit = loss_flags.merit(reading.values)
-            conversation = Conversation(converse(said, note), raw.line, "chat", merit)
+            if not _PLAIN.issuperset(record.values):
+                utterances = loss_flags.apply_record_flags(record, utterances)
+                merit = loss_flags.merit(record.values)
+            conversation = Conversation(ordered_turns(utterances, note), raw.line, "chat", merit)
     except Unusable as e:
         return Parsed(None, name, [_problem(raw.line, e.field, e.reason, "dropped")])
-    unused = () if name == "alpaca" and _ALPACA.issuperset(reading.values) else reading.unused()
+    unused = () if name == "alpaca" and _ALPACA.issuperset(record.values) else record.unused()
     return Parsed(conversation, name, problems, tuple(map(_printable, unused)) if unused else ())
 
 
 def recognised(value: Any) -> bool:
     """Whether this is a record of a format that is known here."""
     try:
-        reading = _object(value, _silent, ())
-        name = _detect(reading.values)
-        return name != "unknown" or _detect(_inside(reading).values) != "unknown"
+        record = _object(value, _silent, ())
+        name = _detect(record.values)
+        return name != "unknown" or _detect(_inside(record).values) != "unknown"
     except Unusable:
         return False
 
@@ -150,7 +150,7 @@ def _printable(words: str) -> str:
 # From JSON to an object with known names
 
 
-def _object(value: Any, note: Note, columns: Columns) -> Reading:
+def _object(value: Any, note: Note, columns: Columns) -> Record:
     """The record as an object whose keys are spelt as we know them."""
     if isinstance(value, str):
         value = parse_json(value, note)
@@ -159,7 +159,7 @@ def _object(value: Any, note: Note, columns: Columns) -> Reading:
         value = value[0]
         wrapped += 1
     if isinstance(value, list) and looks_like_turns(value):
-        return Reading({"messages": value}, note, {})
+        return Record({"messages": value}, note, {})
     if not isinstance(value, dict):
         raise Unusable("", f"{UNKNOWN_FORMAT}: {kind(value)} where an object belongs")
     if wrapped:
@@ -167,13 +167,13 @@ def _object(value: Any, note: Note, columns: Columns) -> Reading:
     if columns:
         value = own_columns.rename(value, columns)
     values, spelt = fold(value, note)
-    return Reading(values, note, spelt)
+    return Record(values, note, spelt)
 
 
-def _inside(reading: Reading) -> Reading:
+def _inside(record: Record) -> Record:
     """The record that stands in one field: {"id": 1, "data": {…}}, or a table's cell."""
     found: dict[str, dict[str, Any]] = {}
-    for key, value in reading.values.items():
+    for key, value in record.values.items():
         if isinstance(value, str) and value[:1] == "{":
             parsed = parse_list(value)
             value = parsed if parsed is not None else printed(value)
@@ -187,11 +187,11 @@ def _inside(reading: Reading) -> Reading:
             if _detect(folded) not in ("unknown", "text"):
                 found[key] = folded
     if len(found) != 1:
-        return reading
+        return record
     ((key, inner),) = found.items()
-    reading.note(reading.spelt.get(key, key), INSIDE, "repaired")
-    outer = {k: v for k, v in reading.values.items() if k != key and k not in inner}
-    return Reading({**outer, **inner}, reading.note, reading.spelt)
+    record.note(record.spelt.get(key, key), INSIDE, "repaired")
+    outer = {k: v for k, v in record.values.items() if k != key and k not in inner}
+    return Record({**outer, **inner}, record.note, record.spelt)
 
 
 # Which format
@@ -247,8 +247,8 @@ def _unknown(r: dict[str, Any]) -> Unusable:
     return Unusable(names, chat_exports.refusal(r) or UNKNOWN_FORMAT)
 
 
-def _text(reading: Reading) -> list[Turn]:
-    text = clean(reading.take("text"), "text", reading.note)
+def _text(record: Record) -> list[Turn]:
+    text = clean(record.take("text"), "text", record.note)
     if not text:
         raise Unusable("text", NO_TEXT if text is None else EMPTY_TEXT)
     return [Turn("assistant", text)]

@@ -34,16 +34,16 @@ from vicuna.data.records.reasons import (
     Unusable,
     shorten,
 )
-from vicuna.data.records.record import Reading, number_of, says
-from vicuna.data.records.turn_order import Said
+from vicuna.data.records.record import Record, number_of, says
+from vicuna.data.records.turn_order import Utterance
 
 
-def record(reading: Reading, said: list[Said]) -> list[Said]:
+def apply_record_flags(record: Record, utterances: list[Utterance]) -> list[Utterance]:
     """Honour the keys of a record; gives what was said with its thought, system and mask.
 
     Raises: Unusable where the record must be dropped.
     """
-    values, used = reading.values, reading.used
+    values, used = record.values, record.used
     for key in [k for k in values if k in field_names.MEANINGFUL and k not in used]:
         value = values[key]
         if empty(value):
@@ -53,20 +53,20 @@ def record(reading: Reading, said: list[Said]) -> list[Said]:
         elif key in field_names.TOOLS:
             if not isinstance(value, Number) and not isinstance(value, (bool, int, float)):
                 raise Unusable(key, f"{TOOL}: {key}")
-        elif key in field_names.SYSTEMS and said:  # plain text has no place for one
+        elif key in field_names.SYSTEMS and utterances:  # plain text has no place for one
             used.add(key)
-            said = [Said("system", joined(value, key, reading)[0], key), *said]
+            utterances = [Utterance("system", joined(value, key, record)[0], key), *utterances]
         elif key in field_names.THOUGHTS:
-            said = _with_thought(said, value, key, reading)
-        elif not said and key in field_names.GOOD and not isinstance(value, bool):
+            utterances = _with_thought(utterances, value, key, record)
+        elif not utterances and key in field_names.GOOD and not isinstance(value, bool):
             continue  # beside plain text a label is a class
-        elif (learned := _learned(key, value, reading.note)) is not None:
+        elif (in_loss := _says_in_loss(key, value, record.note)) is not None:
             used.add(key)
-            if isinstance(learned, list):
-                said = _masked(said, learned, key)
-            elif not learned:
+            if isinstance(in_loss, list):
+                utterances = _masked(utterances, in_loss, key)
+            elif not in_loss:
                 raise Unusable(key, f"{_reason(key)}: {key} {_brief(value)}")
-    return said
+    return utterances
 
 
 def merit(values: dict[str, Any]) -> float | None:
@@ -78,7 +78,9 @@ def merit(values: dict[str, Any]) -> float | None:
     return None
 
 
-def turn(item: dict[str, Any], taken: Iterable[str], where: str, reading: Reading) -> Said | None:
+def turn_flags(
+    item: dict[str, Any], taken: Iterable[str], where: str, record: Record
+) -> Utterance | None:
     """Honour the keys of a turn beside its speaker and words (`taken`).
 
     Returns: a `Said` that holds only `thought` and `learned`; None where there is nothing to say.
@@ -86,7 +88,7 @@ def turn(item: dict[str, Any], taken: Iterable[str], where: str, reading: Readin
     Raises: Unusable where the record must be dropped.
     """
     thought: Any = None
-    learned = True
+    in_loss = True
     outer = where.split("[")[0]
     for key, value in item.items():
         if key in taken or empty(value):
@@ -99,23 +101,25 @@ def turn(item: dict[str, Any], taken: Iterable[str], where: str, reading: Readin
             if thought is None:
                 thought = thinking(value)
             continue
-        marked = _learned(key, value, lambda _, reason, action: reading.note(where, reason, action))
+        marked = _says_in_loss(
+            key, value, lambda _, reason, action: record.note(where, reason, action)
+        )
         if isinstance(marked, list):
             raise Unusable(f"{where}.{key}", f"{MASK_ODD}: {shorten(_brief(value), 40)}")
         if marked is not None:
-            learned = learned and marked
+            in_loss = in_loss and marked
         elif key not in field_names.HARMLESS and key not in _PLAIN_TURN:
-            reading.leave(f"{outer}[].{key}")
-    if thought is None and learned:
+            record.leave(f"{outer}[].{key}")
+    if thought is None and in_loss:
         return None
-    return Said("assistant", None, where, thought=thought, learned=learned)
+    return Utterance("assistant", None, where, thought=thought, in_loss=in_loss)
 
 
 # Beside a turn these say how it came about, or who it was.
 _PLAIN_TURN = frozenset(("name", "timestamp", "time", "created_at", "updated_at", "date", "turn"))
 
 
-def _learned(key: str, value: Any, note: Note) -> bool | list[bool] | None:
+def _says_in_loss(key: str, value: Any, note: Note) -> bool | list[bool] | None:
     """What a weight, mask or label says: learn it, or not; None where it says neither."""
     if key in field_names.PARTIAL:
         raise Unusable(key, f"{MASK_ODD}: {key}")
@@ -150,10 +154,10 @@ def _learned(key: str, value: Any, note: Note) -> bool | list[bool] | None:
     return None
 
 
-def _judged(key: str, value: Any, learned: bool | None, note: Note) -> bool | None:
-    if learned is None:
+def _judged(key: str, value: Any, in_loss: bool | None, note: Note) -> bool | None:
+    if in_loss is None:
         note(key, f"{LABEL_ODD}: {key} {shorten(_brief(value), 40)}", "warned")
-    return learned
+    return in_loss
 
 
 # The names of better and worse answers may be flags of one answer as well.
@@ -176,30 +180,33 @@ def _brief(value: Any) -> str:
     )
 
 
-def _masked(said: list[Said], learned: list[bool], key: str) -> list[Said]:
+def _masked(utterances: list[Utterance], in_loss: list[bool], key: str) -> list[Utterance]:
     """A mask with an entry for each turn, or for each answer."""
-    answers = [i for i, s in enumerate(said) if s.role == "assistant"]
-    spoken = [i for i, s in enumerate(said) if s.role != "system"]
-    for places in (answers, spoken, list(range(len(said)))):
-        if len(places) == len(learned):
-            masks = dict(zip(places, learned))
+    answers = [i for i, s in enumerate(utterances) if s.role == "assistant"]
+    spoken = [i for i, s in enumerate(utterances) if s.role != "system"]
+    for places in (answers, spoken, list(range(len(utterances)))):
+        if len(places) == len(in_loss):
+            masks = dict(zip(places, in_loss))
             return [
-                s._replace(learned=s.learned and masks.get(i, True)) for i, s in enumerate(said)
+                s._replace(in_loss=s.in_loss and masks.get(i, True))
+                for i, s in enumerate(utterances)
             ]
-    raise Unusable(key, f"{MASK_ODD}: {len(learned)} entries for {len(answers)} answers")
+    raise Unusable(key, f"{MASK_ODD}: {len(in_loss)} entries for {len(answers)} answers")
 
 
-def _with_thought(said: list[Said], value: Any, key: str, reading: Reading) -> list[Said]:
+def _with_thought(
+    utterances: list[Utterance], value: Any, key: str, record: Record
+) -> list[Utterance]:
     """Reasoning beside the conversation: that of its last answer, or a list with one for each."""
-    answers = [i for i, s in enumerate(said) if s.role == "assistant"]
+    answers = [i for i, s in enumerate(utterances) if s.role == "assistant"]
     if not answers:
-        return said
+        return utterances
     words = value if isinstance(value, list) and len(value) == len(answers) > 1 else [value]
-    made = list(said)
+    made = list(utterances)
     for i, part in zip(answers[-len(words) :], words):
         if made[i].thought is None and not empty(part):
             made[i] = made[i]._replace(thought=thinking(part))
-            reading.used.add(key)
+            record.used.add(key)
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vicuna.data.records import field_names
 from vicuna.data.records.parse_values import parse_list
 from vicuna.data.records.reasons import NO_SUCH_OPTION, OPTION_NUMBER, Unusable
-from vicuna.data.records.record import Reading, number_of
+from vicuna.data.records.record import Record, number_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KEY = re.compile(r"(?:option|choice|opt|op|选项|选择)?[_ ]?([a-h1-8])(?:选项)?")
@@ -21,14 +21,14 @@ _MARKED = re.compile(r"\s*[(（\[]?([A-Za-z]|\d{1,2})\s*[.．、:：)）\]]")
 Options = list[tuple[str, str]]  # (letter, text)
 
 
-def take(reading: Reading) -> Options:
+def take(record: Record) -> Options:
     """The options of a record, marked as used; [] where it has none."""
-    values = reading.values
+    values = record.values
     for key in field_names.OPTIONS:
         if key in values and (found := _options(values[key])):
-            reading.used.add(key)
+            record.used.add(key)
             return found
-    return _spread(reading)
+    return _spread(record)
 
 
 def _options(value: Any) -> Options:
@@ -62,17 +62,17 @@ def _texts(found: list[tuple[str, Any]]) -> Options:
     return [(label, str(text).strip()) for label, text in filled]
 
 
-def _spread(reading: Reading) -> Options:
+def _spread(record: Record) -> Options:
     """Options under keys of their own: A, B …, option_a …, opa …, choice1 …."""
     found: dict[str, tuple[str, Any]] = {}
-    for key, value in reading.values.items():
-        match = _KEY.fullmatch(key) if key not in reading.used else None
+    for key, value in record.values.items():
+        match = _KEY.fullmatch(key) if key not in record.used else None
         if match and not field_names.empty(value) and isinstance(value, (str, int, float)):
             label = match[1].upper()
             found.setdefault(LETTERS[int(label) - 1] if label.isdigit() else label, (key, value))
     if not {"A", "B"} <= found.keys():
         return []
-    reading.used.update(key for key, _ in found.values())
+    record.used.update(key for key, _ in found.values())
     return [(label, str(found[label][1]).strip()) for label in sorted(found)]
 
 
@@ -85,25 +85,25 @@ def asked(question: Any, options: Options) -> Any:
     return "\n".join([words.rstrip(), *lines]).strip()
 
 
-def answer(reading: Reading, key: str | None, options: Options) -> Any:
+def answer(record: Record, key: str | None, options: Options) -> Any:
     """The answer as it is taught: a letter or a text as it stands, a number as its letter.
 
     Raises: Unusable where no option has that number.
     """
-    value = reading.take(key)
-    other = field_names.first(reading.values, field_names.OPTION_ANSWERS)
+    value = record.take(key)
+    other = field_names.first(record.values, field_names.OPTION_ANSWERS)
     if field_names.empty(value):
-        value, key = reading.take(other), other or key
+        value, key = record.take(other), other or key
     elif other:
-        reading.used.add(other)  # it names the same option
+        record.used.add(other)  # it names the same option
     if isinstance(value, (list, tuple)) and value:
-        parts = [_letter(v, key, options, reading) for v in value]
+        parts = [_letter(v, key, options, record) for v in value]
         joiner = "" if all(isinstance(p, str) and len(p) == 1 for p in parts) else "\n"
         return joiner.join(map(str, parts))
-    return _letter(value, key, options, reading)
+    return _letter(value, key, options, record)
 
 
-def _letter(value: Any, key: str | None, options: Options, reading: Reading) -> Any:
+def _letter(value: Any, key: str | None, options: Options, record: Record) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return value
     if type(value) is str and not value.strip().isdecimal():
@@ -116,5 +116,5 @@ def _letter(value: Any, key: str | None, options: Options, reading: Reading) -> 
     number = int(found) if found is not None and found.is_integer() else -1
     if not 0 <= number < len(options):
         raise Unusable(key or "answer", f"{NO_SUCH_OPTION}: {value} of {len(options)}")
-    reading.note(key or "answer", f"{OPTION_NUMBER}: {value} is {labels[number]}", "repaired")
+    record.note(key or "answer", f"{OPTION_NUMBER}: {value} is {labels[number]}", "repaired")
     return labels[number]

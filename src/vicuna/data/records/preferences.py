@@ -20,8 +20,8 @@ from vicuna.data.records.content_parts import joined, thinking
 from vicuna.data.records.field_names import names
 from vicuna.data.records.parse_values import kind, parse_list
 from vicuna.data.records.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER, NOT_TEXT, Unusable
-from vicuna.data.records.record import Reading, number_of, says
-from vicuna.data.records.turn_order import Said
+from vicuna.data.records.record import Record, number_of, says
+from vicuna.data.records.turn_order import Utterance
 
 _ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))
 _TWO = tuple(
@@ -107,13 +107,13 @@ def two_keys(values: dict[str, Any]) -> tuple[str, ...] | None:
     return None
 
 
-def better(reading: Reading, several: tuple[str, ...]) -> str:
+def better(record: Record, several: tuple[str, ...]) -> str:
     """Which of the answers under these keys is the best one.
 
     Raises: Unusable where nothing says so, or none is.
     """
-    key = field_names.first(reading.values, _WINNERS)
-    value = reading.take(key)
+    key = field_names.first(record.values, _WINNERS)
+    value = record.take(key)
     word = str(value).strip().lower()
     if (name := re.sub("[ -]", "_", word)) in several:
         return name
@@ -132,7 +132,7 @@ def better(reading: Reading, several: tuple[str, ...]) -> str:
     elif found and several[0][-1].isdigit():
         place = int(found[1]) - int(several[0][-1])
     else:
-        own = [k for k in several if str(reading.values[k]).strip().lower() == word]
+        own = [k for k in several if str(record.values[k]).strip().lower() == word]
         place = several.index(own[0]) if len(own) == 1 and word else None
     if place is None or not 0 <= place < len(several):
         raise Unusable(key or several[0], NO_WINNER)
@@ -156,9 +156,7 @@ def _items(value: Any) -> list[Any] | None:
     return value if isinstance(value, list) else None
 
 
-def best(
-    value: list[Any], field: str, reading: Reading, beside: dict[str, Any] | None = None
-) -> Any:
+def best(value: list[Any], field: str, record: Record, beside: dict[str, Any] | None = None) -> Any:
     """The answer of a list that is taught: of the best rank or score, else the first.
 
     Args:
@@ -175,25 +173,25 @@ def best(
     if all(isinstance(v, list) for v in value) and not any(merits):
         raise Unusable(field, f"{NOT_TEXT}: {kind(value)}")
     if all(m is None for m in merits):
-        merits = _judged(value, field.rsplit(".", 1)[-1], reading, beside) or merits
+        merits = _judged(value, field.rsplit(".", 1)[-1], record, beside) or merits
     if any(m is not None for m in merits):
         place = max(range(len(value)), key=lambda i: (merits[i] is not None, merits[i] or 0.0, -i))
-        reading.note(field, f"{BEST}: {place + 1} of {len(value)}", "repaired")
+        record.note(field, f"{BEST}: {place + 1} of {len(value)}", "repaired")
     else:
         place = 0
-        reading.note(field, f"{FIRST}: {len(value)}", "repaired")
+        record.note(field, f"{FIRST}: {len(value)}", "repaired")
     return _text(value[place], f"{field}[{place}]")
 
 
 def _judged(
-    answers: list[Any], own: str, reading: Reading, beside: dict[str, Any] | None
+    answers: list[Any], own: str, record: Record, beside: dict[str, Any] | None
 ) -> list[float | None] | None:
     """How good each answer is by what stands beside the list; None where nothing judges.
 
     Raises: Unusable where something does and it cannot be told what it says.
     """
-    values = reading.values if beside is None else beside
-    used = reading.used if beside is None else set[str]()
+    values = record.values if beside is None else beside
+    used = record.used if beside is None else set[str]()
     rest = [k for k in values if k not in used and k != own and not field_names.empty(values[k])]
     unclear = ""
     for key in rest:
@@ -202,7 +200,7 @@ def _judged(
             continue
         merits = _merits(key, found)
         if merits and len(merits) == len(answers):
-            reading.used.add(key)
+            record.used.add(key)
             if max(merits) < 0 and all(_flag(key) for _ in merits):
                 raise Unusable(key, f"{BAD_ANSWER}: {key}")
             if key.startswith("ranking") and _may_be_order(merits):
@@ -217,7 +215,7 @@ def _judged(
             place = _place(values[key], answers)
             if place is None:
                 raise Unusable(key, NO_WINNER)
-            reading.used.add(key)
+            record.used.add(key)
             return [1.0 if i == place else None for i in range(len(answers))]
     return None
 
@@ -266,8 +264,8 @@ def _merits(key: str, found: list[Any]) -> list[float] | None:
         numbers = [number_of(v) for v in found]
         return [] if None in numbers else [sign * n for n in numbers if n is not None]
     if flag := _flag(plain):
-        said = [says(v) for v in found]
-        return [] if None in said else [flag if v else -flag for v in said]
+        utterances = [says(v) for v in found]
+        return [] if None in utterances else [flag if v else -flag for v in utterances]
     return None
 
 
@@ -288,8 +286,8 @@ def _merit(item: Any) -> float | None:
         (("selected", "is_best"), 1.0),
     ):
         for key in names_:
-            if (said := says(lower.get(key))) is not None:
-                return sign if said else -sign
+            if (utterances := says(lower.get(key))) is not None:
+                return sign if utterances else -sign
     return None
 
 
@@ -306,15 +304,15 @@ def _text(item: Any, field: str) -> Any:
     return _text(lower[key], f"{field}.{key}")
 
 
-def answer(value: Any, field: str, reading: Reading) -> Said:
+def answer(value: Any, field: str, record: Record) -> Utterance:
     """The better answer, given as text, as a turn, or as a turn in a list."""
     if isinstance(value, dict):
-        folded, _ = field_names.fold(value, reading.note)
+        folded, _ = field_names.fold(value, record.note)
         words = field_names.first(folded, field_names.WORDS)
         if words is None:
             raise Unusable(field, f"{NOT_TEXT}: an object")
-        text, thought = joined(folded[words], f"{field}.{words}", reading)
+        text, thought = joined(folded[words], f"{field}.{words}", record)
         own = field_names.first(folded, field_names.THOUGHTS)
         thought = thought if own is None else thinking(folded[own])
-        return Said("assistant", text, f"{field}.{words}", thought=thought)
-    return Said("assistant", value, field)
+        return Utterance("assistant", text, f"{field}.{words}", thought=thought)
+    return Utterance("assistant", value, field)

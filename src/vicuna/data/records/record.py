@@ -9,7 +9,7 @@ from vicuna.data.records.field_names import empty
 from vicuna.data.records.reasons import Note
 
 
-class Reading:
+class Record:
     """A record while it is read: its values, which of them were used, and what was noted.
 
     values: under the names of `keys`. used: names that decided something or were taken for text.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from vicuna.data.conversation import Role
 
-Spoken = list[tuple[Role, str]]
+Transcript = list[tuple[Role, str]]
 
 
 class _Family(NamedTuple):
@@ -103,55 +103,55 @@ POSSIBLE = re.compile(
 )
 
 
-def open_dialogue(text: str) -> Spoken | None:
+def open_dialogue(text: str) -> Transcript | None:
     """A dialogue that waits for its next answer: what came before it; None where it is none.
 
     It ends with a question, or with the mark of the answer that follows.
     """
     if not POSSIBLE.match(text):
         return None
-    said = _split(text, plain=False)
-    if not said or "assistant" not in [role for role, _ in said]:
+    transcript = _split(text, plain=False)
+    if not transcript or "assistant" not in [role for role, _ in transcript]:
         return None
-    if said[-1][0] == "assistant":
-        if said[-1][1]:
+    if transcript[-1][0] == "assistant":
+        if transcript[-1][1]:
             return None
-        said.pop()
-    return said if said and said[-1][0] == "user" else None
+        transcript.pop()
+    return transcript if transcript and transcript[-1][0] == "user" else None
 
 
-def whole_dialogue(text: str, expected: bool) -> Spoken | None:
+def whole_dialogue(text: str, expected: bool) -> Transcript | None:
     """A dialogue with its answers; None where it is none.
 
     Args:
         expected: the text stands where a dialogue belongs, so marks that are words count too.
     """
-    said = None
+    transcript = None
     if POSSIBLE.match(text):
-        said = _split(text, plain=expected)
+        transcript = _split(text, plain=expected)
     elif expected or _RENDERED.search(text):
-        said = _behind_preamble(text, expected)
-    if not said or not any(role == "assistant" and words for role, words in said):
+        transcript = _behind_preamble(text, expected)
+    if not transcript or not any(role == "assistant" and words for role, words in transcript):
         return None
-    return said
+    return transcript
 
 
-def _behind_preamble(text: str, expected: bool) -> Spoken | None:
+def _behind_preamble(text: str, expected: bool) -> Transcript | None:
     for family in _FAMILIES:
         if family.plain and not expected:
             continue
         found = family.mark.search(text)
         if found and found.group("u") and 0 < found.start() <= _PREAMBLE:
-            said = _by(family, text[found.start() :], forced=True)
+            transcript = _by(family, text[found.start() :], forced=True)
             before = text[: found.start()].strip()
-            if said and before and not before.startswith(_ALPACA):
-                return [("system", before), *said]
-            if said:
-                return said
+            if transcript and before and not before.startswith(_ALPACA):
+                return [("system", before), *transcript]
+            if transcript:
+                return transcript
     return None
 
 
-def _split(text: str, plain: bool) -> Spoken | None:
+def _split(text: str, plain: bool) -> Transcript | None:
     for family in _FAMILIES:
         if (family.plain and not plain) or not family.start.match(text):
             continue
@@ -159,24 +159,24 @@ def _split(text: str, plain: bool) -> Spoken | None:
     return None
 
 
-def _by(family: _Family, text: str, forced: bool = False) -> Spoken | None:
+def _by(family: _Family, text: str, forced: bool = False) -> Transcript | None:
     """The turns between the marks of one family; None where the speakers do not take turns."""
     marks = list(family.mark.finditer(text))
-    said: Spoken = []
+    transcript: Transcript = []
     for i, mark in enumerate(marks):
         role: Role = "user" if mark["u"] else "assistant" if mark["a"] else "system"
         end = marks[i + 1].start() if i + 1 < len(marks) else len(text)
         words = _ENDS.sub("", text[mark.end() : end]).strip()
-        if said and said[-1][0] == role:
+        if transcript and transcript[-1][0] == role:
             return None
         if role == "user" and (given := _SYS.match(words)):
-            said.append(("system", given[1]))
+            transcript.append(("system", given[1]))
             words = words[given.end() :]
-        said.append((role, words))
-    roles = [role for role, _ in said if role != "system"]
+        transcript.append((role, words))
+    roles = [role for role, _ in transcript if role != "system"]
     if not roles or roles[0] != "user" or (forced and len(roles) < 2):
         return None
     # Between the questions an answer without words would make two questions meet.
-    if any(not words for _, words in said[:-1]):
+    if any(not words for _, words in transcript[:-1]):
         return None
-    return said
+    return transcript

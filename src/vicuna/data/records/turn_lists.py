@@ -35,8 +35,8 @@ from vicuna.data.records.reasons import (
     Unusable,
     shorten,
 )
-from vicuna.data.records.record import Reading
-from vicuna.data.records.turn_order import Said
+from vicuna.data.records.record import Record
+from vicuna.data.records.turn_order import Utterance
 
 
 def turns_key(values: dict[str, Any]) -> str | None:
@@ -64,7 +64,7 @@ def looks_like_turns(found: Any) -> bool:
     return any(q in lower and a in lower for q, a in PAIRS)
 
 
-def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[Any] | None:
+def as_list(value: Any, record: Record | None = None, key: str = "") -> list[Any] | None:
     """A list, also where a table's cell holds one as JSON text or as Python prints it."""
     if isinstance(value, str) and value[:1] == "[":
         text, value = value, parse_list(value)
@@ -72,8 +72,8 @@ def as_list(value: Any, reading: Reading | None = None, key: str = "") -> list[A
             from vicuna.data.records.parse_values import printed
 
             value = printed(text)
-            if value is not None and reading is not None:
-                reading.note(key, PRINTED_LIST, "repaired")
+            if value is not None and record is not None:
+                record.note(key, PRINTED_LIST, "repaired")
     return value if isinstance(value, list) else None
 
 
@@ -88,7 +88,7 @@ def pair_keys(r: dict[str, Any]) -> tuple[str | None, str | None]:
     return (question_, answer_) if question_ and answer_ else (None, None)
 
 
-def items(found: list[Any], key: str, reading: Reading) -> Iterator[Said]:
+def items(found: list[Any], key: str, record: Record) -> Iterator[Utterance]:
     """Turns as {from, value}, as {question, answer}, or as [question, answer]."""
     thought: Any = None
     for i, item in enumerate(found):
@@ -99,37 +99,37 @@ def items(found: list[Any], key: str, reading: Reading) -> Iterator[Said]:
                 name = item[speaker]
                 role = ROLES.get(name) if type(name) is str else None
                 if role and thought is None:
-                    yield Said(role, item[words], f"{where}.{words}")
+                    yield Utterance(role, item[words], f"{where}.{words}")
                     continue
         if isinstance(item, (list, tuple)) and len(item) == 2:
-            yield Said("user", item[0], f"{where}[0]")
-            yield Said("assistant", item[1], f"{where}[1]")
+            yield Utterance("user", item[0], f"{where}[0]")
+            yield Utterance("assistant", item[1], f"{where}[1]")
             continue
         if not isinstance(item, dict):
             raise Unusable(where, f"{NOT_A_TURN}: {kind(item)}")
-        item, _ = fold(item, reading.note)
+        item, _ = fold(item, record.note)
         speaker_ = first(item, SPEAKERS)
         if not speaker_:
-            yield from _couple(item, where, reading)
+            yield from _couple(item, where, record)
             continue
-        said = _one(item, speaker_, where, reading)
-        if said.learned and said.field == "":  # a thought that stands by itself
-            thought = said.thought if thought is None else f"{thought}\n{said.thought}"
+        utterance = _one(item, speaker_, where, record)
+        if utterance.in_loss and utterance.field == "":  # a thought that stands by itself
+            thought = utterance.thought if thought is None else f"{thought}\n{utterance.thought}"
             continue
-        if thought is not None and said.role == "assistant":
-            said = said._replace(thought=said.thought or thought)
+        if thought is not None and utterance.role == "assistant":
+            utterance = utterance._replace(thought=utterance.thought or thought)
             thought = None
-        yield said
+        yield utterance
 
 
-def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Said:
+def _one(item: dict[str, Any], speaker: str, where: str, record: Record) -> Utterance:
     """One turn; a `Said` without a field where it only holds the thought of what follows."""
     name = item[speaker]
     if isinstance(name, dict):  # ChatGPT's author
         name = name.get("role")
     words = first(item, WORDS) or "content"
     field = f"{where}.{words}"
-    value, part_thought = joined(item.get(words), field, reading)
+    value, part_thought = joined(item.get(words), field, record)
     taken = {speaker, words}
     if words == "content" and "text" in item:  # Claude's exports have both
         taken.add("text")
@@ -142,21 +142,23 @@ def _one(item: dict[str, Any], speaker: str, where: str, reading: Reading) -> Sa
         taken.add("recipient")
     thinks = isinstance(name, str) and name.strip().lower() in THOUGHT_ROLES
     if thinks or channel == "analysis":
-        return Said("assistant", None, "", thought=thinking(value))
-    beside = None if len(item) == len(taken) else loss_flags.turn(item, taken, where, reading)
+        return Utterance("assistant", None, "", thought=thinking(value))
+    beside = None if len(item) == len(taken) else loss_flags.turn_flags(item, taken, where, record)
     role = role_of(name, f"{where}.{speaker}")
     if role != "assistant":
         for key in item:  # questions are never learned, and nobody thinks them up
             flag = key in LEARNED and item[key] is True
             if flag or (key in THOUGHTS and not empty(item[key])):
-                reading.leave(f"{where.split('[')[0]}[].{key}")
-        return Said(role, value, field)
+                record.leave(f"{where.split('[')[0]}[].{key}")
+        return Utterance(role, value, field)
     if beside is None:
-        return Said(role, value, field, thought=part_thought)
-    return Said(role, value, field, thought=beside.thought or part_thought, learned=beside.learned)
+        return Utterance(role, value, field, thought=part_thought)
+    return Utterance(
+        role, value, field, thought=beside.thought or part_thought, in_loss=beside.in_loss
+    )
 
 
-def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said]:
+def _couple(item: dict[str, Any], where: str, record: Record) -> Iterator[Utterance]:
     """A question and its answer in one object."""
     question, answer = pair_keys(item)
     if not question or not answer:
@@ -165,14 +167,16 @@ def _couple(item: dict[str, Any], where: str, reading: Reading) -> Iterator[Said
     material = "input" if "input" in item and question == "instruction" else ""
     system = first(item, ("system", "system_prompt"))
     taken.update(k for k in (material, system) if k)
-    beside = None if len(item) == len(taken) else loss_flags.turn(item, taken, where, reading)
+    beside = None if len(item) == len(taken) else loss_flags.turn_flags(item, taken, where, record)
     if system and not empty(item[system]):
-        yield Said("system", item[system], f"{where}.{system}")
-    yield Said("user", item[question], f"{where}.{question}", item.get(material), material)
-    (said,) = answers_of(item[answer], f"{where}.{answer}", reading, item)
+        yield Utterance("system", item[system], f"{where}.{system}")
+    yield Utterance("user", item[question], f"{where}.{question}", item.get(material), material)
+    (utterance,) = answers_of(item[answer], f"{where}.{answer}", record, item)
     if beside is not None:
-        said = said._replace(thought=beside.thought or said.thought, learned=beside.learned)
-    yield said
+        utterance = utterance._replace(
+            thought=beside.thought or utterance.thought, in_loss=beside.in_loss
+        )
+    yield utterance
 
 
 def role_of(name: Any, field: str) -> Role:
@@ -187,11 +191,11 @@ def role_of(name: Any, field: str) -> Role:
 
 
 def answers_of(
-    value: Any, key: str, reading: Reading, beside: dict[str, Any] | None = None
-) -> list[Said]:
+    value: Any, key: str, record: Record, beside: dict[str, Any] | None = None
+) -> list[Utterance]:
     """An answer as text, as a turn, as a list of turns, or as the best of several."""
     if looks_like_turns(value):
-        return list(items(value, key, reading))
+        return list(items(value, key, record))
     if isinstance(value, list):
-        value = preferences.best(value, key, reading, beside)
-    return [preferences.answer(value, key, reading)]
+        value = preferences.best(value, key, record, beside)
+    return [preferences.answer(value, key, record)]

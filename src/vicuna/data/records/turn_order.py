@@ -46,7 +46,7 @@ _MEDIA_MARK = re.compile(
 )
 
 
-class Said(NamedTuple):
+class Utterance(NamedTuple):
     """Something somebody said, as it stands in the record.
 
     learned: False for an answer that is context only.
@@ -58,10 +58,10 @@ class Said(NamedTuple):
     input: Any = None
     input_field: str = ""
     thought: Any = None
-    learned: bool = True
+    in_loss: bool = True
 
 
-def converse(said: list[Said], note: Note) -> list[Turn]:
+def ordered_turns(utterances: list[Utterance], note: Note) -> list[Turn]:
     """Turns in order: an optional system turn, then user and assistant in strict alternation.
 
     No turn ever changes its role. What is in the way is merged, moved, left out or cut off with a
@@ -70,17 +70,17 @@ def converse(said: list[Said], note: Note) -> list[Turn]:
     exchange came before it, the record is dropped.
     """
     turns: list[Turn] = []
-    cut = unlearned = False
-    for s in said:
+    cut = any_outside_loss = False
+    for s in utterances:
         turn, missing = _turn(s, note)
-        if not s.learned:
-            unlearned = True
+        if not s.in_loss:
+            any_outside_loss = True
         last = turns[-1].role if turns else "system"
         if turn.role == "system":
             if not turn.text or (last == "system" and turns and turn.text == turns[-1].text):
                 continue
             if last != "system":
-                _move(turns, turn, s, said, note)
+                _move(turns, turn, s, utterances, note)
                 continue
         elif turn.role == "assistant" and last == "system":
             note(s.field, LEADING_ANSWER, "repaired")
@@ -99,24 +99,29 @@ def converse(said: list[Said], note: Note) -> list[Turn]:
     if turns and turns[-1].role == "user":
         turns.pop()
         if not turns or turns[-1].role == "system":
-            raise Unusable(said[-1].field, NO_ANSWER)
+            raise Unusable(utterances[-1].field, NO_ANSWER)
         if not cut:
-            note(said[-1].field, OPEN_QUESTION, "repaired")
+            note(utterances[-1].field, OPEN_QUESTION, "repaired")
     if not turns or turns[-1].role == "system":
-        raise Unusable(said[0].field if said else "", NO_QUESTION if said else EMPTY_CONVERSATION)
-    if unlearned and not any(t.supervised for t in turns if t.role == "assistant"):
-        raise Unusable(said[-1].field, NOT_LEARNED)
+        raise Unusable(
+            utterances[0].field if utterances else "",
+            NO_QUESTION if utterances else EMPTY_CONVERSATION,
+        )
+    if any_outside_loss and not any(t.in_loss for t in turns if t.role == "assistant"):
+        raise Unusable(utterances[-1].field, NOT_LEARNED)
     return turns
 
 
-def _move(turns: list[Turn], system: Turn, s: Said, said: list[Said], note: Note) -> None:
+def _move(
+    turns: list[Turn], system: Turn, s: Utterance, utterances: list[Utterance], note: Note
+) -> None:
     """A system prompt that stands behind other turns, to the front.
 
     The answers before it were given without it: they stay as context and are not learned. At the
     end it rules nothing: there it is taken for the record's own if that has no other.
     """
     answered = any(t.role == "assistant" for t in turns)
-    ends = all(other.role == "system" for other in said[said.index(s) :])
+    ends = all(other.role == "system" for other in utterances[utterances.index(s) :])
     own = turns[0].role != "system"
     if ends and answered and not own:
         note(s.field, SYSTEM_LEFT_OUT, "repaired")
@@ -124,7 +129,7 @@ def _move(turns: list[Turn], system: Turn, s: Said, said: list[Said], note: Note
     detail = ""
     if answered and not ends:
         detail = ": answers before it are not learned"
-        turns[:] = [_unlearned(t) for t in turns]
+        turns[:] = [_outside_loss(t) for t in turns]
     note(s.field, SYSTEM_MOVED + detail, "repaired")
     if own:
         turns.insert(0, system)
@@ -132,13 +137,13 @@ def _move(turns: list[Turn], system: Turn, s: Said, said: list[Said], note: Note
         turns[0] = _merged(turns[0], system)
 
 
-def _unlearned(turn: Turn) -> Turn:
+def _outside_loss(turn: Turn) -> Turn:
     if turn.role == "assistant":
-        turn.supervised = False
+        turn.in_loss = False
     return turn
 
 
-def _turn(s: Said, note: Note) -> tuple[Turn, bool]:
+def _turn(s: Utterance, note: Note) -> tuple[Turn, bool]:
     """One turn with clean text, and whether its text was missing."""
     text = clean(s.value, s.field, note)
     turn = Turn(s.role, text or "")
@@ -158,8 +163,8 @@ def _turn(s: Said, note: Note) -> tuple[Turn, bool]:
             turn.thought = "" if is_placeholder_answer(thought) else thought
             if turn.thought and "<think>" in turn.text[:100]:
                 _one_thought(turn, s.field, note)
-        if not s.learned:
-            turn.supervised = False
+        if not s.in_loss:
+            turn.in_loss = False
     elif "<" in turn.text:
         _refuse_media(turn.text, s.field)
     return turn, text is None
@@ -167,10 +172,10 @@ def _turn(s: Said, note: Note) -> tuple[Turn, bool]:
 
 def _one_thought(turn: Turn, field: str, note: Note) -> None:
     """Of a thought beside an answer and a block at its beginning, one thought."""
-    inside, said = split_thought(turn.text)
-    if said == turn.text or not said.strip():
+    inside, answer = split_thought(turn.text)
+    if answer == turn.text or not answer.strip():
         return
-    turn.text = said
+    turn.text = answer
     if inside.strip() in ("", turn.thought.strip()):
         note(field, THOUGHT_TWICE, "repaired")
     else:
@@ -203,5 +208,5 @@ def _merged(one: Turn, two: Turn) -> Turn:
         f"{one.text}\n{two.text}",
         _joined(one.input, two.input),
         _joined(one.thought, two.thought),
-        one.supervised and two.supervised,
+        one.in_loss and two.in_loss,
     )

@@ -1,4 +1,4 @@
-"""Templates: the one rule that turns a conversation into segments, for training and for inference.
+"""Templates: the one rule that turns a conversation into pieces, for training and for inference.
 
 A template knows two things: how the prompt of turn n looks (`_prompt`), and what closes an answer
 (`_closing`). Training is built from the very same prompt, so what the model sees when it answers is
@@ -7,7 +7,7 @@ template (`chat_template.py`).
 
 Where a template renders past turns just as it rendered them when they were current, one example
 teaches all turns. Where it does not (history inside an instruction, thinking removed from past
-turns), every supervised turn becomes an example of its own.
+turns), every turn in the loss becomes an example of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ThoughtMarks:
 
 
 class Template:
-    """Common to both kinds: from skeletons to segments."""
+    """Common to both kinds: from skeletons to pieces."""
 
     name: str
     end_token: str  # the control token that ends an answer, "eos" for the tokenizer's own
@@ -56,7 +56,7 @@ class Template:
     thinking: Thinking = "auto"
     thinking_loss: bool = True  # whether thoughts are learned
     date: str = ""  # the day that the template tells, if it tells one
-    odd: str = ""  # what was odd about the last examples
+    oddity: str = ""  # what was odd about the last examples
     # In what training differs from the rendering of the template's makers, as far as it was met.
     notes: dict[str, None]
 
@@ -125,35 +125,35 @@ class Template:
         return two.startswith(one)
 
     def prompt(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Segments of a prompt: `turns` ends with the user's question."""
+        """Pieces of a prompt: `turns` ends with the user's question."""
         return self._fill(self._skeleton(shape_of(self._with_system(turns))), turns, frozenset())
 
     def examples(
         self, conversation: Conversation, train_turns: TrainTurns = "all"
     ) -> list[list[Piece]]:
-        """Segments of the training example(s) of one conversation; none if no answer is supervised.
+        """Pieces of the training example(s) of one conversation; none if no answer is in the loss.
 
-        One example, all of its supervised answers in it, if the template is stable; else one for
-        each supervised answer.
+        One example, all of its answers in the loss in it, if the template is stable; else one for
+        each answer in the loss.
         """
         turns = conversation.turns
         if conversation.kind == "text":
             return [[Piece("bos"), Piece("text", turns[-1].text, True), Piece("end", "", True)]]
-        taught = self._taught(turns, train_turns)
-        if not taught:
+        answers_in_loss = self._answers_in_loss(turns, train_turns)
+        if not answers_in_loss:
             return []
         turns = self._with_system(turns)
         if self.stable:
-            return [self._example(turns, frozenset(taught))]
+            return [self._example(turns, frozenset(answers_in_loss))]
         head = 1 if turns[0].role == "system" else 0
-        return [self._example(turns[: head + 2 * (k + 1)], frozenset([k])) for k in taught]
+        return [self._example(turns[: head + 2 * (k + 1)], frozenset([k])) for k in answers_in_loss]
 
     @staticmethod
-    def _taught(turns: Sequence[Turn], train_turns: TrainTurns) -> tuple[int, ...]:
+    def _answers_in_loss(turns: Sequence[Turn], train_turns: TrainTurns) -> tuple[int, ...]:
         """Which answers are learned, counted from 0."""
         answers = [t for t in turns if t.role == "assistant"]
         first = 0 if train_turns == "all" else len(answers) - 1
-        return tuple(k for k in range(first, len(answers)) if answers[k].supervised)
+        return tuple(k for k in range(first, len(answers)) if answers[k].in_loss)
 
     def reference(self, turns: Sequence[Turn]) -> str | None:  # noqa: ARG002
         """The rendering of a whole conversation by the template's makers, if there is another than
@@ -164,11 +164,11 @@ class Template:
         """How a thought is told from the answer behind it, in what the model says."""
         return ThoughtMarks()
 
-    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Piece]:
+    def _example(self, turns: Sequence[Turn], answers_in_loss: frozenset[int]) -> list[Piece]:
         shape = shape_of(turns)
         last = len(shape.inputs) - 1
         slots = [*self._skeleton(shape), self._answer(last), *self._closing()]
-        return self._fill(number_ends(slots), turns, taught)
+        return self._fill(number_ends(slots), turns, answers_in_loss)
 
     def _answer(self, turn: int) -> Slot:
         return Slot("assistant", turn=turn)
@@ -195,55 +195,57 @@ class Template:
         )
 
     def _fill(
-        self, slots: Sequence[Slot], turns: Sequence[Turn], taught: frozenset[int]
+        self, slots: Sequence[Slot], turns: Sequence[Turn], answers_in_loss: frozenset[int]
     ) -> list[Piece]:
         turns = self._with_system(turns)
         system = turns[0].text if turns[0].role == "system" else ""
         questions = [t for t in turns if t.role == "user"]
         answers = [t for t in turns if t.role == "assistant"]
         placed = {slot.turn for slot in slots if slot.kind == "input"}
-        segments: list[Piece] = []
+        pieces: list[Piece] = []
         for slot in slots:
-            supervised = slot.turn in taught
+            in_loss = slot.turn in answers_in_loss
             if slot.kind == "mark":
-                segments.append(Piece("mark", slot.text, supervised))
+                pieces.append(Piece("mark", slot.text, in_loss))
             elif slot.kind in ("bos", "end", "silent_end"):
-                segments.append(Piece(slot.kind, "", supervised))
+                pieces.append(Piece(slot.kind, "", in_loss))
             elif slot.kind == "assistant":
-                thought, said = self._spoken(answers[slot.turn])
-                lead = slot.text + self.harmless(thought)
+                thought, answer = self._thought_and_answer(answers[slot.turn])
+                lead = slot.text + self.escape_role_marks(thought)
                 if thought and not self.thinking_loss:
-                    segments.append(Piece("text", lead, False, cut=True))
-                    segments.append(Piece("text", self.harmless(said), supervised))
+                    pieces.append(Piece("text", lead, False, cut=True))
+                    pieces.append(Piece("text", self.escape_role_marks(answer), in_loss))
                 else:
-                    text = lead + self.harmless(said)
-                    segments.append(Piece("text", text, supervised, cut=True))
+                    text = lead + self.escape_role_marks(answer)
+                    pieces.append(Piece("text", text, in_loss, cut=True))
             else:
-                segments.append(Piece("text", self._said(slot, system, questions, placed)))
-        return segments
+                pieces.append(Piece("text", self._slot_text(slot, system, questions, placed)))
+        return pieces
 
-    def _spoken(self, turn: Turn) -> tuple[str, str]:
+    def _thought_and_answer(self, turn: Turn) -> tuple[str, str]:
         """(thought with its marks, the rest) of an answer; no thought if none is wanted."""
-        thought, said = (turn.thought, turn.text) if turn.thought else split_thought(turn.text)
+        thought, answer = (turn.thought, turn.text) if turn.thought else split_thought(turn.text)
         if self.thinking == "off" or not thought:
-            return "", said
+            return "", answer
         marked = f"<think>\n{thought}\n</think>\n\n"
         if not turn.thought:  # as it was written
-            marked = turn.text[: len(turn.text) - len(said)]
-        return marked, said
+            marked = turn.text[: len(turn.text) - len(answer)]
+        return marked, answer
 
-    def _said(self, slot: Slot, system: str, questions: Sequence[Turn], placed: set[int]) -> str:
+    def _slot_text(
+        self, slot: Slot, system: str, questions: Sequence[Turn], placed: set[int]
+    ) -> str:
         """What stands in a slot; an input without a place of its own follows its question."""
         if slot.kind == "system":
-            return self.harmless(system)
+            return self.escape_role_marks(system)
         turn = questions[slot.turn]
         if slot.kind == "input":
-            return self.harmless(turn.input)
+            return self.escape_role_marks(turn.input)
         if turn.input and slot.turn not in placed:
-            return self.harmless(f"{turn.text}\n{turn.input}" if turn.text else turn.input)
-        return self.harmless(turn.text)
+            return self.escape_role_marks(f"{turn.text}\n{turn.input}" if turn.text else turn.input)
+        return self.escape_role_marks(turn.text)
 
-    def harmless(self, text: str) -> str:
+    def escape_role_marks(self, text: str) -> str:
         """The text with this template's plain-word role marks made unable to open a turn."""
         return self._guard.sub(r" \g<0>", text) if self._guard else text
 

@@ -16,9 +16,9 @@ from vicuna.data.templates.placeholders import (
     THINK,
     Message,
     Outline,
-    filled,
-    hole,
     numbered,
+    placeholder,
+    with_placeholders,
 )
 from vicuna.data.templates.sandbox import OTHER, LimitError, Program, RenderError
 from vicuna.errors import UserError
@@ -40,7 +40,7 @@ class Rendered:
     body: str
     tail: str
     own: bool = True
-    odd: str = ""
+    oddity: str = ""
 
     @property
     def text(self) -> str:
@@ -122,7 +122,7 @@ class Renderings:
                     raise
                 error = error or e
                 continue
-            if hole(0) in text and hole(1) in text:
+            if placeholder(0) in text and placeholder(1) in text:
                 break
         else:
             self.in_parts = False
@@ -133,7 +133,7 @@ class Renderings:
             )
         system = (Message("system", GAP), Message("user", GAP))
         try:
-            self.merges = hole(0) not in self.render(system, True, None)
+            self.merges = placeholder(0) not in self.render(system, True, None)
         except UserError as e:
             if isinstance(e.__cause__, LimitError):
                 raise
@@ -159,11 +159,11 @@ class Renderings:
                 lead = _behind(ahead, prompt)
                 if lead is not None and (on or not lead.strip()):
                     return Opening(prompt, flag, prompt, how)
-        return self._odd_opening(before, on, prompt)
+        return self._other_opening(before, on, prompt)
 
     def _ahead(self, before: Outline, answer: Message, flag: bool | None) -> str | None:
         """What stands before the first text of an answer, None if the answer is left out."""
-        first = hole(sum(m.gaps for m in before))
+        first = placeholder(sum(m.gaps for m in before))
         ahead, there, _ = self.render((*before, answer), False, flag).partition(first)
         return ahead if there else None
 
@@ -171,7 +171,7 @@ class Renderings:
         """A template that knows no generation prompt: what it writes before every answer."""
         plain = self._ahead(before, ANSWERS[False, "field"], None)
         if plain is None or not plain.startswith(prompt):
-            return self._odd_opening(before, on, prompt)
+            return self._other_opening(before, on, prompt)
         if not on:
             plain = plain.removesuffix(" ")
             return Opening(plain, None, plain)
@@ -183,9 +183,9 @@ class Renderings:
                     same = same[: max(len(prompt), same.rfind("<"))] if "<" in same else same
                 same = same.removesuffix(" ")
                 return Opening(same, None, same, how)
-        return self._odd_opening(before, on, prompt)
+        return self._other_opening(before, on, prompt)
 
-    def _odd_opening(self, before: Outline, on: bool, prompt: str) -> Opening:
+    def _other_opening(self, before: Outline, on: bool, prompt: str) -> Opening:
         ahead = self._ahead(before, ANSWERS[False, "field"], None)
         if ahead is None:
             raise UserError(
@@ -238,18 +238,20 @@ class Renderings:
         opening = self.opening(before, on)
         first = sum(m.gaps for m in before)
         plain = self.render((*before, ANSWERS[False, "field"]), False, opening.flag)
-        tail = plain.partition(hole(first))[2]
+        tail = plain.partition(placeholder(first))[2]
         if opening.thought == "inline" and answer.thought is not None:
             self._note(
                 "the template has no place for a thought beside an answer: it is put into the "
                 "answer, between <think> and </think>"
             )
             answer = Message("assistant", THINK.replace(GAP, answer.thought) + answer.content)
-        own, odd = opening.thought != "put", ""
+        own, oddity = opening.thought != "put", ""
         if own:
             text = self.render((*before, answer), False, opening.flag)
             own = text.startswith(opening.before)
-            odd = "" if own else "the template takes a part of this answer for a thought; it is not"
+            oddity = (
+                "" if own else "the template takes a part of this answer for a thought; it is not"
+            )
         if own:
             rest = text[len(opening.before) :]
             own = opening.before == opening.prompt
@@ -257,9 +259,9 @@ class Renderings:
             rest = self._put(before, answer, opening.prompt) + tail
         tail = tail if rest.endswith(tail) else ""
         first += (answer.thought or "").count(GAP)
-        if any(hole(first + n) not in rest for n in range(answer.content.count(GAP))):
-            odd = "the template leaves out a part of this answer"
-        return Rendered(opening.prompt, rest[: len(rest) - len(tail)], tail, own, odd)
+        if any(placeholder(first + n) not in rest for n in range(answer.content.count(GAP))):
+            oddity = "the template leaves out a part of this answer"
+        return Rendered(opening.prompt, rest[: len(rest) - len(tail)], tail, own, oddity)
 
     def _put(self, before: Outline, answer: Message, prompt: str) -> str:
         """An answer with its thought, as reasoning models write it."""
@@ -269,7 +271,7 @@ class Renderings:
         if prompt.rstrip().endswith("<think>"):
             content = content.lstrip().removeprefix("<think>")
             content = content.removeprefix("\n") if prompt.endswith("\n") else content
-        return filled(content, sum(m.gaps for m in before))
+        return with_placeholders(content, sum(m.gaps for m in before))
 
 
 def _behind(text: str | None, start: str) -> str | None:

@@ -20,15 +20,15 @@ from vicuna.data.templates.chat_rendering import Renderings
 from vicuna.data.templates.placeholders import (
     ANSWERS,
     GAP,
-    HOLE,
     MANY,
+    PLACEHOLDER,
     THINK,
     Message,
     Outline,
     any_of,
     begins_thought,
     cut,
-    hole,
+    placeholder,
 )
 from vicuna.data.templates.sandbox import Program
 from vicuna.data.templates.skeleton import Shape, Slot
@@ -36,21 +36,21 @@ from vicuna.data.think_tags import split_thought
 from vicuna.data.tokenizer import Piece
 
 
-class _Gap(NamedTuple):
+class _TextGap(NamedTuple):
     """A segment whose text is one of the conversation's."""
 
     kind: Literal["text"]
     number: int
-    supervised: bool
+    in_loss: bool
     cut: bool
 
 
 @dataclass
 class _Plan:
-    """One example of an outline: its segments, and gaps for the conversation's texts."""
+    """One example of an outline: its pieces, and gaps for the conversation's texts."""
 
-    pieces: list[Piece | _Gap] = field(default_factory=list)
-    odd: str = ""  # what the template does with an answer that is not taught
+    pieces: list[Piece | _TextGap] = field(default_factory=list)
+    oddity: str = ""  # what the template does with an answer that is not taught
 
 
 class ChatTemplate(Template):
@@ -86,11 +86,11 @@ class ChatTemplate(Template):
         self._special_think = bool({"<think>", "</think>"} & set(self.controls))
         marks = [] if self._special_think else ["<think>", "</think>"]
         self._watched = {"user": any_of(watched), "assistant": any_of([*watched, *marks])}
-        self._show = Renderings(self._program)
+        self._renderings = Renderings(self._program)
         self._plans: dict[Any, list[_Plan]] = {}
         self.end_token = self._find_end()
         super().__init__()
-        self.notes = self._show.notes
+        self.notes = self._renderings.notes
 
     def to_dict(self) -> dict[str, Any]:
         saved: dict[str, Any] = {
@@ -109,13 +109,13 @@ class ChatTemplate(Template):
 
     def _forget(self) -> None:
         super()._forget()
-        self._show, self._plans = Renderings(self._program), {}
-        self.notes = self._show.notes
+        self._renderings, self._plans = Renderings(self._program), {}
+        self.notes = self._renderings.notes
 
     def _find_end(self) -> str:
         """The control token that ends an answer; "eos" is the tokenizer's own."""
         one = (Message("user", GAP), Message("assistant", GAP))
-        token = self._ends_with(self._show.rendered(one, False).tail)
+        token = self._ends_with(self._renderings.rendered(one, False).tail)
         return "eos" if token in ("", self.eos_token) else token
 
     def _ends_with(self, tail: str) -> str:
@@ -132,7 +132,7 @@ class ChatTemplate(Template):
         on = self._opens_thought(outline)
         key = outline, on
         if key not in self._plans:
-            text = self._show.opening(outline, on).prompt
+            text = self._renderings.opening(outline, on).prompt
             self._keep(key, [self._plan(text, outline, frozenset())])
         return self._fill_plan(self._plans[key][0], texts)
 
@@ -141,16 +141,16 @@ class ChatTemplate(Template):
     ) -> list[list[Piece]]:
         if conversation.kind == "text":
             return super().examples(conversation, train_turns)
-        self.odd = ""
+        self.oddity = ""
         turns = conversation.turns
-        taught = self._taught(turns, train_turns)
-        if not taught:
+        answers_in_loss = self._answers_in_loss(turns, train_turns)
+        if not answers_in_loss:
             return []
         outline, texts = self._outline(turns)
-        key = outline, taught, "examples"
+        key = outline, answers_in_loss, "examples"
         if key not in self._plans:
-            self._keep(key, self._find_plans(outline, frozenset(taught)))
-        self.odd = next((p.odd for p in self._plans[key] if p.odd), "")
+            self._keep(key, self._find_plans(outline, frozenset(answers_in_loss)))
+        self.oddity = next((p.oddity for p in self._plans[key] if p.oddity), "")
         return [self._fill_plan(plan, texts) for plan in self._plans[key]]
 
     def _keep(self, key: Any, plans: list[_Plan]) -> None:
@@ -158,14 +158,14 @@ class ChatTemplate(Template):
             self._plans.clear()
         self._plans[key] = plans
 
-    def _find_plans(self, outline: Outline, taught: frozenset[int]) -> list[_Plan]:
+    def _find_plans(self, outline: Outline, answers_in_loss: frozenset[int]) -> list[_Plan]:
         """One example with all answers that look there as they look when they are the last; one
         for each other answer."""
         answers = [i for i, m in enumerate(outline) if m.role == "assistant"]
-        whole = self._show.rendered(outline, self._thinks(outline[-1]))
+        whole = self._renderings.rendered(outline, self._thinks(outline[-1]))
         inside, apart = set(), []
-        for n in sorted(taught):
-            current = self._show.rendered(
+        for n in sorted(answers_in_loss):
+            current = self._renderings.rendered(
                 outline[: answers[n] + 1], self._thinks(outline[answers[n]])
             )
             if whole.text.startswith(current.prompt + current.body):
@@ -175,13 +175,13 @@ class ChatTemplate(Template):
         plans = []
         for n in apart:
             past = outline[: answers[n] + 1]
-            current = self._show.rendered(past, self._thinks(past[-1]))
+            current = self._renderings.rendered(past, self._thinks(past[-1]))
             plans.append(self._plan(current.text, past, frozenset([n])))
         if inside:
             plans.append(self._plan(whole.text, outline, frozenset(inside)))
         return plans
 
-    def _plan(self, text: str, outline: Outline, taught: frozenset[int]) -> _Plan:
+    def _plan(self, text: str, outline: Outline, answers_in_loss: frozenset[int]) -> _Plan:
         """Cut a rendering at those of its answers that look as they did when they were the last."""
         plan = _Plan()
         at, number = 0, -1
@@ -189,54 +189,54 @@ class ChatTemplate(Template):
             if message.role != "assistant":
                 continue
             number += 1
-            current = self._show.rendered(outline[: i + 1], self._thinks(message))
+            current = self._renderings.rendered(outline[: i + 1], self._thinks(message))
             if not text.startswith(current.prompt + current.body) or len(current.prompt) < at:
                 continue
-            learned = number in taught
-            if learned:
-                plan.odd = current.odd or _border(current.prompt, current.body) or plan.odd
+            in_loss = number in answers_in_loss
+            if in_loss:
+                plan.oddity = current.oddity or _border(current.prompt, current.body) or plan.oddity
             self._add(plan, text[at : len(current.prompt)], False, cut=bool(at))
             at = len(current.prompt)
             spoken = current.body
             if not self.thinking_loss and self._thinks(message):
                 thought = _thought_of(spoken)
                 self._add(plan, thought, False, cut=True)
-                self._add(plan, spoken[len(thought) :], learned, cut=not thought)
+                self._add(plan, spoken[len(thought) :], in_loss, cut=not thought)
             else:
-                self._add(plan, spoken, learned, cut=True)
+                self._add(plan, spoken, in_loss, cut=True)
             if not spoken:
-                plan.pieces.append(Piece("text", "", learned, True))
+                plan.pieces.append(Piece("text", "", in_loss, True))
             at += len(spoken)
-            at += self._add_end(plan, text[at:], learned)
+            at += self._add_end(plan, text[at:], in_loss)
         self._add(plan, text[at:], False, cut=bool(at))
         return plan
 
-    def _add(self, plan: _Plan, text: str, supervised: bool, cut: bool) -> None:
-        for n, part in enumerate(HOLE.split(text)):
+    def _add(self, plan: _Plan, text: str, in_loss: bool, cut: bool) -> None:
+        for n, part in enumerate(PLACEHOLDER.split(text)):
             if n % 2:
-                plan.pieces.append(_Gap("text", int(part), supervised, cut))
+                plan.pieces.append(_TextGap("text", int(part), in_loss, cut))
                 cut = False
             elif part:
-                plan.pieces.append(Piece("mark", part, supervised, cut))
+                plan.pieces.append(Piece("mark", part, in_loss, cut))
                 cut = False
 
-    def _add_end(self, plan: _Plan, tail: str, supervised: bool) -> int:
+    def _add_end(self, plan: _Plan, tail: str, in_loss: bool) -> int:
         """What closes an answer; the characters of it that are the answer's."""
         end = self.eos_token if self.end_token == "eos" else self.end_token
         found = self._end.match(tail)
         tokens = list(self._special.finditer(found[0])) if found else []
         place = next((t for t in tokens if t[0] == end), None)
         if place is None:
-            plan.pieces.append(Piece("silent_end", "", supervised))
+            plan.pieces.append(Piece("silent_end", "", in_loss))
             return 0
-        self._add(plan, tail[: place.start()], supervised, cut=False)
-        plan.pieces.append(Piece("end", "", supervised))
+        self._add(plan, tail[: place.start()], in_loss, cut=False)
+        plan.pieces.append(Piece("end", "", in_loss))
         return place.end()
 
     def _fill_plan(self, plan: _Plan, texts: Sequence[str]) -> list[Piece]:
         return [
-            Piece("text", self.harmless(texts[piece.number]), piece.supervised, piece.cut)
-            if isinstance(piece, _Gap)
+            Piece("text", self.escape_role_marks(texts[piece.number]), piece.in_loss, piece.cut)
+            if isinstance(piece, _TextGap)
             else piece
             for piece in plan.pieces
         ]
@@ -250,14 +250,14 @@ class ChatTemplate(Template):
         merged, watched = "", self._watched["assistant"]
         for turn in turns:
             if turn.role == "assistant":
-                said, thought = self._spoken(turn)
+                said, thought = self._thought_and_answer(turn)
                 outline = None if not thought else cut(thought, watched, texts)
                 messages.append(Message("assistant", cut(said, watched, texts), outline))
                 continue
             said = turn.text
             if turn.input:
                 said = f"{said}\n{turn.input}" if said else turn.input
-            if turn.role == "system" and self._show.merges:
+            if turn.role == "system" and self._renderings.merges:
                 merged = said
                 continue
             asked = cut(said, self._watched["user"], texts)
@@ -271,7 +271,7 @@ class ChatTemplate(Template):
             messages.append(Message(turn.role, asked))
         return tuple(messages), texts
 
-    def _spoken(self, turn: Turn) -> tuple[str, str]:
+    def _thought_and_answer(self, turn: Turn) -> tuple[str, str]:
         """What an answer says, and the thought beside it."""
         if self.thinking == "off":
             return (turn.text if turn.thought else split_thought(turn.text)[1]), ""
@@ -291,7 +291,9 @@ class ChatTemplate(Template):
         """Whether an answer is asked for as one with a thought."""
         if self.thinking != "auto":
             return self.thinking == "on"
-        return self._show.opening(outline, True).prompt == self._show.render(outline, True, None)
+        return self._renderings.opening(outline, True).prompt == self._renderings.render(
+            outline, True, None
+        )
 
     # -- for other programs -------------------------------------------------------------------
 
@@ -309,7 +311,7 @@ class ChatTemplate(Template):
             turns += [Turn("user", "u"), Turn("assistant", "a")]
             places += [("user", n), ("assistant", n)]
         outline, _ = self._outline(turns[:-1])
-        text = self._show.opening(outline, self._opens_thought(outline)).prompt
+        text = self._renderings.opening(outline, self._opens_thought(outline)).prompt
         end = self.eos_token if self.end_token == "eos" else self.end_token
         slots: list[Slot] = []
         lead = ""  # white space before an answer belongs to it
@@ -331,17 +333,19 @@ class ChatTemplate(Template):
     def thought_marks(self) -> ThoughtMarks:
         one = (Message("user", GAP),)
         asked = self._opens_thought(one)
-        on = self._show.rendered((*one, ANSWERS[True, "field"]), True).body
-        first, _, rest = on.partition(hole(1))
-        close = rest.partition(hole(2))[0]
+        on = self._renderings.rendered((*one, ANSWERS[True, "field"]), True).body
+        first, _, rest = on.partition(placeholder(1))
+        close = rest.partition(placeholder(2))[0]
         return ThoughtMarks(first or "<think>", close, opened=asked and not first.strip())
 
     def _literals(self) -> list[str]:
-        roles = ["user", "assistant", "user"] if self._show.merges else ["system", "user"]
-        text = self._show.render(tuple(Message(role, GAP) for role in roles), True, None)
-        if not self._show.merges:
-            text += self._show.render((Message("user", GAP), ANSWERS[False, "field"]), False, None)
-        pieces = self._special.split(HOLE.sub("\n", text))
+        roles = ["user", "assistant", "user"] if self._renderings.merges else ["system", "user"]
+        text = self._renderings.render(tuple(Message(role, GAP) for role in roles), True, None)
+        if not self._renderings.merges:
+            text += self._renderings.render(
+                (Message("user", GAP), ANSWERS[False, "field"]), False, None
+            )
+        pieces = self._special.split(PLACEHOLDER.sub("\n", text))
         return [p for p in pieces if p]
 
     def _role_marks(self) -> list[str]:
@@ -351,21 +355,21 @@ class ChatTemplate(Template):
         """The template's own rendering of a whole conversation, its texts in it as they are."""
         outline, _ = self._outline(turns)
         on = self._thinks(outline[-1])
-        opening = self._show.opening(outline[:-1], on)
+        opening = self._renderings.opening(outline[:-1], on)
         messages: list[dict[str, Any]] = []
         merged = ""
         for turn in turns:
-            said, thought = self._spoken(turn)
+            said, thought = self._thought_and_answer(turn)
             if turn.input:
                 said = f"{said}\n{turn.input}" if said else turn.input
-            if turn.role == "system" and self._show.merges:
+            if turn.role == "system" and self._renderings.merges:
                 merged = f"{said}\n\n"
                 continue
             if thought and opening.thought == "inline":
                 said, thought = f"{THINK.replace(GAP, thought)}{said}", ""
-            messages.append(self._show.message(turn.role, merged + said, thought or None))
+            messages.append(self._renderings.message(turn.role, merged + said, thought or None))
             merged = ""
-        return self._show.shown(messages, False, opening.flag)
+        return self._renderings.shown(messages, False, opening.flag)
 
 
 def _border(prompt: str, body: str) -> str:
@@ -381,5 +385,5 @@ def _thought_of(body: str) -> str:
     if at >= 0:
         end = re.compile(r"</think>\s*").match(body, at)
         return body[: end.end()] if end else ""
-    holes = list(HOLE.finditer(body))
+    holes = list(PLACEHOLDER.finditer(body))
     return body[: holes[1].start()] if len(holes) > 1 else ""

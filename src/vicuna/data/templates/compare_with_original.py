@@ -39,11 +39,11 @@ def differences(renderer: Renderer, thoughts: bool = False) -> list[str]:
         if thoughts != (turns is _THOUGHT):
             continue
         before = set(template.notes)
-        segments = template.examples(Conversation(turns))[-1]
-        ids = renderer.tokenizer.encode(segments, renderer.end_id).ids.tolist()
+        pieces = template.examples(Conversation(turns))[-1]
+        ids = renderer.tokenizer.encode(pieces, renderer.end_id).ids.tolist()
         text = template.reference(turns)
         if text is None:
-            text = renderer.spelled(segments)
+            text = renderer.spelled(pieces)
         wanted = renderer.tokenizer.reference(text)
         notes = [n for n in template.notes if n not in before]
         found.update(dict.fromkeys(notes))
@@ -80,8 +80,8 @@ def share_of_thoughts(examples: Iterable[Example], renderer: Renderer) -> float:
     close = renderer.template.thought_marks().close.strip()
     count = thoughts = 0
     for example in examples:
-        learned = example.ids[1:][example.labels[:-1] != NO_TARGET].tolist()
-        whole = example.ids.tolist() if not renderer.template.thinking_loss else learned
+        in_loss = example.ids[1:][example.labels[:-1] != NO_TARGET].tolist()
+        whole = example.ids.tolist() if not renderer.template.thinking_loss else in_loss
         thoughts += bool(close) and close in renderer.tokenizer.spelled(whole)
         count += 1
     return thoughts / count if count else 0.0

@@ -96,12 +96,12 @@ class LiteralTemplate(Template):
         at = next(i for i, s in enumerate(slots) if s.kind == "assistant")
         return slots[at + 1 :]
 
-    def _example(self, turns: Sequence[Turn], taught: frozenset[int]) -> list[Piece]:
+    def _example(self, turns: Sequence[Turn], answers_in_loss: frozenset[int]) -> list[Piece]:
         # The white space before an answer's text belongs to the answer (see templates.yaml).
         shape = shape_of(turns)
         last = len(shape.inputs) - 1
         answer = _slots(self.spec.assistant, last, answer=True)
-        return self._fill(number_ends([*self._skeleton(shape), *answer]), turns, taught)
+        return self._fill(number_ends([*self._skeleton(shape), *answer]), turns, answers_in_loss)
 
 
 def _slots(text: str, turn: int = -1, answer: bool = False) -> list[Slot]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from vicuna.data.templates.sandbox_worker import environment
 
 GAP = "\0"  # a text's place in an outline
-HOLE = re.compile(r"XqZ(\d+)ZqX")
+PLACEHOLDER = re.compile(r"XqZ(\d+)ZqX")
 THINK = "<think>\n\0\n</think>\n\n"
 MANY = 20_000  # outlines that are kept
 
@@ -79,24 +79,24 @@ def numbered(outline: Outline) -> list[Message]:
     return [
         Message(
             m.role,
-            thought=None if m.thought is None else _spelled(m.thought, numbers),
-            content=_spelled(m.content, numbers),
+            thought=None if m.thought is None else _fill_gaps(m.thought, numbers),
+            content=_fill_gaps(m.content, numbers),
         )
         for m in outline
     ]
 
 
-def filled(text: str, first: int) -> str:
+def with_placeholders(text: str, first: int) -> str:
     """The outline of a text with placeholders in its gaps, numbered from `first` on."""
-    return _spelled(text, count(first))
+    return _fill_gaps(text, count(first))
 
 
-def _spelled(text: str, numbers: Iterator[int]) -> str:
+def _fill_gaps(text: str, numbers: Iterator[int]) -> str:
     pieces = text.split(GAP)
-    return pieces[0] + "".join(hole(next(numbers)) + piece for piece in pieces[1:])
+    return pieces[0] + "".join(placeholder(next(numbers)) + piece for piece in pieces[1:])
 
 
-def hole(n: int) -> str:
+def placeholder(n: int) -> str:
     """The placeholder of a text."""
     return f"XqZ{n}ZqX"
 

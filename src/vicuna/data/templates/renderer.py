@@ -32,7 +32,7 @@ class Renderer:
         example = self.tokenizer.encode(self.template.prompt(turns), self.end_id)
         return [int(i) for i in example.ids]
 
-    def spelled(self, segments: Sequence[Piece]) -> str:
+    def spelled(self, pieces: Sequence[Piece]) -> str:
         """A rendering as one text, its control tokens spelled."""
         vocabulary = self.tokenizer.data
         spelling = {
@@ -40,4 +40,4 @@ class Renderer:
             "end": self.tokenizer.token(self.end_id),
             "silent_end": "",
         }
-        return "".join(spelling.get(s.kind, s.text) for s in segments)
+        return "".join(spelling.get(s.kind, s.text) for s in pieces)
