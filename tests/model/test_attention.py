@@ -71,7 +71,7 @@ def short_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if "blocks" in request.node.name:
         monkeypatch.setattr(attention_cpu, "in_blocks", lambda _: True)
         monkeypatch.setattr(attention_cpu, "BLOCK", 8)
-        monkeypatch.setattr(attention_cpu, "STEP", 4)
+        monkeypatch.setattr(attention_cpu, "PAD_MULTIPLE", 4)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

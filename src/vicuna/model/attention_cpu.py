@@ -28,8 +28,8 @@ from vicuna.model.attention_layout import AttentionShape, PackLayout
 # Rows of queries at a time: few enough that little is computed above the diagonal, and enough for
 # products that are worth starting.
 BLOCK = 128
-# Blocks and what they see are filled up to whole steps of rows.
-STEP = 32
+# Blocks and the rows that they see are padded to a multiple of so many rows.
+PAD_MULTIPLE = 32
 
 
 def attend(qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
@@ -48,73 +48,75 @@ def in_blocks(qkv: Tensor) -> bool:
 
 
 class BlockSegments(torch.autograd.Function):
-    """Each segment in blocks of rows. Nothing but q, k and v is kept for backward."""
+    """Each segment in blocks of query rows. Nothing but q, k and v is kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
+        """qkv (T, (H + 2 K) D) -> (T, H D)."""
         ctx.shape, ctx.layout = shape, layout
         ctx.save_for_backward(qkv)
         plan = _plan_of(layout, shape, qkv)
-        rows = qkv.view(-1, shape.size)
-        queries = rows.index_select(0, plan.queries).mul_(shape.scale)
+        head_rows = qkv.view(-1, shape.size)
+        queries = head_rows.index_select(0, plan.query_rows).mul_(shape.scale)
         result = torch.empty_like(queries)
         scratch = qkv.new_empty(plan.scores)
-        for place in plan.places:
-            for block in place.blocks:
+        for segment in plan.segments:
+            for block in segment.blocks:
                 q, o = (block.part_of(t, shape) for t in (queries, result))
-                k, v = rows.index_select(0, block.seen).view(-1, block.width, shape.size).chunk(2)
+                k, v = block.keys_and_values(head_rows, shape).chunk(2)
                 torch.bmm(_weights(q, k, block, scratch), v, out=o)
-        return result.index_select(0, plan.back).view(qkv.shape[0], -1)
+        return result.index_select(0, plan.unpermute).view(qkv.shape[0], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        """The gradient of qkv (T, (H + 2 K) D), given that of the result (T, H D)."""
         (qkv,) = ctx.saved_tensors
         shape, layout = ctx.shape, ctx.layout
         plan = _plan_of(layout, shape, qkv)
-        rows = qkv.view(-1, shape.size)
-        queries = rows.index_select(0, plan.queries).mul_(shape.scale)
-        given = gradients[0].reshape(-1, shape.size).index_select(0, plan.given)
-        given.index_fill_(0, plan.empty, 0)
+        head_rows = qkv.view(-1, shape.size)
+        queries = head_rows.index_select(0, plan.query_rows).mul_(shape.scale)
+        grads = gradients[0].reshape(-1, shape.size).index_select(0, plan.result_rows)
+        grads.index_fill_(0, plan.padding, 0)
         dqkv, dqueries = torch.empty_like(qkv), torch.empty_like(queries)
         scratch, dscratch = qkv.new_empty(plan.scores), qkv.new_empty(plan.scores)
         split = shape.query * shape.size
         dkv = dqkv[:, split:].unflatten(1, (-1, shape.size)).transpose(0, 1)
-        for place in plan.places:
-            dseen = qkv.new_zeros(2 * shape.key, place.width, shape.size)
-            for block in place.blocks:
-                q, g, dq = (block.part_of(t, shape) for t in (queries, given, dqueries))
-                seen = rows.index_select(0, block.seen).view(-1, block.width, shape.size)
-                k, v = seen.chunk(2)
+        for segment in plan.segments:
+            dvisible = qkv.new_zeros(2 * shape.key, segment.width, shape.size)
+            for block in segment.blocks:
+                q, g, dq = (block.part_of(t, shape) for t in (queries, grads, dqueries))
+                kv = block.keys_and_values(head_rows, shape)
+                k, v = kv.chunk(2)
                 weights = _weights(q, k, block, scratch)
                 dweights = torch.bmm(g, v.transpose(1, 2), out=block.scores_of(dscratch, k))
-                dboth = torch.empty_like(seen)
-                torch.bmm(weights.transpose(1, 2), g, out=dboth[shape.key :])
+                dkv_block = torch.empty_like(kv)
+                torch.bmm(weights.transpose(1, 2), g, out=dkv_block[shape.key :])
                 dscores = torch.ops.aten._softmax_backward_data.out(
                     dweights, weights, -1, weights.dtype, grad_input=dweights
                 )
-                torch.bmm(dscores.transpose(1, 2), q, out=dboth[: shape.key])
+                torch.bmm(dscores.transpose(1, 2), q, out=dkv_block[: shape.key])
                 torch.bmm(dscores, k, out=dq)
-                dseen[:, block.columns] += dboth
-            place.give_back(dkv, dseen)
+                dvisible[:, block.columns] += dkv_block
+            segment.scatter(dkv, dvisible)
         dqueries.mul_(shape.scale)
-        dqkv[:, :split] = dqueries.index_select(0, plan.back).view(-1, split)
+        dqkv[:, :split] = dqueries.index_select(0, plan.unpermute).view(-1, split)
         return dqkv, None, None
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of a segment, filled up to whole steps: products come in few shapes, and the
-    library makes and keeps a program for each.
+    """A block of query rows of a segment, padded to a multiple of PAD_MULTIPLE so that oneDNN
+    compiles few shapes of products.
 
-    rows: where they lie among all blocks' rows, the shape of a block below each other. high: how
-    many. seen: int64 (2 K s,), the rows of qkv's shape that are their keys and values, which end
-    whole steps too. columns: where those lie in the segment's place. mask: (t, s'), the summand of
-    the scores, 0 or -inf, in the last columns.
+    rows: its slice of the buffer of all blocks, head-major. height: query rows, with padding.
+    key_rows: int64 (2 K s,), the rows of qkv's heads that are its keys and values, padded too.
+    columns: where those lie among the visible rows of the segment. mask: (t, s'), added to the
+    attention scores of the last s' columns, 0 or -inf.
     """
 
     rows: slice
-    high: int
-    seen: Tensor
+    height: int
+    key_rows: Tensor
     columns: slice
     mask: Tensor
 
@@ -124,31 +126,38 @@ class _Block:
         return self.columns.stop - self.columns.start
 
     def part_of(self, x: Tensor, shape: AttentionShape) -> Tensor:
-        """Its part of what lies block by block, shape that share keys below each other:
-        (K, G t, D)."""
+        """Its part of a buffer of all blocks, the G query heads that share a key head below each
+        other: (K, G t, D)."""
         return x[self.rows].view(shape.key, -1, shape.size)
 
+    def keys_and_values(self, head_rows: Tensor, shape: AttentionShape) -> Tensor:
+        """Its keys, then its values: (2 K, s, D). head_rows: qkv as (T (H + 2 K), D)."""
+        return head_rows.index_select(0, self.key_rows).view(-1, self.width, shape.size)
+
     def scores_of(self, scratch: Tensor, k: Tensor) -> Tensor:
-        """Room for its scores: (K, G t, s)."""
+        """Memory for its attention scores: (K, G t, s)."""
         rows = (self.rows.stop - self.rows.start) // k.shape[0]
         return scratch[: k.shape[0] * rows * self.width].view(k.shape[0], rows, self.width)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What a segment sees: the rows above it, then its own. ranges: where those lie in the pack.
-    width: with what the last block is filled up with."""
+class _SegmentPlan:
+    """The rows that a segment sees, those above it and then its own, and its blocks.
+
+    ranges: where the visible rows lie in the pack. width: how many they are, with padding.
+    """
 
     ranges: list[tuple[int, int]]
     width: int
     blocks: list[_Block]
 
-    def give_back(self, dkv: Tensor, dseen: Tensor) -> None:
-        """Put the gradients of k and v where they belong. Segments come behind those above them:
-        a segment's own rows are its alone until then."""
+    def scatter(self, dkv: Tensor, dvisible: Tensor) -> None:
+        """Put the gradients of the visible keys and values (2 K, width, D) where they belong in
+        dkv (2 K, T, D). Segments come behind those above them: until then a segment's own rows are
+        its alone."""
         first = 0
         for number, (a, b) in enumerate(self.ranges, 1):
-            part = dseen[:, first : first + b - a]
+            part = dvisible[:, first : first + b - a]
             if number == len(self.ranges):
                 dkv[:, a:b] = part
             else:
@@ -157,65 +166,67 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _PackPlan:
     """How the rows of a pack are laid into blocks; the same for all layers with one window.
 
-    queries: int64, for each row of the blocks the row of qkv's shape (T (H + 2 K), D). given: the
-    same of the result's shape (T H, D). empty: rows of the blocks that are filling. back: int64
-    (T H,), where each row of the result lies in the blocks. scores: of the largest block.
+    query_rows: int64, for each row of the blocks' buffer the row of qkv's heads (T (H + 2 K), D).
+    result_rows: the same of the result's heads (T H, D). padding: rows of the buffer that are
+    padding. unpermute: int64 (T H,), where each row of the result lies in the buffer. scores:
+    numbers in the attention scores of the largest block.
     """
 
-    queries: Tensor
-    given: Tensor
-    empty: Tensor
-    back: Tensor
+    query_rows: Tensor
+    result_rows: Tensor
+    padding: Tensor
+    unpermute: Tensor
     scores: int
-    places: list[_Place]
+    segments: list[_SegmentPlan]
 
 
-def _plan_of(layout: PackLayout, shape: AttentionShape, like: Tensor) -> _Plan:
-    plan: _Plan = layout.cached(
+def _plan_of(layout: PackLayout, shape: AttentionShape, like: Tensor) -> _PackPlan:
+    plan: _PackPlan = layout.cached(
         ("blocks", shape.window), lambda: _make_plan(layout.segments, shape, like)
     )
     return plan
 
 
-def _make_plan(segments: Sequence[PackSegment], shape: AttentionShape, like: Tensor) -> _Plan:
-    every = shape.query + 2 * shape.key
-    own_heads, seen_heads = np.arange(shape.query), np.arange(shape.query, every)
+def _make_plan(segments: Sequence[PackSegment], shape: AttentionShape, like: Tensor) -> _PackPlan:
+    heads = shape.query + 2 * shape.key
+    query_heads, key_heads = np.arange(shape.query), np.arange(shape.query, heads)
     masks: dict[Any, Tensor] = {}
-    places, laid, filling = [], [], []
-    done = 0
+    plans, result_rows_of_blocks, padding_of_blocks = [], [], []
+    end = 0
     for s in segments:
         ranges = [*s.above, (s.start, s.stop)]
         above = sum(b - a for a, b in s.above)
         rows = np.concatenate([np.arange(a, b) for a, b in ranges])
-        # What follows the own rows is filling, which the masks hide.
-        rows = np.append(rows, np.full(STEP + BLOCK, s.start))
+        # What follows the segment's own rows is padding, which the masks hide.
+        rows = np.append(rows, np.full(PAD_MULTIPLE + BLOCK, s.start))
         blocks = []
         for start in range(above, above + s.stop - s.start, BLOCK):
             count = min(BLOCK, above + s.stop - s.start - start)
-            high = _whole(count)
+            height = _padded(count)
             first = 0 if shape.window is None else max(0, start - shape.window + 1)
-            columns = slice(first, first + _whole(start + count - first))
-            seen = rows[columns] * every + seen_heads[:, None]
-            place = slice(done, done + shape.query * high)
-            done = place.stop
-            mask = _mask(start - first, high, columns.stop - first, shape.window, like, masks)
-            blocks.append(_Block(place, high, _index(seen, like), columns, mask))
-            laid.append((rows[start : start + high] * shape.query + own_heads[:, None]).ravel())
-            filling.append(np.broadcast_to(np.arange(high) >= count, (shape.query, high)).ravel())
+            columns = slice(first, first + _padded(start + count - first))
+            key_rows = rows[columns] * heads + key_heads[:, None]
+            buffer_rows = slice(end, end + shape.query * height)
+            end = buffer_rows.stop
+            mask = _mask(start - first, height, columns.stop - first, shape.window, like, masks)
+            blocks.append(_Block(buffer_rows, height, _index(key_rows, like), columns, mask))
+            block_rows = rows[start : start + height] * shape.query + query_heads[:, None]
+            result_rows_of_blocks.append(block_rows.ravel())
+            is_padding = np.broadcast_to(np.arange(height) >= count, (shape.query, height))
+            padding_of_blocks.append(is_padding.ravel())
         width = max(block.columns.stop for block in blocks)
-        places.append(_Place(ranges, width, blocks))
-    given, empty = np.concatenate(laid), np.concatenate(filling)
-    row, head = np.divmod(given, shape.query)
-    back = np.empty(segments[-1].stop * shape.query, np.int64)
-    back[given[~empty]] = np.flatnonzero(~empty)
-    scores = max(shape.query * b.high * b.width for place in places for b in place.blocks)
-    queries, empty_rows = row * every + head, np.flatnonzero(empty)
-    return _Plan(
-        _index(queries, like), _index(given, like), _index(empty_rows, like), _index(back, like),
-        scores, places,
+        plans.append(_SegmentPlan(ranges, width, blocks))
+    result_rows, padding = np.concatenate(result_rows_of_blocks), np.concatenate(padding_of_blocks)
+    row, head = np.divmod(result_rows, shape.query)
+    unpermute = np.empty(segments[-1].stop * shape.query, np.int64)
+    unpermute[result_rows[~padding]] = np.flatnonzero(~padding)
+    scores = max(shape.query * b.height * b.width for plan in plans for b in plan.blocks)
+    return _PackPlan(
+        _index(row * heads + head, like), _index(result_rows, like),
+        _index(np.flatnonzero(padding), like), _index(unpermute, like), scores, plans,
     )  # fmt: skip
 
 
@@ -224,17 +235,17 @@ def _index(values: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _mask(
-    above: int, high: int, width: int, window: int | None, like: Tensor, made: dict[Any, Tensor]
+    above: int, height: int, width: int, window: int | None, like: Tensor, made: dict[Any, Tensor]
 ) -> Tensor:
-    """Who sees what of the last columns: 0 or -inf (high, columns), where row i stands at column
-    `above + i` of `width`. All columns, where a window hides some of the first. Every row sees one,
-    those that are filling too: `above` is less than the window, and columns are filled up as rows.
+    """Who sees which of the last columns: 0 or -inf (height, columns), where row i has column
+    `above + i` of `width`. All columns if a window hides some of the first. Every row sees one,
+    those that are padding too: `above` is less than the window, and columns are padded like rows.
     """
-    if window is None or above + high <= window:
+    if window is None or above + height <= window:
         window, above, width = None, 0, width - above
-    key = (above, high, width)
+    key = (above, height, width)
     if key not in made:
-        rows = torch.arange(above, above + high, device=like.device)[:, None]
+        rows = torch.arange(above, above + height, device=like.device)[:, None]
         columns = torch.arange(width, device=like.device)
         hidden = columns > rows
         if window is not None:
@@ -244,8 +255,8 @@ def _mask(
     return made[key]
 
 
-def _whole(rows: int) -> int:
-    return -(-rows // STEP) * STEP
+def _padded(rows: int) -> int:
+    return -(-rows // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def _weights(q: Tensor, k: Tensor, block: _Block, scratch: Tensor) -> Tensor:
@@ -285,7 +296,7 @@ class FlashSegments(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         qkv, out, *lses = ctx.saved_tensors
         shape, layout = ctx.shape, ctx.layout
-        given = gradients[0].unflatten(1, (shape.query, shape.size)).transpose(0, 1)[None]
+        grads = gradients[0].unflatten(1, (shape.query, shape.size)).transpose(0, 1)[None]
         result = out.transpose(0, 1)[None]
         shared = any(s.above for s in layout.segments)
         dqkv = torch.zeros_like(qkv) if shared else torch.empty_like(qkv)
@@ -295,7 +306,7 @@ class FlashSegments(torch.autograd.Function):
             own = slice(s.start, s.stop)
             mask, causal = _mask_of(s, shape.window, layout, qkv)
             gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                given[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
+                grads[:, :, own], q[:, :, own], _gather(k, s), _gather(v, s), result[:, :, own],
                 lse, 0.0, causal, attn_mask=mask, scale=shape.scale,
             )  # fmt: skip
             dq[:, :, own] = gq

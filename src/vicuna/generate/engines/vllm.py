@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vicuna.config import AnswerSettings
+from vicuna.config.precisions import PRECISIONS
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import (
     Cancelled,
@@ -39,7 +40,6 @@ from vicuna.model.config_files import read_config
 
 # The ranks vLLM reserves memory for; an adapter's is rounded up to one of them.
 _RANKS = (8, 16, 32, 64, 128, 256, 512)
-_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def library() -> Any:
@@ -68,8 +68,9 @@ def load_engine(
     library()
     folder = locate(base)
     check_adapter(files, base, folder, settings)
-    dtype = _DTYPES.get(settings.precision)
-    if dtype is None:
+    auto = settings.precision == "auto"
+    dtype = "auto" if auto else PRECISIONS[settings.precision].vllm
+    if not dtype:
         raise UserError(
             f"{settings.precision} is not passed on to vLLM",
             where="precision",
