@@ -180,7 +180,8 @@ def check_up(
         tokenizer.vocab_size <= size,
         f"the model has a row for each of the tokenizer's {tokenizer.vocab_size} tokens",
         f"the tokenizer has {tokenizer.vocab_size} tokens but the model only {size} rows",
-        "warning",  # special tokens that nothing produces do no harm: `check_embedding_rows` looks at each
+        # Special tokens that nothing produces do no harm: `check_embedding_rows` looks at each.
+        "warning",
     )
     say(
         renderer.end_id in tokenizer.control_ids,
