@@ -13,9 +13,9 @@ from generate_kit import tiny_llama
 from torch import Tensor
 
 from vicuna.errors import UserError
-from vicuna.generate.engines import kv_store, kv_tree
 from vicuna.generate.engines import torch as engines
 from vicuna.generate.engines import transformers as plain_engines
+from vicuna.generate.engines import tree_cache
 from vicuna.generate.engines.base import Cancelled, OutOfMemory
 from vicuna.generate.engines.torch import TorchEngine, open_engine
 from vicuna.generate.engines.transformers import PlainEngine
@@ -99,8 +99,8 @@ def test_rows_fork_die_and_go_on(family: str, kind: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama grouped tied", "mistral"])
 def test_dead_slots_are_given_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_tree, "RECLAIM", 10)
-    monkeypatch.setattr(kv_tree, "GROWTH", 4)
+    monkeypatch.setattr(tree_cache, "RECLAIM", 10)
+    monkeypatch.setattr(tree_cache, "GROWTH", 4)
     model = make(family)
     engine = TorchEngine(model, 200)
     wander(engine, model, [1, 2, 3], 40, 5)
@@ -337,7 +337,7 @@ def test_a_cache_of_8_bits_forks_and_gives_dead_slots_back(
     model = make("llama")
     found = []
     for reclaim in (10, 1000):
-        monkeypatch.setattr(kv_tree, "RECLAIM", reclaim)
+        monkeypatch.setattr(tree_cache, "RECLAIM", reclaim)
         engine, rng = TorchEngine(model, 200, "q8_0"), random.Random(1)
         engine.prefill([1, 2, 3])
         rows = 1
@@ -351,7 +351,7 @@ def test_a_cache_of_8_bits_forks_and_gives_dead_slots_back(
 
 
 def test_a_head_of_zeros_is_kept() -> None:
-    layer = kv_store.store("q8_0", 1, 4, torch.float32, torch.device("cpu"))
+    layer = tree_cache.store("q8_0", 1, 4, torch.float32, torch.device("cpu"))
     layer.resize(2, 0)
     layer.write(0, torch.zeros(2, 2, 4))
     assert not any(t.any() for t in layer.plain(0, 2))

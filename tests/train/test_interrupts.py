@@ -139,7 +139,7 @@ def test_the_third_says_what_is_lost(
 def test_answers_to_sample_prompts_are_cut_off(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vicuna.generate.hypotheses import Grower
+    from vicuna.generate.strategies import Grower
 
     run = tmp_path / "run"
     calls = press_at(monkeypatch, Grower, "grow", 4, 1)

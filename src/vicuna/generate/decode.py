@@ -12,51 +12,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 from torch import Tensor
 
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
-from vicuna.generate.beams import Beams
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
 from vicuna.generate.events import Answer, Beam, Event, Finished, FinishReason, Step
-from vicuna.generate.hypotheses import Grower, Pool
 from vicuna.generate.processors import Processors, tokens_of
-from vicuna.generate.rows import Rows
 from vicuna.generate.settings import Settings
+from vicuna.generate.strategies import Grower, strategy_for
 from vicuna.generate.stream import TextStream
 from vicuna.generate.tree import Agreement, Node
 
 __all__ = ["Answer", "Beam", "Event", "Finished", "Settings", "Step", "complete", "decode"]
-
-
-class Strategy(Protocol):
-    """Which branches grow by which tokens. pool: the finished ones."""
-
-    pool: Pool
-
-    def choose(self, scores: Tensor, live: Sequence[Node]) -> list[Node]:
-        """Go on by one token.
-
-        Args:
-            scores: of the next token behind each open branch (n, V), before softmax.
-            live: the open branches (n); at first the root alone.
-
-        Returns: the branches that are open now, best first where they compete; those that ended
-            are in the pool.
-
-        Raises: UserError where the scores are no numbers, or no token is allowed.
-        """
-        ...
-
-    def done(self, live: Sequence[Node]) -> bool:
-        """Whether open branches need not go on."""
-        ...
-
-    def final(self, node: Node) -> float:
-        """What a branch would count if it ended here."""
-        ...
 
 
 def decode(
@@ -124,11 +93,7 @@ class _Search:
             engine.context_length - len(self._prompt),
         )
         self._processors = Processors(settings, self._prompt, ends, tokenizer)
-        self._strategy: Strategy
-        if settings.num_beams > 1:
-            self._strategy = Beams(settings, self._grower, self._processors, len(ends))
-        else:
-            self._strategy = Rows(settings, self._grower, self._processors)
+        self._strategy = strategy_for(settings, self._grower, self._processors, len(ends))
         self._live = [Node()]
         self._agreement = Agreement(self._live[0])
 

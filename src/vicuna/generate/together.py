@@ -20,7 +20,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
 from vicuna.generate.events import Answer, FinishReason
-from vicuna.generate.hypotheses import Grower
+from vicuna.generate.strategies import Grower
 from vicuna.generate.stream import TextStream
 from vicuna.generate.tree import Node
 

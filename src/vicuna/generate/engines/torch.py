@@ -28,9 +28,8 @@ from vicuna.generate.engines.base import (
     never,
     reset_on_failure,
 )
-from vicuna.generate.engines.kv_store import CacheType
-from vicuna.generate.engines.kv_tree import Tree
 from vicuna.generate.engines.transformers import MAX_ROWS, PeftAdapters, PlainEngine, causal_of
+from vicuna.generate.engines.tree_cache import CacheType, Tree
 from vicuna.model import device_map, linear, load, self_check
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.attention_layout import AttentionShape
