@@ -280,10 +280,10 @@ class Bench:
         self.share_threads(self.engines[name])
         self.engines[name].reset()
         context.decode(prompt, range(len(prompt)), [0] * len(prompt), 1)
-        said = [int(context.scores(1)[0].argmax())]
+        said = [int(context.logits(1)[0].argmax())]
         while len(said) < self.o.new:
             context.decode([said[-1]], [len(prompt) + len(said) - 1], [0], 1)
-            said.append(int(context.scores(1)[0].argmax()))
+            said.append(int(context.logits(1)[0].argmax()))
         self.engines[name].reset()
         return said
 

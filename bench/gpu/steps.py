@@ -132,7 +132,7 @@ def ours(
     return step
 
 
-def plain(
+def keys_values(
     peft: Any, examples: Sequence[Example], micro_batch: int, optimizer: Any, device: torch.device
 ) -> Callable[[], tuple[float, int]]:
     """One update of transformers + PEFT: micro-batches padded to their longest.

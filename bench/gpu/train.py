@@ -242,7 +242,7 @@ def _run(task: Task, model: Any, peft: Any, config: Any, device: Any) -> tuple[A
         step = steps.ours(trainable, examples, task.rows, optimizer)
         work = _work(steps, task, shape, config).total
     else:
-        step, work = steps.plain(peft, examples, 4, optimizer, device), 0
+        step, work = steps.keys_values(peft, examples, 4, optimizer, device), 0
     return peft, _figures(steps.timed(step, device, task.repeats), work * task.repeats)
 
 

@@ -132,14 +132,14 @@ class PathEngine:
             raise Cancelled
         self.prompts.append(list(prompt_ids))
         self.rows = [list(prompt_ids)]
-        return self._scores()[0]
+        return self._logits()[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         assert 1 <= len(token_ids) == len(parents) <= self.max_rows
         self.stepped.append(list(token_ids))
         self.rows = [[*self.rows[p], t] for p, t in zip(parents, token_ids)]
         assert len(self.rows[0]) <= self.context_length
-        return self._scores()
+        return self._logits()
 
     def reset(self) -> None:
         self.rows = []
@@ -156,7 +156,7 @@ class PathEngine:
     def close(self) -> None:
         self.reset()
 
-    def _scores(self) -> Tensor:
+    def _logits(self) -> Tensor:
         self.hook(len(self.rows[0]) - len(self.prompts[-1]))
         return self.score(self.rows)
 
@@ -174,7 +174,7 @@ def plain_engine(model: Any, **options: Any) -> PathEngine:
 def random_engine(
     vocab_size: int, seed: int = 0, spread: float = 2.0, **options: Any
 ) -> PathEngine:
-    """Random scores that depend on the whole path, and no model."""
+    """Random logits that depend on the whole path, and no model."""
 
     def row(path: list[int]) -> Tensor:
         generator = torch.Generator().manual_seed(hash((seed, *path)) & (2**62 - 1))
@@ -198,9 +198,9 @@ class ScriptedEngine(PathEngine):
         said = len(rows[0]) - len(self.prompts[-1])
         if not said:
             self.now = self.scripts.pop(0)
-        scores = torch.full((len(rows), self.vocab_size), -10.0)
-        scores[:, self.now[said]] = 10.0
-        return scores
+        logits = torch.full((len(rows), self.vocab_size), -10.0)
+        logits[:, self.now[said]] = 10.0
+        return logits
 
 
 def saying(renderer: Renderer, *answers: str, **options: Any) -> ScriptedEngine:

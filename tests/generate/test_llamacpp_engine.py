@@ -62,19 +62,19 @@ def test_a_random_tree_is_computed_as_if_each_row_stood_alone(
             n = chance.randrange(1, engine.max_rows + 1)
             parents = [chance.randrange(len(paths)) for _ in range(n)]
             tokens = [token() for _ in range(n)]
-            scores = engine.step(tokens, parents)
+            logits = engine.step(tokens, parents)
             paths = [[*paths[p], t] for p, t in zip(parents, tokens)]
-            assert scores.shape == (n, 352)
-            assert scores.dtype == torch.float32
-            for row, path in zip(scores, paths):
+            assert logits.shape == (n, 352)
+            assert logits.dtype == torch.float32
+            for row, path in zip(logits, paths):
                 assert close_to(row, scores_after(tiny[0], path))
 
 
 def test_rows_may_swap_places(tiny: tuple[Any, Path], engine: LlamaCppEngine) -> None:
     engine.prefill([5, 6, 7])
     engine.step([10, 11, 12], [0, 0, 0])
-    scores = engine.step([20, 21, 22, 23], [2, 0, 2, 0])
-    for row, path in zip(scores, ([12, 20], [10, 21], [12, 22], [10, 23])):
+    logits = engine.step([20, 21, 22, 23], [2, 0, 2, 0])
+    for row, path in zip(logits, ([12, 20], [10, 21], [12, 22], [10, 23])):
         assert close_to(row, scores_after(tiny[0], [5, 6, 7, *path]))
 
 
@@ -85,9 +85,9 @@ def test_sixteen_beams_for_many_steps_never_run_out_of_sequences(
     engine.step([9] * 16, [0] * 16)
     path = [5, 6, 7, 9]
     for i in range(20):  # all from one row, as where one beam wins
-        scores = engine.step([30 + j for j in range(16)], [i % 16] * 16)
+        logits = engine.step([30 + j for j in range(16)], [i % 16] * 16)
         path.append(30 + (i + 1) % 16)  # the row that the next ones grow from
-    assert close_to(scores[20 % 16], scores_after(tiny[0], path))
+    assert close_to(logits[20 % 16], scores_after(tiny[0], path))
 
 
 def test_a_dropped_row_gives_its_cells_back(tiny: tuple[Any, Path]) -> None:
@@ -412,7 +412,7 @@ def test_a_folder_and_an_adapter_answer_through_llamacpp(tmp_path: Path) -> None
     peft = with_adapter(model)
     (tmp_path / "adapter").mkdir()
     save(peft, tmp_path / "adapter", {})
-    scores = {}
+    logits = {}
     for engine in ("torch", "llama.cpp"):
         choice = GenerateSettings(
             model=str(tmp_path / "base"),
@@ -425,8 +425,8 @@ def test_a_folder_and_an_adapter_answer_through_llamacpp(tmp_path: Path) -> None
         )
         loaded = open_model(choice)
         prompt = loaded.renderer.prompt([Turn("user", "你好 2026")])
-        scores[engine] = loaded.engine.prefill(prompt).float().clone()
-    assert close_to(scores["torch"], scores["llama.cpp"], 0.05)  # the cache is f16
+        logits[engine] = loaded.engine.prefill(prompt).float().clone()
+    assert close_to(logits["torch"], logits["llama.cpp"], 0.05)  # the cache is f16
     assert "llama.cpp: " in loaded.about
 
 

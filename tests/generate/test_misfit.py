@@ -225,22 +225,22 @@ def test_on_the_page(base: str, good: str, tmp_path: Path) -> None:
     answering = config.build(config.AnswerSettings, settings)
     worker = ModelWorker(lambda: open_model(answering))
 
-    def scores() -> torch.Tensor:
+    def logits() -> torch.Tensor:
         engine = worker.loaded.engine
         engine.reset()
         return engine.prefill([5, 6, 7, 8])
 
     try:
         worker.choose("", {}).wait()
-        of_base = scores()
+        of_base = logits()
         worker.choose("", {good: 1.0}).wait()
-        of_good = scores()
+        of_good = logits()
         assert not torch.equal(of_base, of_good)
         for mix in ({bad: 1.0}, {good: 0.5, bad: 0.5}):
             with pytest.raises(UserError, match="another hidden size"):
                 worker.choose("", mix).wait()
-            assert torch.equal(scores(), of_good)
+            assert torch.equal(logits(), of_good)
         worker.choose("", {}).wait()
-        assert torch.equal(scores(), of_base)
+        assert torch.equal(logits(), of_base)
     finally:
         worker.close()

@@ -1,4 +1,4 @@
-"""What changes scores: against the definitions, for branches that fork as beams do."""
+"""What changes logits: against the definitions, for branches that fork as beams do."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ VOCAB = 30
 def check_forks(
     chosen: dict[str, Any], expected: Callable[[Tensor, list[int], list[int]], Tensor]
 ) -> None:
-    """Rows that fork and die at random have scores as if each had been computed by itself.
+    """Rows that fork and die at random have logits as if each had been computed by itself.
 
-    expected: scores of a row (V,), the prompt and the row's tokens, to changed scores (V,).
+    expected: logits of a row (V,), the prompt and the row's tokens, to changed logits (V,).
     """
     rng = random.Random(1)
     for case in range(10):
@@ -41,12 +41,12 @@ def check_forks(
         rows: list[list[int]] = [[]]
         generator = torch.Generator().manual_seed(case)
         for _ in range(25):
-            scores = torch.randn(len(rows), VOCAB, generator=generator)
-            before = scores.clone()
-            changed = process(scores)
-            assert torch.equal(scores, before)
+            logits = torch.randn(len(rows), VOCAB, generator=generator)
+            before = logits.clone()
+            changed = process(logits)
+            assert torch.equal(logits, before)
             for row, said in enumerate(rows):
-                assert torch.allclose(changed[row], expected(scores[row], prompt, said), atol=1e-6)
+                assert torch.allclose(changed[row], expected(logits[row], prompt, said), atol=1e-6)
             parents = [rng.randrange(len(rows)) for _ in range(rng.randint(1, 5))]
             tokens = [rng.randrange(rng.choice([4, VOCAB])) for _ in parents]
             process.advance(parents, tokens)
@@ -60,7 +60,7 @@ def test_repetition(penalty: float) -> None:
     theirs = RepetitionPenaltyLogitsProcessor(penalty)
     check_forks(
         {"repetition_penalty": penalty},
-        lambda scores, prompt, said: theirs(torch.tensor([prompt + said]), scores[None])[0],
+        lambda logits, prompt, said: theirs(torch.tensor([prompt + said]), logits[None])[0],
     )
 
 
@@ -71,21 +71,21 @@ def test_ngrams(size: int) -> None:
     theirs = NoRepeatNGramLogitsProcessor(size)
     check_forks(
         {"no_repeat_ngram_size": size},
-        lambda scores, prompt, said: theirs(torch.tensor([prompt + said]), scores[None])[0],
+        lambda logits, prompt, said: theirs(torch.tensor([prompt + said]), logits[None])[0],
     )
 
 
 def test_frequency_and_presence() -> None:
-    def expected(scores: Tensor, _: list[int], said: list[int]) -> Tensor:
+    def expected(logits: Tensor, _: list[int], said: list[int]) -> Tensor:
         counts = torch.tensor([said.count(i) for i in range(VOCAB)])
-        return scores - 0.3 * counts - 0.8 * (counts > 0)
+        return logits - 0.3 * counts - 0.8 * (counts > 0)
 
     check_forks({"frequency_penalty": 0.3, "presence_penalty": 0.8}, expected)
 
 
 def test_bias_and_minimum_length() -> None:
-    def expected(scores: Tensor, _: list[int], said: list[int]) -> Tensor:
-        changed = scores.clone()
+    def expected(logits: Tensor, _: list[int], said: list[int]) -> Tensor:
+        changed = logits.clone()
         changed[4] += 2.5
         changed[9] = -math.inf
         if len(said) < 3:
@@ -97,9 +97,9 @@ def test_bias_and_minimum_length() -> None:
 
 def test_nothing_to_do() -> None:
     process = Processors(Settings(), [1], [2], ENCODER)
-    scores = torch.zeros(1, VOCAB)
+    logits = torch.zeros(1, VOCAB)
     assert not process
-    assert process(scores) is scores
+    assert process(logits) is logits
 
 
 def test_all_together_in_the_order_of_generate() -> None:
@@ -112,7 +112,7 @@ def test_all_together_in_the_order_of_generate() -> None:
     )
     check_forks(
         {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "logit_bias": {4: 2.5}},
-        lambda scores, prompt, said: theirs(torch.tensor([prompt + said]), scores[None])[0],
+        lambda logits, prompt, said: theirs(torch.tensor([prompt + said]), logits[None])[0],
     )
 
 
@@ -148,13 +148,13 @@ def test_banned_words_never_come(name: str, chosen: dict[str, Any], words: list[
 def test_only_what_completes_a_banned_word_is_forbidden() -> None:
     a, b = ENCODER.text("a")[0], ENCODER.text("b")[0]
     process = Processors(Settings(banned_words=("ab",)), [5], [1], ENCODER)
-    scores = torch.zeros(1, ENCODER.vocab_size)
+    logits = torch.zeros(1, ENCODER.vocab_size)
     forbidden = [
-        {ENCODER.token(i) for i in (process(scores)[0] == -math.inf).nonzero().flatten().tolist()}
+        {ENCODER.token(i) for i in (process(logits)[0] == -math.inf).nonzero().flatten().tolist()}
     ]
     for token in (a, a, b):
         process.advance([0], [token])
-        found = (process(scores)[0] == -math.inf).nonzero().flatten().tolist()
+        found = (process(logits)[0] == -math.inf).nonzero().flatten().tolist()
         forbidden.append({ENCODER.token(i) for i in found})
     inside = {t for t in (ENCODER.token(i) for i in range(ENCODER.vocab_size)) if "ab" in t}
     begin = {t for t in (ENCODER.token(i) for i in range(ENCODER.vocab_size)) if t[0] == "b"}

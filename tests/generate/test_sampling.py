@@ -145,7 +145,9 @@ def test_the_first_of_equals_is_the_top() -> None:
 
 def race(scores: Tensor, count: int, draws: int) -> Counter[tuple[tuple[int, int], ...]]:
     generator = torch.Generator().manual_seed(5)
-    return Counter(tuple(sampling.draw_distinct(scores, count, generator)) for _ in range(draws))
+    return Counter(
+        tuple(sampling.sample_without_replacement(scores, count, generator)) for _ in range(draws)
+    )
 
 
 @pytest.mark.parametrize("head", [1, 2, 128])

@@ -93,7 +93,7 @@ def test_rows_fork_die_and_go_on(family: str, kind: Any) -> None:
     for seed in range(3):
         prompt = [(7 * i + seed) % 50 for i in range(9)]
         paths = wander(engine, model, prompt, 12, seed)
-        # A further turn begins with one of the rows, and is a trunk again.
+        # A further turn begins with one of the rows, and is a prompt again.
         wander(engine, model, [*paths[-1], 3, 4], 3, seed)
 
 
@@ -166,7 +166,7 @@ def test_long_prompts_come_in_pieces_and_a_cancel_between_them_keeps_what_was_re
     assert engine.computed == 16
     assert near(engine.prefill(prompt), fresh(model, prompt))
     assert engine.computed == 21
-    # Behind the window nothing may come back into sight.
+    # Behind the window nothing may come back into visible.
     assert near(engine.prefill([*prompt[:15], 31]), fresh(model, [*prompt[:15], 31]))
 
 
@@ -351,10 +351,10 @@ def test_a_cache_of_8_bits_forks_and_gives_dead_slots_back(
 
 
 def test_a_head_of_zeros_is_kept() -> None:
-    layer = tree_cache.store("q8_0", 1, 4, torch.float32, torch.device("cpu"))
+    layer = tree_cache.make_cache("q8_0", 1, 4, torch.float32, torch.device("cpu"))
     layer.resize(2, 0)
     layer.write(0, torch.zeros(2, 2, 4))
-    assert not any(t.any() for t in layer.plain(0, 2))
+    assert not any(t.any() for t in layer.keys_values(0, 2))
 
 
 def test_a_model_of_another_family_has_no_other_cache() -> None:

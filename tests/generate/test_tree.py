@@ -10,7 +10,7 @@ import pytest
 from generate_kit import byte_level, make_renderer, random_engine
 
 from vicuna.generate.decode import Finished, Settings, decode
-from vicuna.generate.tree import Agreement, Node
+from vicuna.generate.tree import Node, StablePrefix
 
 RENDERER = make_renderer(byte_level(), "chatml")
 
@@ -32,7 +32,7 @@ def test_text_and_tokens_of_a_branch() -> None:
 
 def test_branches_agree_beyond_their_fork() -> None:
     root = Node()
-    agreement = Agreement(root)
+    agreement = StablePrefix(root)
     the, then = child(root, "the", 1), child(root, "th", 2)
     assert agreement.update([the, then]) == "th"
     cat, dog = child(the, " cat"), child(then, "e do")
@@ -43,7 +43,7 @@ def test_branches_agree_beyond_their_fork() -> None:
 
 def test_what_dies_no_longer_disagrees() -> None:
     root = Node()
-    agreement = Agreement(root)
+    agreement = StablePrefix(root)
     a, b = child(root, "a"), child(root, "b")
     assert agreement.update([a, b]) == ""
     x, y = child(a, "x"), child(a, "y")
@@ -53,7 +53,7 @@ def test_what_dies_no_longer_disagrees() -> None:
 
 def test_a_finished_branch_holds_the_text_until_it_is_beaten() -> None:
     root = Node()
-    agreement = Agreement(root)
+    agreement = StablePrefix(root)
     a = child(root, "a")
     assert agreement.update([a]) == "a"
     end, go = child(a, ""), child(a, "b")
@@ -114,7 +114,7 @@ def test_dead_branches_are_freed() -> None:
 
 def test_a_very_long_branch_can_be_forgotten() -> None:
     node = Node()
-    agreement = Agreement(node)
+    agreement = StablePrefix(node)
     for _ in range(60_000):
         node = child(node, "a")
         agreement.update([node])

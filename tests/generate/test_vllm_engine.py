@@ -111,11 +111,11 @@ def test_scores_are_log_probabilities_of_each_row(base: Path) -> None:
         return scores_after(LLM.model, row).log_softmax(-1)
 
     torch.testing.assert_close(engine.prefill([5, 6, 7]), wanted([5, 6, 7]))
-    scores = engine.step([10, 11], [0, 0])
-    assert scores.shape == (2, 352)
-    assert scores.dtype == torch.float32
-    scores = engine.step([20, 21], [1, 1])
-    for row, path in zip(scores, ([5, 6, 7, 11, 20], [5, 6, 7, 11, 21])):
+    logits = engine.step([10, 11], [0, 0])
+    assert logits.shape == (2, 352)
+    assert logits.dtype == torch.float32
+    logits = engine.step([20, 21], [1, 1])
+    for row, path in zip(logits, ([5, 6, 7, 11, 20], [5, 6, 7, 11, 21])):
         torch.testing.assert_close(row, wanted(path))
     assert LLM.made[0].asked[-1] == [[5, 6, 7, 11, 20], [5, 6, 7, 11, 21]]
 

@@ -5,7 +5,7 @@
             print(event.text, end="", flush=True)
 
 One loop serves all strategies: it asks a strategy which branches grow by which tokens, an engine
-for the scores behind them, and the tree of tokens for the text that is final.
+for the logits behind them, and the tree of tokens for the text that is final.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
 from vicuna.generate.events import Answer, Beam, Event, Finished, FinishReason, Step
 from vicuna.generate.processors import Processors, tokens_of
 from vicuna.generate.settings import Settings
-from vicuna.generate.strategies import Grower, strategy_for
+from vicuna.generate.strategies import BranchBuilder, strategy_for
 from vicuna.generate.stream import TextStream
-from vicuna.generate.tree import Agreement, Node
+from vicuna.generate.tree import Node, StablePrefix
 
 __all__ = ["Answer", "Beam", "Event", "Finished", "Settings", "Step", "complete", "decode"]
 
@@ -86,29 +86,29 @@ class _Search:
         self._engine, self._prompt, self._settings = engine, list(prompt_ids), settings
         tokenizer = renderer.tokenizer
         ends = {*renderer.stop_ids, *tokens_of(settings.stop_tokens, tokenizer, "stop_tokens")}
-        self._grower = Grower(
+        self._builder = BranchBuilder(
             TextStream(tokenizer, settings.stop),
             ends,
             settings.max_new_tokens,
             engine.context_length - len(self._prompt),
         )
         self._processors = Processors(settings, self._prompt, ends, tokenizer)
-        self._strategy = strategy_for(settings, self._grower, self._processors, len(ends))
+        self._strategy = strategy_for(settings, self._builder, self._processors, len(ends))
         self._live = [Node()]
-        self._agreement = Agreement(self._live[0])
+        self._stable_prefix = StablePrefix(self._live[0])
 
     def events(self, cancel: Callable[[], bool]) -> Iterator[Event]:
         """See `decode`."""
         broken: FinishReason | None = None
         try:
-            scores = self._engine.prefill(self._prompt, cancel)[None]
+            logits = self._engine.prefill(self._prompt, cancel)[None]
             while True:
-                yield self._step(scores)
+                yield self._step(logits)
                 if self._strategy.done(self._live):
                     break
                 if cancel():
                     raise Cancelled
-                scores = self._grow()
+                logits = self._grow()
         except Cancelled:
             broken = "cancelled"
         except OutOfMemory:
@@ -116,19 +116,19 @@ class _Search:
         yield from self._end(broken)
 
     def _grow(self) -> Tensor:
-        """The engine's scores behind the open branches."""
+        """The engine's logits behind the open branches."""
         tokens = [node.token_id for node in self._live]
         parents = [node.row for node in self._live]
         self._processors.advance(parents, tokens)
         return self._engine.step(tokens, parents)
 
-    def _step(self, scores: Tensor) -> Step:
-        self._live = self._strategy.choose(scores, self._live)
+    def _step(self, logits: Tensor) -> Step:
+        self._live = self._strategy.choose(logits, self._live)
         if self._first is None:
             self._first = time.perf_counter() - self._began
         ranked = self._strategy.pool.ranked
-        text = self._agreement.update([*self._live, *(r.node for r in ranked[:1])])
-        agreed = self._agreement.length
+        text = self._stable_prefix.update([*self._live, *(r.node for r in ranked[:1])])
+        agreed = self._stable_prefix.length
         return Step(
             text,
             tuple(Beam(node, self._strategy.final(node), agreed) for node in self._live),
@@ -143,10 +143,10 @@ class _Search:
         answers = tuple(
             node.answer(score, node.reason)
             if node.reason
-            else node.answer(score, broken or "cancelled", self._grower.rest(node))
+            else node.answer(score, broken or "cancelled", self._builder.rest(node))
             for score, node in pool.ranked[: self._settings.num_return_sequences]
         )
-        if rest := answers[0].text[self._agreement.length :]:
+        if rest := answers[0].text[self._stable_prefix.length :]:
             yield Step(rest, (), ())
         total = time.perf_counter() - self._began
         yield Finished(

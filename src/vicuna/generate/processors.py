@@ -1,4 +1,4 @@
-"""What changes the scores of a step, depending on what each branch has said.
+"""What changes the logits of a step, depending on what each branch has said.
 
 A processor keeps what it must know of each row in a form that forks cheaply: small tensors that are
 gathered by parents, or linked cells that share their past. The order is that of transformers'
@@ -22,10 +22,10 @@ from vicuna.generate.stream import token_bytes
 
 
 class Processor(Protocol):
-    """Changes scores; knows what each row has said."""
+    """Changes logits; knows what each row has said."""
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Change scores (n, V) in place or anew."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Change logits (n, V) in place or anew."""
         ...
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int], /) -> None:
@@ -70,17 +70,16 @@ class Processors:
         return bool(self._all)
 
     @torch.inference_mode()
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Changed scores (n, V); those given stay as they are."""
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Changed logits (n, V); those given stay as they are."""
         if self._all:
-            scores = scores.clone()
+            logits = logits.clone()
         for processor in self._all:
-            scores = processor(scores)
-        return scores
+            logits = processor(logits)
+        return logits
 
     @torch.inference_mode()
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See `Processor.advance`."""
         for processor in self._all:
             processor.advance(parents, token_ids)
 
@@ -115,20 +114,19 @@ def _biases(settings: Settings, tokenizer: Tokenizer) -> dict[int, float]:
 
 
 class Bias:
-    """Adds a number to the scores of some tokens (`logit_bias` of OpenAI's API)."""
+    """Adds a number to the logits of some tokens (`logit_bias` of OpenAI's API)."""
 
     def __init__(self, biases: dict[int, float]) -> None:
         self._biases = biases
         self._row: Tensor | None = None  # (V,)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
+    def __call__(self, logits: Tensor) -> Tensor:
         if self._row is None:
-            self._row = torch.zeros_like(scores[0])
+            self._row = torch.zeros_like(logits[0])
             for token_id, bias in self._biases.items():
                 if token_id < len(self._row):
                     self._row[token_id] += bias
-        return scores.add_(self._row)
+        return logits.add_(self._row)
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
         """Nothing depends on what was said."""
@@ -136,26 +134,24 @@ class Bias:
 
 class Repetition:
     """Repetition penalty of CTRL (Keskar et al. 2019, arXiv 1909.05858): of tokens in the prompt
-    or the answer so far, positive scores are divided by it and negative ones multiplied."""
+    or the answer so far, positive logits are divided by it and negative ones multiplied."""
 
     def __init__(self, penalty: float, prompt_ids: Sequence[int]) -> None:
         self._penalty = penalty
         self._prompt = sorted(set(prompt_ids))
         self._factors: Tensor | None = None  # (n, V): the penalty where a row has the token, else 1
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
+    def __call__(self, logits: Tensor) -> Tensor:
         if self._factors is None:
-            self._factors = torch.ones_like(scores)
-            # An embedding may have more rows than there are scores.
-            known = [i for i in self._prompt if i < scores.shape[1]]
+            self._factors = torch.ones_like(logits)
+            # An embedding may have more rows than there are logits.
+            known = [i for i in self._prompt if i < logits.shape[1]]
             self._factors[:, known] = self._penalty
         # Sums instead of torch.where, which is several times slower.
-        positive = scores.clamp(min=0).div_(self._factors)
-        return scores.clamp_(max=0).mul_(self._factors).add_(positive)
+        positive = logits.clamp(min=0).div_(self._factors)
+        return logits.clamp_(max=0).mul_(self._factors).add_(positive)
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See `Processor`."""
         assert self._factors is not None
         self._factors = _gathered(self._factors, parents)
         self._factors[range(len(token_ids)), list(token_ids)] = self._penalty
@@ -169,18 +165,16 @@ class Frequency:
         self._frequency, self._presence = frequency, presence
         self._counts: Tensor | None = None  # float (n, V)
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
+    def __call__(self, logits: Tensor) -> Tensor:
         if self._counts is None:
-            self._counts = torch.zeros_like(scores)
+            self._counts = torch.zeros_like(logits)
         if self._frequency:
-            scores.sub_(self._counts, alpha=self._frequency)
+            logits.sub_(self._counts, alpha=self._frequency)
         if self._presence:
-            scores.sub_(self._counts.clamp(max=1), alpha=self._presence)
-        return scores
+            logits.sub_(self._counts.clamp(max=1), alpha=self._presence)
+        return logits
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See `Processor`."""
         assert self._counts is not None
         self._counts = _gathered(self._counts, parents)
         self._counts[range(len(token_ids)), list(token_ids)] += 1
@@ -239,8 +233,7 @@ class NoRepeat:
         if not self._known:
             self._rows[0].suffix = ()
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
+    def __call__(self, logits: Tensor) -> Tensor:
         rows: list[int] = []
         ids: list[int] = []
         for row, cell in enumerate(self._rows):
@@ -248,8 +241,8 @@ class NoRepeat:
             rows += [row] * len(banned)
             ids += banned
         if ids:
-            scores[rows, ids] = -math.inf
-        return scores
+            logits[rows, ids] = -math.inf
+        return logits
 
     def _banned(self, cell: _Cell) -> list[int]:
         if len(cell.suffix) < self._known:
@@ -261,7 +254,6 @@ class NoRepeat:
         return banned
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See `Processor`."""
         self._rows = [self._grown(self._rows[p], t) for p, t in zip(parents, token_ids)]
 
     def _grown(self, cell: _Cell, token_id: int) -> _Cell:
@@ -293,13 +285,12 @@ class Banned:
         self._beginning: dict[bytes, Tensor] = {}
         self._tails = [b""]
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
-        _forbid(scores, self._inside)
+    def __call__(self, logits: Tensor) -> Tensor:
+        _forbid(logits, self._inside)
         for row, tail in enumerate(self._tails):
             for rest in self._missing(tail):
-                _forbid(scores[row : row + 1], self._begin(rest))
-        return scores
+                _forbid(logits[row : row + 1], self._begin(rest))
+        return logits
 
     def _missing(self, tail: bytes) -> set[bytes]:
         """What would complete a banned text behind `tail`."""
@@ -319,7 +310,6 @@ class Banned:
         return self._beginning[prefix]
 
     def advance(self, parents: Sequence[int], token_ids: Sequence[int]) -> None:
-        """See `Processor`."""
         keep = self._longest - 1
         spelled = [self._spelled[t] if t < len(self._spelled) else b"" for t in token_ids]
         said = [self._tails[p] + s for p, s in zip(parents, spelled)]
@@ -333,17 +323,15 @@ class MinLength:
         self._left = tokens
         self._ends = torch.tensor(sorted(end_ids))
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """See `Processor`."""
+    def __call__(self, logits: Tensor) -> Tensor:
         if self._left > 0:
-            _forbid(scores, self._ends)
-        return scores
+            _forbid(logits, self._ends)
+        return logits
 
     def advance(self, _parents: Sequence[int], _token_ids: Sequence[int], /) -> None:
-        """See `Processor`."""
         self._left -= 1
 
 
-def _forbid(scores: Tensor, ids: Tensor) -> None:
-    """Set the scores of some tokens to -inf; a tokenizer may know more than the model scores."""
-    scores.index_fill_(1, ids[ids < scores.shape[1]].to(scores.device), -math.inf)
+def _forbid(logits: Tensor, ids: Tensor) -> None:
+    """Set the logits of some tokens to -inf; a tokenizer may know more than the model logits."""
+    logits.index_fill_(1, ids[ids < logits.shape[1]].to(logits.device), -math.inf)

@@ -1,6 +1,6 @@
-"""From scores to drawn tokens: temperature, filters, and the draws.
+"""From logits to sampled tokens: temperature, filters (logits warpers), and sampling.
 
-Filters take and return scores (n, V), float32 before softmax, a row for each branch; what is
+Filters take and return logits (n, V), float32 before softmax, a row for each branch; what is
 filtered out becomes -inf. Order and meaning are those of transformers' `generate`, so that its
 settings carry over. `keep` is the number of tokens that a filter leaves at least: with beams one
 more than there are end tokens, so that no beam runs dry.
@@ -20,37 +20,37 @@ from vicuna.generate.settings import Settings
 
 # Nucleus sampling sorts; among so many of the likeliest tokens the nucleus is looked for first.
 _NUCLEI = (64, 1024)
-# `top` finds the highest scores through the highest of each block of so many.
+# `top` finds the highest logits through the highest of each block of so many.
 _BLOCK = 64
 # Tokens of each row that get a random number of their own where beams are drawn.
 _HEAD = 128
 
-Filter = Callable[[Tensor], Tensor]
+Warper = Callable[[Tensor], Tensor]
 
 
-def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest of each row and their places, (n, k), highest first.
 
     On the CPU several times faster than `torch.topk` over a whole vocabulary: the k highest lie in
     the k blocks whose maxima are highest. For k = 1 the first of equal ones is taken.
     """
-    n, size = scores.shape
+    n, size = logits.shape
     k = min(k, size)
     blocks = size // _BLOCK
-    if scores.device.type != "cpu" or blocks < 4 * k:
-        return torch.topk(scores, k, dim=1)
-    blocked = scores[:, : blocks * _BLOCK].view(n, blocks, _BLOCK)
+    if logits.device.type != "cpu" or blocks < 4 * k:
+        return torch.topk(logits, k, dim=1)
+    blocked = logits[:, : blocks * _BLOCK].view(n, blocks, _BLOCK)
     maxima = blocked.amax(2)
     if k == 1:
         chosen = maxima.argmax(1, keepdim=True)
     else:
         chosen = torch.topk(maxima, k, dim=1, sorted=False).indices
     values = blocked.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).reshape(n, -1)
-    inside = torch.arange(_BLOCK, device=scores.device)
+    inside = torch.arange(_BLOCK, device=logits.device)
     places = (chosen[:, :, None] * _BLOCK + inside).reshape(n, -1)
     if blocks * _BLOCK < size:
-        rest = torch.arange(blocks * _BLOCK, size, device=scores.device)
-        values = torch.cat([values, scores[:, blocks * _BLOCK :]], 1)
+        rest = torch.arange(blocks * _BLOCK, size, device=logits.device)
+        values = torch.cat([values, logits[:, blocks * _BLOCK :]], 1)
         places = torch.cat([places, rest.expand(n, -1)], 1)
     if k == 1:
         best = values.argmax(1, keepdim=True)
@@ -59,80 +59,80 @@ def top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found.values, places.gather(1, found.indices)
 
 
-def temper(scores: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Temperature (Ackley, Hinton and Sejnowski 1985)."""
-    return scores / temperature
+    return logits / temperature
 
 
-def temper_freely(scores: Tensor, temperature: float) -> Tensor:
-    """The same distribution as `temper`, with a maximum of 0: no overflow however small the
-    temperature is. For draws only; beams add scores up, and need them as they are."""
-    return (scores - scores.amax(1, keepdim=True)) / temperature
+def apply_temperature_shifted(logits: Tensor, temperature: float) -> Tensor:
+    """The same distribution as `apply_temperature`, shifted to a maximum of 0, so that it does not
+    overflow at any temperature. For sampling only: beams add log-probabilities up."""
+    return (logits - logits.amax(1, keepdim=True)) / temperature
 
 
-def top_k(scores: Tensor, k: int, keep: int = 1) -> Tensor:
+def top_k(logits: Tensor, k: int, keep: int = 1) -> Tensor:
     """Keep the k likeliest (Fan, Lewis and Dauphin 2018, arXiv 1805.04833)."""
-    least = top(scores, max(k, keep))[0][:, -1:]
-    return scores.masked_fill(scores < least, -math.inf)
+    least = top(logits, max(k, keep))[0][:, -1:]
+    return logits.masked_fill(logits < least, -math.inf)
 
 
-def top_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+def top_p(logits: Tensor, p: float, keep: int = 1) -> Tensor:
     """Nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751): the fewest of the likeliest that
     have at least the probability p together."""
-    total = scores.logsumexp(1, keepdim=True)
+    total = logits.logsumexp(1, keepdim=True)
     for size in _NUCLEI:
-        values, ids = top(scores, max(size, keep))
+        values, ids = top(logits, max(size, keep))
         probabilities = (values - total).exp()
         if bool((probabilities.sum(1) > p).all()):
             break
     else:
-        values, ids = torch.sort(scores, dim=1, descending=True, stable=True)
+        values, ids = torch.sort(logits, dim=1, descending=True, stable=True)
         probabilities = (values - total).exp()
     before = probabilities.cumsum(1) - probabilities
     kept = before < p
     kept[:, :keep] = True
     kept_values = values.masked_fill(~kept, -math.inf)
-    return torch.full_like(scores, -math.inf).scatter(1, ids, kept_values)
+    return torch.full_like(logits, -math.inf).scatter(1, ids, kept_values)
 
 
-def min_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+def min_p(logits: Tensor, p: float, keep: int = 1) -> Tensor:
     """Min-p (Nguyen et al. 2024, arXiv 2407.01082): drop what is less likely than p times the
     likeliest."""
-    best = top(scores, keep)[0]
+    best = top(logits, keep)[0]
     least = torch.minimum(best[:, :1] + math.log(p), best[:, -1:])
-    return scores.masked_fill(scores < least, -math.inf)
+    return logits.masked_fill(logits < least, -math.inf)
 
 
-def typical_p(scores: Tensor, p: float, keep: int = 1) -> Tensor:
+def typical_p(logits: Tensor, p: float, keep: int = 1) -> Tensor:
     """Locally typical sampling (Meister et al. 2022, arXiv 2202.00666): of the tokens whose
     information is nearest to the expected one, the fewest that have the probability p together."""
-    logprobs = scores.log_softmax(1)
+    logprobs = logits.log_softmax(1)
     probabilities = logprobs.exp()
     entropy = -(logprobs * probabilities).nansum(1, keepdim=True)
     distance = (logprobs + entropy).abs()
     ordered, ids = torch.sort(distance, dim=1)
     mass = probabilities.gather(1, ids).cumsum(1)
-    last = (mass < p).sum(1, keepdim=True).clamp(max=scores.shape[1] - 1)
+    last = (mass < p).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
     dropped = ordered > ordered.gather(1, last)
     dropped[:, :keep] = False
-    return scores.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), -math.inf)
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(1, ids, dropped), -math.inf)
 
 
-def filters(settings: Settings, keep: int = 1) -> list[Filter]:
+def logits_warpers(settings: Settings, keep: int = 1) -> list[Warper]:
     """What narrows the distribution before a draw, in order; only what does something."""
     s = settings
-    tempered = temper if s.num_beams > 1 else temper_freely
-    steps: list[Filter] = []
+    tempered = apply_temperature if s.num_beams > 1 else apply_temperature_shifted
+    steps: list[Warper] = []
     if s.temperature != 1:
-        steps.append(lambda scores: tempered(scores, s.temperature))
+        steps.append(lambda logits: tempered(logits, s.temperature))
     if s.top_k:
-        steps.append(lambda scores: top_k(scores, s.top_k, keep))
+        steps.append(lambda logits: top_k(logits, s.top_k, keep))
     if s.top_p < 1:
-        steps.append(lambda scores: top_p(scores, s.top_p, keep))
+        steps.append(lambda logits: top_p(logits, s.top_p, keep))
     if s.min_p:
-        steps.append(lambda scores: min_p(scores, s.min_p, keep))
+        steps.append(lambda logits: min_p(logits, s.min_p, keep))
     if s.typical_p < 1:
-        steps.append(lambda scores: typical_p(scores, s.typical_p, keep))
+        steps.append(lambda logits: typical_p(logits, s.typical_p, keep))
     return steps
 
 
@@ -153,18 +153,20 @@ def generators(seed: int | None, count: int) -> list[torch.Generator]:
     return made
 
 
-def draw(scores: Tensor, generator: torch.Generator) -> int:
-    """Draw a token from softmax(scores) (V,) with one random number, by the inverse of its
+def sample(logits: Tensor, generator: torch.Generator) -> int:
+    """Draw a token from softmax(logits) (V,) with one random number, by the inverse of its
     cumulative distribution. In float64, so that rounding over a large vocabulary favours nobody."""
-    cumulative = scores.cpu().double().softmax(0).cumsum(0)
+    cumulative = logits.cpu().double().softmax(0).cumsum(0)
     at = torch.rand(1, generator=generator, dtype=torch.float64)
     drawn = int(torch.searchsorted(cumulative, at * cumulative[-1], right=True))
     # A product rounded up to the very end of the distribution lies behind the last token.
-    return drawn if drawn < scores.numel() else int(scores.argmax())
+    return drawn if drawn < logits.numel() else int(logits.argmax())
 
 
-def draw_distinct(scores: Tensor, count: int, generator: torch.Generator) -> list[tuple[int, int]]:
-    """Draw from softmax over all of `scores` (n, V) without replacement, as (row, token) in the
+def sample_without_replacement(
+    logits: Tensor, count: int, generator: torch.Generator
+) -> list[tuple[int, int]]:
+    """Draw from softmax over all of `logits` (n, V) without replacement, as (row, token) in the
     order drawn; fewer than `count` where not so many are finite.
 
     Exponential race (Efraimidis and Spirakis 2006): each token arrives after a time drawn from an
@@ -173,10 +175,10 @@ def draw_distinct(scores: Tensor, count: int, generator: torch.Generator) -> lis
     only for as long as it may still matter: random numbers for a whole vocabulary would cost more
     than the rest of a step.
     """
-    size = scores.shape[1]
-    values, ids = top(scores, max(count, _HEAD))
+    size = logits.shape[1]
+    values, ids = top(logits, max(count, _HEAD))
     values = values - values.max()
-    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
     places = (rows * size + ids).flatten().cpu()
     waits = -torch.rand(places.shape, generator=generator, dtype=torch.float64).log()
     times = waits.log() - values.flatten().cpu()  # logarithms of the times
@@ -188,17 +190,17 @@ def draw_distinct(scores: Tensor, count: int, generator: torch.Generator) -> lis
     ]
     if ids.shape[1] < size and bool((values[:, -1] > -math.inf).any()):
         head = float(values.double().exp().sum())
-        total = float((scores.logsumexp(1) - scores.amax()).double().exp().sum())
+        total = float((logits.logsumexp(1) - logits.amax()).double().exp().sum())
         # Above the exact rate, whatever is lost in the difference.
         rate = max(total - head, 0) + 1e-5 * total
-        _let_rest_arrive(arrived, count, scores, places, rate, generator)
+        _let_rest_arrive(arrived, count, logits, places, rate, generator)
     return [divmod(place, size) for _, place in arrived[:count]]
 
 
 def _let_rest_arrive(
     arrived: list[tuple[float, int]],
     count: int,
-    scores: Tensor,
+    logits: Tensor,
     head: Tensor,
     rate: float,
     generator: torch.Generator,
@@ -218,7 +220,7 @@ def _let_rest_arrive(
         if len(arrived) >= count and math.log(now) > arrived[count - 1][0]:
             return
         if cumulative is None:
-            rates = (scores - scores.amax()).flatten().cpu().double().exp_()
+            rates = (logits - logits.amax()).flatten().cpu().double().exp_()
             cumulative = rates.index_fill_(0, head, 0).cumsum(0)
         at = torch.tensor([where * rate], dtype=torch.float64)
         place = int(torch.searchsorted(cumulative, at, right=True))

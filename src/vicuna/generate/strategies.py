@@ -1,10 +1,10 @@
 """Decode strategies: which branches grow by which tokens, and which answers are the best.
 
-Greedy decoding and sampling (`Rows`): each row continues by itself until it ends. Beam search and
-beam-sample (`Beams`), with the results of transformers' `generate`: of all continuations of all
-beams the best `num_beams` that do not end continue; those that end and are among the first
-`num_beams` become finished branches, of which the best `num_beams` are kept. Beam-sample draws the
-continuations without replacement instead of taking the best.
+`GreedyOrSampling`: each row continues by itself until it ends. `BeamSearch`, which is beam-sample,
+too, gives the results of transformers' `generate`: of all continuations of all beams the best
+`num_beams` that do not end continue; those that end and are among the first `num_beams` become
+finished branches, of which the best `num_beams` are kept. Beam-sample draws the continuations
+without replacement instead of taking the best.
 
 To add a strategy, write a class here and choose it in `strategy_for`; name it in
 `config.decoding.STRATEGIES`, and give it a label in `web/texts/set.yaml`.
@@ -22,7 +22,13 @@ from torch import Tensor
 from vicuna.errors import UserError
 from vicuna.generate.events import FinishReason, TokenLogprob
 from vicuna.generate.processors import Processors
-from vicuna.generate.sampling import draw, draw_distinct, filters, generators, top
+from vicuna.generate.sampling import (
+    generators,
+    logits_warpers,
+    sample,
+    sample_without_replacement,
+    top,
+)
 from vicuna.generate.settings import Settings
 from vicuna.generate.stream import TextStream
 from vicuna.generate.tree import Node
@@ -31,19 +37,19 @@ from vicuna.generate.tree import Node
 class Strategy(Protocol):
     """Which branches grow by which tokens. pool: the finished ones."""
 
-    pool: Pool
+    pool: BeamHypotheses
 
-    def choose(self, scores: Tensor, live: Sequence[Node]) -> list[Node]:
+    def choose(self, logits: Tensor, live: Sequence[Node]) -> list[Node]:
         """Go on by one token.
 
         Args:
-            scores: of the next token behind each open branch (n, V), before softmax.
+            logits: of the next token behind each open branch (n, V), before softmax.
             live: the open branches (n); at first the root alone.
 
         Returns: the branches that are open now, best first where they compete; those that ended
             are in the pool.
 
-        Raises: UserError where the scores are no numbers, or no token is allowed.
+        Raises: UserError if the logits are not finite, or no token is allowed.
         """
         ...
 
@@ -52,11 +58,11 @@ class Strategy(Protocol):
         ...
 
     def final(self, node: Node) -> float:
-        """What a branch would count if it ended here."""
+        """The score that a branch would have if it ended here."""
         ...
 
 
-class Grower:
+class BranchBuilder:
     """Adds tokens to branches, with their text, and says which branches end.
 
     Args:
@@ -95,28 +101,28 @@ class Grower:
         return self._stream.finish(node.state)
 
 
-class Ranked(NamedTuple):
-    """A branch and what it counts."""
+class Scored(NamedTuple):
+    """A branch and its final score."""
 
     score: float
     node: Node
 
 
-class Pool:
+class BeamHypotheses:
     """The best finished branches, best first; of equal ones the earlier.
 
     Args:
         size: how many are kept.
-        final: what a branch counts at the end.
+        final: the final score of a branch.
     """
 
     def __init__(self, size: int, final: Callable[[Node], float]) -> None:
         self._size, self._final = size, final
-        self.ranked: list[Ranked] = []
+        self.ranked: list[Scored] = []
 
     def add(self, nodes: Iterable[Node]) -> None:
         """Take branches that have ended, or that are broken off."""
-        self.ranked += [Ranked(self._final(n), n) for n in nodes]
+        self.ranked += [Scored(self._final(n), n) for n in nodes]
         self.ranked.sort(key=lambda r: -r.score)
         del self.ranked[self._size :]
 
@@ -131,16 +137,16 @@ class Pool:
         return self.ranked[-1].score
 
 
-def log_softmax(scores: Tensor) -> Tensor:
-    """Log-probabilities (n, V) of scores (n, V).
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log-probabilities (n, V) of logits (n, V).
 
     Raises: UserError where the model computes no numbers.
     """
-    logprobs = scores.log_softmax(1)
+    logprobs = logits.log_softmax(1)
     # One bad number makes its whole row NaN; a token of probability 0 does not.
     if bool(torch.isnan(logprobs[:, 0]).any()):
         raise UserError(
-            "the model's scores are not finite numbers",
+            "the model's logits are not finite numbers",
             fix="Half precision may be too narrow for this model: try --precision bf16 or "
             "fp32. If it still happens, the weights or the adapter are damaged.",
         )
@@ -179,33 +185,31 @@ class Logprobs:
         return TokenLogprob(token_id, float(self._logprobs[row, token_id]), self._tops[row])
 
 
-class Rows:
+class GreedyOrSampling:
     """A `Strategy` without beams: one row for each answer, all from the same prompt.
 
     A branch's score is the sum of its log-probabilities under the model itself.
     """
 
-    def __init__(self, settings: Settings, grower: Grower, processors: Processors) -> None:
-        self._settings, self._grower, self._process = settings, grower, processors
-        self._filters = filters(settings)
+    def __init__(self, settings: Settings, builder: BranchBuilder, processors: Processors) -> None:
+        self._settings, self._builder, self._process = settings, builder, processors
+        self._warpers = logits_warpers(settings)
         self._generators = generators(settings.seed, settings.num_return_sequences)
-        self.pool = Pool(settings.num_return_sequences, self.final)
+        self.pool = BeamHypotheses(settings.num_return_sequences, self.final)
 
     def final(self, node: Node) -> float:
-        """See `Strategy.final`."""
         return node.score
 
     @torch.inference_mode()
-    def choose(self, scores: Tensor, live: Sequence[Node]) -> list[Node]:
-        """See `Strategy.choose`."""
-        logprobs = log_softmax(scores)
-        wanted = self._process(scores)
+    def choose(self, logits: Tensor, live: Sequence[Node]) -> list[Node]:
+        logprobs = log_softmax(logits)
+        wanted = self._process(logits)
         if self._settings.samples:
-            for narrow in self._filters:
+            for narrow in self._warpers:
                 wanted = narrow(wanted)
             # All rows begin with the one of the prompt.
             rows = list(range(len(live))) if live[0].parent else [0] * len(self._generators)
-            tokens = [draw(wanted[row], g) for row, g in zip(rows, self._generators)]
+            tokens = [sample(wanted[row], g) for row, g in zip(rows, self._generators)]
         else:
             rows = [0]
             tokens = [int(top(wanted, 1)[1])]
@@ -213,7 +217,7 @@ class Rows:
             raise nothing_allowed()
         report = Logprobs(self._settings.logprobs, logprobs)
         grown = [
-            self._grower.grow(
+            self._builder.grow(
                 live[row],
                 row,
                 token,
@@ -227,7 +231,6 @@ class Rows:
         return [node for node in grown if not node.reason]
 
     def done(self, live: Sequence[Node]) -> bool:
-        """See `Strategy.done`."""
         return not live
 
 
@@ -241,7 +244,7 @@ class Chosen(NamedTuple):
     ended: list[Node]
 
 
-class Beams:
+class BeamSearch:
     """A `Strategy` with beams.
 
     A branch's score is the sum of its log-probabilities as penalties and filters left them; at the
@@ -252,30 +255,28 @@ class Beams:
     """
 
     def __init__(
-        self, settings: Settings, grower: Grower, processors: Processors, ends: int
+        self, settings: Settings, builder: BranchBuilder, processors: Processors, ends: int
     ) -> None:
-        self._settings, self._grower, self._process = settings, grower, processors
+        self._settings, self._builder, self._process = settings, builder, processors
         self._beams = settings.num_beams
         self._draws = max(2, 1 + ends) * self._beams
-        self._filters = filters(settings, keep=1 + ends) if settings.samples else []
+        self._warpers = logits_warpers(settings, keep=1 + ends) if settings.samples else []
         self._generator = generators(settings.seed, 1)[0]
-        self.pool = Pool(self._beams, self.final)
+        self.pool = BeamHypotheses(self._beams, self.final)
 
     def final(self, node: Node) -> float:
-        """See `Strategy.final`."""
         return node.score / max(node.length, 1) ** self._settings.length_penalty
 
     @torch.inference_mode()
-    def choose(self, scores: Tensor, live: Sequence[Node]) -> list[Node]:
-        """See `Strategy.choose`."""
-        logprobs = log_softmax(scores)
+    def choose(self, logits: Tensor, live: Sequence[Node]) -> list[Node]:
+        logprobs = log_softmax(logits)
         wanted = self._process(logprobs)
-        for narrow in self._filters:
+        for narrow in self._warpers:
             wanted = narrow(wanted)
         report = Logprobs(self._settings.logprobs, logprobs)
 
         def grow(row: int, token: int, score: float) -> Node:
-            return self._grower.grow(live[row], row, token, score, report.of(row, token))
+            return self._builder.grow(live[row], row, token, score, report.of(row, token))
 
         pick = self._drawn if self._settings.samples else self._best
         chosen = pick(wanted, live, grow)
@@ -285,7 +286,7 @@ class Beams:
         return chosen.open
 
     def done(self, live: Sequence[Node]) -> bool:
-        """See `Strategy.done`. Whether no open beam is expected to beat the worst finished one.
+        """Whether no open beam is expected to beat the worst finished one.
 
         What an open beam may reach is judged by its score so far at its present length. With
         `early_stopping` "never" and a positive length penalty it is judged at the full length,
@@ -299,12 +300,12 @@ class Beams:
         if s.early_stopping is True:
             return True
         longest = s.early_stopping == "never" and s.length_penalty > 0
-        length = self._grower.limit if longest else live[0].length
+        length = self._builder.limit if longest else live[0].length
         return live[0].score / length**s.length_penalty <= self.pool.worst
 
     def _best(self, wanted: Tensor, live: Sequence[Node], grow: Grow) -> Chosen:
         """The branches among the best continuations."""
-        last = live[0].length + 1 >= self._grower.limit  # all continuations end there
+        last = live[0].length + 1 >= self._builder.limit  # all continuations end there
         chosen = Chosen([], [])
         for rank, (row, token, score) in enumerate(_best_first(wanted, live, 2 * self._beams)):
             if rank >= self._beams and (last or len(chosen.open) == self._beams):
@@ -326,12 +327,12 @@ class Beams:
         state = self._generator.get_state()
         count = self._draws
         while True:
-            draws = draw_distinct(total, count, self._generator)
+            draws = sample_without_replacement(total, count, self._generator)
             nodes = [grow(row, token, float(total[row, token])) for row, token in draws]
             open_ = [n for n in nodes[: self._draws] if not n.reason]
             more = [n for n in nodes[self._draws :] if not n.reason]
             open_ += more[: max(0, self._beams - len(open_))]
-            last = live[0].length + 1 >= self._grower.limit
+            last = live[0].length + 1 >= self._builder.limit
             if last or len(open_) >= self._beams or len(draws) < count:
                 open_.sort(key=lambda n: -n.score)
                 ended = [n for n in nodes[: self._beams] if n.reason]
@@ -351,8 +352,8 @@ def _best_first(
 ) -> Iterator[tuple[int, int, float]]:
     """All possible continuations of all beams as (row, token, score), best first.
 
-    At first the `depth` best of each beam are looked at. Behind the last of them of any beam the
-    order is not known, and more are.
+    Takes the top `depth` tokens of each beam; past a beam's last one the order over all beams is
+    unknown, so `depth` doubles.
     """
     size = wanted.shape[1]
     told: set[tuple[int, int]] = set()
@@ -377,12 +378,14 @@ def _best_first(
         depth *= 2
 
 
-def strategy_for(settings: Settings, grower: Grower, processors: Processors, ends: int) -> Strategy:
+def strategy_for(
+    settings: Settings, builder: BranchBuilder, processors: Processors, ends: int
+) -> Strategy:
     """The strategy that the settings ask for.
 
     Args:
         ends: how many tokens end an answer.
     """
     if settings.num_beams > 1:
-        return Beams(settings, grower, processors, ends)
-    return Rows(settings, grower, processors)
+        return BeamSearch(settings, builder, processors, ends)
+    return GreedyOrSampling(settings, builder, processors)

@@ -1,10 +1,10 @@
 """Several prompts answered at once, greedily, over any engine that grows a tree.
 
-What all prompts begin with is the trunk. Behind it each prompt is a branch, and all branches grow
+The prefix that all prompts share is computed once. After it each prompt is a branch, and all grow
 by one token a step: first by what is left of the prompt, then by its answer. A step over many rows
 takes hardly longer than over one, because the weights are read once.
 
-    trunk    <s> user: |
+    prefix   <s> user: |
     row 0              | 你 好 assistant: *  *  *  *         the answer, while others still read
     row 1              | 写 一 首 诗 assistant: *  *
 """
@@ -20,7 +20,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.engines.base import Cancelled, Engine, OutOfMemory, never
 from vicuna.generate.events import Answer, FinishReason
-from vicuna.generate.strategies import Grower
+from vicuna.generate.strategies import BranchBuilder
 from vicuna.generate.stream import TextStream
 from vicuna.generate.tree import Node
 
@@ -42,28 +42,30 @@ def answer_together(
         go_on: asked after each step with a prompt's number and the text of its answer so far; where
             it says no, that answer ends there ("cancelled").
 
-    Raises: UserError where the scores are no numbers.
+    Raises: UserError where the logits are no numbers.
     """
     shared = _shared(prompts)
     ends = frozenset(renderer.stop_ids)
     stream = TextStream(renderer.tokenizer)
-    growers = [Grower(stream, ends, longest, engine.context_length - len(p)) for p in prompts]
+    builders = [
+        BranchBuilder(stream, ends, longest, engine.context_length - len(p)) for p in prompts
+    ]
     waiting = [list(p[shared:]) for p in prompts]
     nodes = [Node() for _ in prompts]
     broken: FinishReason = "cancelled"
     try:
-        scores = engine.prefill(prompts[0][:shared], cancel)[None].expand(len(prompts), -1)
+        logits = engine.prefill(prompts[0][:shared], cancel)[None].expand(len(prompts), -1)
         live, begun = list(range(len(prompts))), False
         while True:
-            tokens = _grow(scores, live, waiting, nodes, growers)
+            tokens = _grow(logits, live, waiting, nodes, builders)
             open_rows = [k for k, row in enumerate(live) if not nodes[row].reason]
             kept = [k for k in open_rows if go_on(live[k], nodes[live[k]].text())]
             if not kept:
                 break
             if cancel():
                 raise Cancelled
-            # First every row forks from the trunk's one end, then each grows from itself.
-            scores = engine.step([tokens[k] for k in kept], kept if begun else [0] * len(kept))
+            # First every row forks from the shared prefix's end, then each grows from itself.
+            logits = engine.step([tokens[k] for k in kept], kept if begun else [0] * len(kept))
             live, begun = [live[k] for k in kept], True
     except Cancelled:
         pass
@@ -72,28 +74,28 @@ def answer_together(
     return [
         node.answer(0.0, node.reason)
         if node.reason
-        else node.answer(0.0, broken, grower.rest(node))
-        for node, grower in zip(nodes, growers)
+        else node.answer(0.0, broken, builder.rest(node))
+        for node, builder in zip(nodes, builders)
     ]
 
 
 def _grow(
-    scores: torch.Tensor,
+    logits: torch.Tensor,
     live: Sequence[int],
     waiting: Sequence[list[int]],
     nodes: list[Node],
-    growers: Sequence[Grower],
+    builders: Sequence[BranchBuilder],
 ) -> list[int]:
     """The next token of each live row: of its prompt, or the best one, which grows its answer."""
-    best = scores.argmax(-1).tolist()
+    best = logits.argmax(-1).tolist()
     tokens = []
     for k, row in enumerate(live):
         if waiting[row]:
             tokens.append(waiting[row].pop(0))
             continue
-        if not bool(torch.isfinite(scores[k, best[k]])):
-            raise UserError("the model's scores are not finite")
-        nodes[row] = growers[row].grow(nodes[row], row, best[k], 0.0, None)
+        if not bool(torch.isfinite(logits[k, best[k]])):
+            raise UserError("the model's logits are not finite")
+        nodes[row] = builders[row].grow(nodes[row], row, best[k], 0.0, None)
         tokens.append(best[k])
     return tokens
 

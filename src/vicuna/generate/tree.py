@@ -17,7 +17,7 @@ class Node:
     """One token of a branch, and so the branch that ends with it.
 
     parent: None for the root, which is the prompt's end and has no token.
-    row: the row of the engine's last scores that the token was chosen from.
+    row: the row of the engine's last logits that the token was chosen from.
     score: sum of what the strategy added up for the tokens so far.
     piece: text that became certain with this token, from `offset` in the branch's text on.
     state: of the text stream behind this token.
@@ -82,7 +82,7 @@ class _Cursor(NamedTuple):
     at: int
 
 
-class Agreement:
+class StablePrefix:
     """The longest text that all contenders begin with.
 
     Contenders are the branches whose text may yet come first: all open ones, and the best finished

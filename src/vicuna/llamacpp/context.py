@@ -87,7 +87,7 @@ class Context:
     Args:
         cells: tokens that all sequences have room for together; one that several sequences share
             counts once.
-        rows: sequences at most, and scores a call.
+        rows: sequences at most, and logits a call.
         batch: tokens a call at most.
         threads: that compute.
         cache_type: of keys and values, a name in `TYPES`.
@@ -154,18 +154,18 @@ class Context:
         tokens: Sequence[int],
         positions: Sequence[int],
         sequences: Sequence[int],
-        scored: int,
+        outputs: int,
         stop: Callable[[], bool] | None = None,
     ) -> int:
-        """Compute tokens, each at its position of its sequence, and the scores after the last ones.
+        """Compute tokens, each at its position of its sequence, and the logits after the last ones.
 
         Args:
-            scored: how many of the last tokens get scores.
+            outputs: how many of the last tokens get logits.
             stop: asked while it computes; once true, the call ends early.
 
         Returns: 0; 1 where the cache is full; 2 where `stop` said so; below 0 after a failure.
         """
-        batch = self._batch.fill(tokens, positions, sequences, scored)
+        batch = self._batch.fill(tokens, positions, sequences, outputs)
         if stop is None:
             return int(self._lib.llama_decode(self.pointer, batch))
         self._stop, self._raised = stop, None
@@ -187,8 +187,8 @@ class Context:
             self._raised = e
             return True
 
-    def scores(self, rows: int) -> np.ndarray:
-        """Scores of the last call (rows, V), float32: a view that the next call overwrites."""
+    def logits(self, rows: int) -> np.ndarray:
+        """Logits of the last call (rows, V), float32: a view that the next call overwrites."""
         pointer = self._lib.llama_get_logits(self.pointer)
         return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocabulary_size))
 
@@ -213,12 +213,16 @@ class _Arrays:
         self._sequences = (c.POINTER(c.c_int32) * size)(*at)
 
     def fill(
-        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], scored: int
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        sequences: Sequence[int],
+        outputs: int,
     ) -> Batch:
         n = len(tokens)
         self._token[:n], self._pos[:n] = list(tokens), list(positions)
         self._sequence[:n] = list(sequences)
-        self._logits[:n] = [c.c_int8(i >= n - scored) for i in range(n)]
+        self._logits[:n] = [c.c_int8(i >= n - outputs) for i in range(n)]
         return Batch(
             n, self._token, None, self._pos, self._count, self._sequences, self._logits
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """llama.cpp's C interface, as the wheel `xllamacpp` carries it.
 
 That package's own Python interface is a server: it has no batches of several sequences and no
-scores. But the shared object inside it exports the C interface of llama.cpp (`llama.h`), which has
+logits. But the shared object inside it exports the C interface of llama.cpp (`llama.h`), which has
 both, and LoRA adapters beside the base. It is called here through ctypes; nothing is built.
 
 Structures of `llama.h` change from version to version, so the wheel's version is pinned

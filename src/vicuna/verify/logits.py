@@ -140,7 +140,7 @@ class GgufLogits:
             code = self._context.decode(ids, range(len(ids)), [0] * len(ids), len(ids))
             if code:
                 raise UserError(f"llama.cpp could not compute a text (code {code})")
-            yield self._context.scores(len(ids)).copy()
+            yield self._context.logits(len(ids)).copy()
 
     def close(self) -> None:
         """Free cache and weights, now."""

@@ -46,7 +46,7 @@ _FULL, _STOPPED, _NO_MEMORY = 1, 2, -2
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """A token of the tree, and the one before it; None at the trunk's end."""
+    """A token of the tree, and the one before it; None at the prompt's end."""
 
     token: int
     before: _Node | None
@@ -54,7 +54,7 @@ class _Node:
 
 @dataclass(slots=True)
 class _Row:
-    """A live row: its sequence in the cache, and its tokens behind the trunk."""
+    """A live row: its sequence in the cache, and its tokens behind the prompt."""
 
     sequence: int
     tail: _Node | None = None
@@ -137,10 +137,10 @@ class LlamaCppEngine:
         cache_type: str = "f16",
         folder: Path | None = None,
     ) -> None:
-        self._trunk: list[int] = []
+        self._prompt: list[int] = []
         self._rows: list[_Row] = []
         self._free: list[int] = []  # sequences that no row owns
-        self._depth = 0  # tokens of each row behind the trunk
+        self._depth = 0  # tokens of each row behind the prompt
         self._model = Model(path)
         self._folder = folder
         self.about = ""
@@ -171,11 +171,11 @@ class LlamaCppEngine:
         prompt = list(prompt_ids)
         with reset_on_failure(self):
             sequence = self._keep_longest(prompt)
-            for start in range(len(self._trunk), len(prompt), CHUNK):
+            for start in range(len(self._prompt), len(prompt), CHUNK):
                 if cancel():
                     raise Cancelled
                 self._read(prompt[start : start + CHUNK], sequence, cancel)
-        return self._scores(1)[0]
+        return self._logits(1)[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         check_rows(token_ids, parents, len(self._rows), self.max_rows)
@@ -184,10 +184,10 @@ class LlamaCppEngine:
             tails = [_Node(t, self._rows[p].tail) for t, p in zip(token_ids, parents)]
             self._rows = [_Row(s, tail) for s, tail in zip(sequences, tails)]
             self._depth += 1
-            position = len(self._trunk) + self._depth - 1
+            position = len(self._prompt) + self._depth - 1
             n = len(sequences)
             self._decode(token_ids, [position] * n, sequences, n)
-        return self._scores(n)
+        return self._logits(n)
 
     def reset(self) -> None:
         """Drop everything. The cache's memory stays: it is one block, made once."""
@@ -252,26 +252,26 @@ class LlamaCppEngine:
     # -- the tree ----
 
     def _clear_rows(self) -> None:
-        self._trunk, self._rows, self._depth = [], [], 0
+        self._prompt, self._rows, self._depth = [], [], 0
         self._free = list(range(self.max_rows))
 
     def _path(self, row: _Row) -> list[int]:
-        """All tokens of a row, the trunk's included."""
+        """All tokens of a row, the prompt's included."""
         tail: list[int] = []
         node = row.tail
         while node is not None:
             tail.append(node.token)
             node = node.before
-        return self._trunk + tail[::-1]
+        return self._prompt + tail[::-1]
 
     def _keep_longest(self, prompt: list[int]) -> int:
-        """Keep of the tree only the longest path that `prompt` begins with, as the new trunk.
+        """Keep of the tree only the longest path that `prompt` begins with, as the new prompt.
 
         Returns: the sequence that holds it.
         """
         best, length = None, 0
         for row in self._rows:
-            # The last token is always computed: its scores are what is asked for.
+            # The last token is always computed: its logits are what is asked for.
             common = min(common_prefix(self._path(row), prompt), len(prompt) - 1)
             if best is None or common > length:
                 best, length = row, common
@@ -284,14 +284,14 @@ class LlamaCppEngine:
             return self._start([], 0)  # a recurrent state knows no way back
         return self._start(prompt[:length], best.sequence)
 
-    def _start(self, trunk: list[int], sequence: int) -> int:
-        """Begin a tree: `trunk` is what the sequence holds already."""
-        if trunk:
+    def _start(self, prompt: list[int], sequence: int) -> int:
+        """Begin a tree: `prompt` is what the sequence holds already."""
+        if prompt:
             self._clear_rows()
         else:
             self.reset()
         self._free.remove(sequence)
-        self._trunk, self._rows = trunk, [_Row(sequence)]
+        self._prompt, self._rows = prompt, [_Row(sequence)]
         return sequence
 
     def _assign(self, parents: Sequence[int]) -> list[int]:
@@ -316,25 +316,25 @@ class LlamaCppEngine:
     # -- computing ----
 
     def _read(self, piece: list[int], sequence: int, cancel: Callable[[], bool]) -> None:
-        """Append a piece of the prompt to the trunk; the scores after its last token."""
-        start = len(self._trunk)
+        """Append a piece of the prompt to the prompt; the logits after its last token."""
+        start = len(self._prompt)
         positions = range(start, start + len(piece))
         try:
             self._decode(piece, positions, [sequence] * len(piece), 1, cancel)
         except Cancelled:
             self._context.remove(sequence, start)
             raise
-        self._trunk += piece
+        self._prompt += piece
 
     def _decode(
         self,
         tokens: Sequence[int],
         positions: Sequence[int],
         sequences: Sequence[int],
-        scored: int,
+        outputs: int,
         stop: Callable[[], bool] | None = None,
     ) -> None:
-        code = self._context.decode(tokens, positions, sequences, scored, stop)
+        code = self._context.decode(tokens, positions, sequences, outputs, stop)
         if code == _STOPPED:
             raise Cancelled
         if code == _FULL:
@@ -345,6 +345,6 @@ class LlamaCppEngine:
             raise RuntimeError(f"llama_decode failed with {code}: {complaint()}")
         self.computed += len(tokens)
 
-    def _scores(self, rows: int) -> Tensor:
-        """Scores (rows, V) of the last call: llama.cpp's own memory, not a copy."""
-        return torch.from_numpy(self._context.scores(rows))
+    def _logits(self, rows: int) -> Tensor:
+        """Logits (rows, V) of the last call: llama.cpp's own memory, not a copy."""
+        return torch.from_numpy(self._context.logits(rows))

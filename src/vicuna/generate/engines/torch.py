@@ -29,7 +29,7 @@ from vicuna.generate.engines.base import (
     reset_on_failure,
 )
 from vicuna.generate.engines.transformers import MAX_ROWS, PeftAdapters, PlainEngine, causal_of
-from vicuna.generate.engines.tree_cache import CacheType, Tree
+from vicuna.generate.engines.tree_cache import CacheType, TreeCache
 from vicuna.model import device_map, linear, load, self_check
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.attention_layout import AttentionShape
@@ -99,18 +99,18 @@ def _differs(model: Any) -> str:
         with self_check.in_evaluation(model), self_check.narrow(causal):
             far, allowed = _far(model, causal), self_check.rounding(causal)
         _COMPARED[causal] = "" if far <= allowed else (
-            f"our forward pass differs from it by {far:.2g} of the scores' size"
+            f"our forward pass differs from it by {far:.2g} of the logits' size"
         )  # fmt: skip
     return _COMPARED[causal]
 
 
 def _far(model: Any, causal: Any) -> float:
-    """The largest distance of our scores from transformers' along a text, also by single tokens."""
+    """The largest distance of our logits from transformers' along a text, also by single tokens."""
     text, read = self_check.ids_of(causal, 0, 16), 10
     wanted = self_check.scores_of(causal, text)
     try:
         engine = TorchEngine(model, len(text))
-        # Scores are the caller's until the next call only.
+        # Logits are the caller's until the next call only.
         found = [engine.prefill(text[:n]).clone() for n in (5, read)]
         found += [engine.step([token], [0])[0].clone() for token in text[read:]]
     except Exception as e:  # a model that only looks like one of the family
@@ -233,7 +233,7 @@ class TorchEngine(PeftAdapters):
         heads = self._layers[0].shape
         dtype = self._layers[0].mlp.norm.dtype
         self._mixed = False
-        self.tree = Tree(self._places, heads.key, heads.size, dtype, self.cache_type)
+        self.tree = TreeCache(self._places, heads.key, heads.size, dtype, self.cache_type)
 
     def prefill(self, prompt_ids: Sequence[int], cancel: Callable[[], bool] = never) -> Tensor:
         if self._follow() or self._mixed:
@@ -247,7 +247,7 @@ class TorchEngine(PeftAdapters):
             with reset_on_failure(self), torch.inference_mode():
                 last = self._read(new[start : start + CHUNK])
         with reset_on_failure(self), torch.inference_mode():
-            return self._scores(last)[0]
+            return self._logits(last)[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         check_rows(token_ids, parents, self.tree.rows, self.max_rows)
@@ -259,24 +259,24 @@ class TorchEngine(PeftAdapters):
             tree.reserve(tree.used + rows)
             start = tree.used
             tree.grow(token_ids, parents)
-            position = len(tree.trunk) + tree.depth - 1
-            sights = {w: self._sight(w, position) for w in self._windows}
+            position = len(tree.prompt) + tree.depth - 1
+            visible = {w: self._visible_slots(w, position) for w in self._windows}
             self.computed += rows
             x, cos, sin = self._embed(list(token_ids), [position] * rows)
             for number, layer in enumerate(self._layers):
                 x, cos, sin = self._moved(number, x, cos, sin)
                 qkv = layer.infer_qkv(x, cos, sin)
                 self._write(number, qkv, layer.shape, start)
-                attended = self._look(number, qkv, layer.shape, sights[layer.shape.window])
+                attended = self._attend(number, qkv, layer.shape, visible[layer.shape.window])
                 x = layer.infer_output(attended, x)
-            return self._scores(x)
+            return self._logits(x)
 
     # -- one forward -------------------------------------------------------------------------------
 
     def _read(self, ids: list[int]) -> Tensor:
-        """Append tokens to the trunk; the last hidden state (1, D), not normalised."""
+        """Append tokens to the prompt; the last hidden state (1, D), not normalised."""
         tree = self.tree
-        start, stop = len(tree.trunk), len(tree.trunk) + len(ids)
+        start, stop = len(tree.prompt), len(tree.prompt) + len(ids)
         tree.reserve(stop)
         self.computed += len(ids)
         x, cos, sin = self._embed(ids, list(range(start, stop)))
@@ -284,7 +284,7 @@ class TorchEngine(PeftAdapters):
             x, cos, sin = self._moved(number, x, cos, sin)
             qkv = layer.infer_qkv(x, cos, sin)
             self._write(number, qkv, layer.shape, start)
-            attended = self._over_trunk(number, qkv, layer.shape, start, stop)
+            attended = self._attend_prompt(number, qkv, layer.shape, start, stop)
             if number == len(self._layers) - 1:
                 attended, x = attended[-1:], x[-1:]
             x = layer.infer_output(attended, x)
@@ -307,13 +307,13 @@ class TorchEngine(PeftAdapters):
         split = qkv.unflatten(1, (-1, heads.size)).transpose(0, 1)
         self.tree.layers[number].write(start, split[heads.query :])
 
-    def _over_trunk(
+    def _attend_prompt(
         self, number: int, qkv: Tensor, heads: AttentionShape, start: int, stop: int
     ) -> Tensor:
-        """Attention of new rows of the trunk, (t, H D): causal over all of it."""
+        """Attention of new rows of the prompt, (t, H D): causal over all of it."""
         q = qkv[:, : heads.query * heads.size].unflatten(1, (heads.query, heads.size))
         first = 0 if heads.window is None else max(0, start - heads.window + 1)
-        k, v = self.tree.layers[number].plain(first, stop)
+        k, v = self.tree.layers[number].keys_values(first, stop)
         mask = None
         if start > 0 or (heads.window is not None and stop > heads.window):
             rows = torch.arange(start, stop, device=qkv.device)[:, None]
@@ -327,20 +327,20 @@ class TorchEngine(PeftAdapters):
         )  # fmt: skip
         return out[0].transpose(0, 1).flatten(1)
 
-    def _sight(self, window: int | None, position: int) -> tuple[int, Tensor | None]:
+    def _visible_slots(self, window: int | None, position: int) -> tuple[int, Tensor | None]:
         """The first slot that rows at a position look at, and what they must not look at: for each
         query head that shares a head of keys, all rows."""
         first = 0 if window is None else max(0, position - window + 1)
-        first = min(first, len(self.tree.trunk))
+        first = min(first, len(self.tree.prompt))
         mask = self.tree.mask(window, first)
         heads = self._layers[0].shape
         return first, None if mask is None else mask.repeat(heads.query // heads.key, 1)
 
-    def _look(
-        self, number: int, qkv: Tensor, heads: AttentionShape, sight: tuple[int, Tensor | None]
+    def _attend(
+        self, number: int, qkv: Tensor, heads: AttentionShape, visible: tuple[int, Tensor | None]
     ) -> Tensor:
-        """Attention of the live rows over trunk and branches: (n, H D)."""
-        rows, groups, (first, mask) = qkv.shape[0], heads.query // heads.key, sight
+        """Attention of the live rows over prompt and branches: (n, H D)."""
+        rows, groups, (first, mask) = qkv.shape[0], heads.query // heads.key, visible
         q = qkv[:, : heads.query * heads.size].view(rows, heads.key, groups, heads.size)
         q = q.permute(1, 2, 0, 3).reshape(heads.key, groups * rows, heads.size)
         mask = None if mask is None else mask.to(q.device)
@@ -348,7 +348,7 @@ class TorchEngine(PeftAdapters):
         out = out.view(heads.key, groups, rows, heads.size)
         return out.permute(2, 0, 1, 3).reshape(rows, heads.query * heads.size)
 
-    def _scores(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor) -> Tensor:
         norm = self._view.norm
         x = x.to(norm.device)
         h = infer_norm(x, norm, self._view.eps)

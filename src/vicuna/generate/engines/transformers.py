@@ -153,15 +153,15 @@ class PlainEngine(PeftAdapters):
         lengths = [common_prefix(row, prompt) for row in self._rows]
         best = max(range(len(lengths)), key=lambda i: lengths[i])
         self._select([best])
-        # The last token is always computed: its scores are what is asked for.
+        # The last token is always computed: its logits are what is asked for.
         self._keep(min(lengths[best], len(prompt) - 1))
         new = prompt[len(self._rows[0]) :]
         chunk = CHUNK if self.trust == "kept" else len(new)
         for start in range(0, len(new), chunk):
             if cancel():
                 raise Cancelled
-            scores = self._forward([new[start : start + chunk]])
-        return scores[0]
+            logits = self._forward([new[start : start + chunk]])
+        return logits[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         check_rows(token_ids, parents, len(self._rows), self.max_rows)
@@ -192,7 +192,7 @@ class PlainEngine(PeftAdapters):
             del self._rows[0][length:]
 
     def _forward(self, ids: list[list[int]]) -> Tensor:
-        """Append `ids` to the rows; the scores after the last of each, float32 (n, V)."""
+        """Append `ids` to the rows; the logits after the last of each, float32 (n, V)."""
         cached = self.trust != "nothing"
         if cached and self._cache is None:
             from transformers import DynamicCache
@@ -212,8 +212,8 @@ class PlainEngine(PeftAdapters):
             )
             for row, new in zip(self._rows, ids):
                 row += new
-        scores: Tensor = output.logits[:, -1].float()
-        return scores
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
 
     def _tried(self) -> Trust:
         """Read, fork, go back and go on, with and without the cache, on a few tokens."""
@@ -232,12 +232,12 @@ class PlainEngine(PeftAdapters):
         return "nothing"
 
     def _distances(self) -> Iterator[float]:
-        """How far scores with the cache are from those without, on the way through a few tokens."""
+        """How far logits with the cache are from those without, on the way through a few tokens."""
         text, other = (self_check.ids_of(self._causal, seed, 16) for seed in (0, 1))
         paths: list[list[int]] = []
 
-        def far(scores: Tensor) -> float:
-            return self_check.distance(scores, self_check.last_scores(self._causal, paths))
+        def far(logits: Tensor) -> float:
+            return self_check.distance(logits, self_check.last_scores(self._causal, paths))
 
         for prompt in (text[:9], text[:13], text[:5] + other[:7]):
             paths = [prompt]

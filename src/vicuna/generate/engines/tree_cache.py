@@ -1,10 +1,10 @@
 """The keys and values of a tree of tokens, in one append-only store a layer.
 
-The trunk (the prompt) lies in slots 0 .. P-1, in order. Behind it each step appends one slot for
+The prompt (the prompt) lies in slots 0 .. P-1, in order. Behind it each step appends one slot for
 each row. Which slots a row sees is a mask, handed down from its parent; so rows fork and die
 without a key ever being copied. Slots that no live row sees are given back when there are many.
 
-    slots   | 0 1 2 3 4 | 5 6 7 | 8 9 10 |        trunk of 5, two steps of 3 rows
+    slots   | 0 1 2 3 4 | 5 6 7 | 8 9 10 |        prompt of 5, two steps of 3 rows
     row 0   | x x x x x | x . . | x . .  |        grew from row 0
     row 1   | x x x x x | x . . | . x .  |        grew from row 0, too: a fork
     row 2   | x x x x x | . . x | . . x  |        row 1 of the first step is dead: slot 6
@@ -26,7 +26,7 @@ CacheType = Literal["auto", "f32", "f16", "q8_0"]
 _TYPES = {"f32": torch.float32, "f16": torch.float16}
 
 
-class Plain:
+class KVCache:
     """Keys and values in one floating type.
 
     Args:
@@ -61,7 +61,7 @@ class Plain:
         """Fill slots from `start` on: kv (2 K, n, D), keys first."""
         self._buffers[0][:, start : start + kv.shape[1]] = kv
 
-    def plain(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
+    def keys_values(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Keys and values (K, S, D) in the type that is computed in."""
         both = self._buffers[0][:, first:stop].to(self._dtype)
         return both[: self._heads], both[self._heads :]
@@ -72,12 +72,12 @@ class Plain:
         Args:
             mask: (R, S), 0 or -inf, where something is hidden from a row.
         """
-        keys, values = self.plain(first, stop)
+        keys, values = self.keys_values(first, stop)
         weights = _products(q, keys, scale, mask).softmax(-1, dtype=torch.float32)
         return torch.bmm(weights.to(values.dtype), values)
 
 
-class Quantised(Plain):
+class QuantizedKVCache(KVCache):
     """Keys and values in 8 bits, with a scale for each head and token (q8_0).
 
     The scales of keys are multiplied into the scores, those of values into the weights: what is
@@ -89,7 +89,6 @@ class Quantised(Plain):
         self._buffers.append(torch.empty(2 * heads, 0, 1, dtype=torch.float32, device=device))
 
     def write(self, start: int, kv: Tensor) -> None:
-        """See `Plain.write`."""
         codes, scales = self._buffers
         at = slice(start, start + kv.shape[1])
         numbers = kv.float()
@@ -97,14 +96,12 @@ class Quantised(Plain):
         codes[:, at] = numbers.div_(scale).round_().to(torch.int8)
         scales[:, at] = scale
 
-    def plain(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """See `Plain.plain`."""
+    def keys_values(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         codes, scales = (b[:, first:stop] for b in self._buffers)
         both = codes.to(self._dtype).mul_(scales.to(self._dtype))
         return both[: self._heads], both[self._heads :]
 
     def attend(self, q: Tensor, first: int, stop: int, scale: float, mask: Tensor | None) -> Tensor:
-        """See `Plain.attend`."""
         both, scales = (b[:, first:stop] for b in self._buffers)
         codes, scales = both.to(self._dtype), scales.transpose(1, 2)
         n = self._heads
@@ -123,13 +120,13 @@ def _products(q: Tensor, keys: Tensor, scale: float, mask: Tensor | None) -> Ten
     return torch.baddbmm(mask, q, keys.transpose(1, 2), alpha=scale)
 
 
-def store(
+def make_cache(
     kind: CacheType, heads: int, size: int, dtype: torch.dtype, device: torch.device
-) -> Plain:
+) -> KVCache:
     """The store of a layer; `auto` keeps keys and values in the type they are computed in."""
     if kind == "q8_0":
-        return Quantised(heads, size, dtype, device)
-    return Plain(heads, size, dtype, _TYPES.get(kind, dtype), device)
+        return QuantizedKVCache(heads, size, dtype, device)
+    return KVCache(heads, size, dtype, _TYPES.get(kind, dtype), device)
 
 
 # Slots are added so many at a time; dead ones are given back from so many on.
@@ -137,7 +134,7 @@ GROWTH = 256
 RECLAIM = 192
 
 
-class Tree:
+class TreeCache:
     """Tokens, their keys and values, and who sees whom.
 
     Args:
@@ -155,22 +152,24 @@ class Tree:
         kind: CacheType = "auto",
     ) -> None:
         self._devices, self._dtype = list(layers), dtype
-        self.layers: list[Plain] = [store(kind, heads, size, dtype, d) for d in self._devices]
+        self.layers: list[KVCache] = [
+            make_cache(kind, heads, size, dtype, d) for d in self._devices
+        ]
         self.capacity = 0
-        self.trunk: list[int] = []
+        self.prompt: list[int] = []
         self._cut_branches()
 
     def _cut_branches(self) -> None:
-        self._tokens: list[int] = []  # of the slots behind the trunk
-        self._parents: list[int] = []  # as indices behind the trunk, -1 for its end
+        self._tokens: list[int] = []  # of the slots behind the prompt
+        self._parents: list[int] = []  # as indices behind the prompt, -1 for its end
         self._leaves: list[int] = [-1]  # the slot of each live row
-        self._seen = torch.zeros(1, 0, dtype=torch.bool)
-        self.depth = 0  # steps since the trunk
+        self._visible = torch.zeros(1, 0, dtype=torch.bool)
+        self.depth = 0  # steps since the prompt
 
     @property
     def used(self) -> int:
         """Slots that hold something."""
-        return len(self.trunk) + len(self._tokens)
+        return len(self.prompt) + len(self._tokens)
 
     @property
     def rows(self) -> int:
@@ -191,21 +190,21 @@ class Tree:
             layer.resize(capacity, self.used)
         self.capacity = capacity
 
-    # -- the trunk ---------------------------------------------------------------------------------
+    # -- the prompt --------------------------------------------------------------------------------
 
     def begin(self, prompt: Sequence[int]) -> int:
-        """Keep the longest path that `prompt` begins with as the trunk, and nothing else.
+        """Keep the longest path that `prompt` begins with as the prompt, and nothing else.
 
-        The last token of the prompt is never kept: its scores are what is asked for.
+        The last token of the prompt is never kept: its logits are what is asked for.
 
         Returns: its length.
         """
         limit = len(prompt) - 1
         known = 0
-        while known < min(limit, len(self.trunk)) and self.trunk[known] == prompt[known]:
+        while known < min(limit, len(self.prompt)) and self.prompt[known] == prompt[known]:
             known += 1
         slots: list[int] = []
-        if known == len(self.trunk):
+        if known == len(self.prompt):
             children = {(p, t): i for i, (p, t) in enumerate(zip(self._parents, self._tokens))}
             at = -1
             while known < limit and (at, prompt[known]) in children:
@@ -213,13 +212,13 @@ class Tree:
                 slots.append(at)
                 known += 1
         self._gather(slots)
-        self.trunk = list(prompt[:known])
+        self.prompt = list(prompt[:known])
         self._cut_branches()
         return known
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Note tokens whose keys and values were written behind the trunk."""
-        self.trunk += tokens
+        """Note tokens whose keys and values were written behind the prompt."""
+        self.prompt += tokens
 
     # -- branches ----------------------------------------------------------------------------------
 
@@ -227,9 +226,9 @@ class Tree:
         """Append a slot for each new row; their keys and values are for the caller to write."""
         rows, before = len(tokens), len(self._tokens)
         seen = torch.zeros(rows, before + rows, dtype=torch.bool)
-        seen[:, :before] = self._seen[list(parents)]
+        seen[:, :before] = self._visible[list(parents)]
         seen[range(rows), range(before, before + rows)] = True
-        self._seen = seen
+        self._visible = seen
         self._parents += [self._leaves[p] for p in parents]
         self._tokens += tokens
         self._leaves = list(range(before, before + rows))
@@ -238,16 +237,16 @@ class Tree:
     def mask(self, window: int | None, first: int) -> Tensor | None:
         """What live rows must not look at: (rows, slots from `first` on), -inf there, else 0.
 
-        None where every row sees all of it. `first` is at most the trunk's end.
+        None where every row sees all of it. `first` is at most the prompt's end.
         """
-        hidden = ~self._seen
+        hidden = ~self._visible
         if window is not None and self.depth > window:
             depths = torch.tensor(self._depths())
             hidden |= (self.depth - depths >= window)[None]
         if not bool(hidden.any()):
             return None
         mask = torch.zeros(len(hidden), self.used - first, dtype=self._dtype)
-        mask[:, len(self.trunk) - first :].masked_fill_(hidden, -torch.inf)
+        mask[:, len(self.prompt) - first :].masked_fill_(hidden, -torch.inf)
         return mask
 
     def reclaim(self) -> None:
@@ -255,7 +254,7 @@ class Tree:
         total = len(self._tokens)
         if total < RECLAIM:
             return
-        alive = self._seen.any(0)
+        alive = self._visible.any(0)
         slots = alive.nonzero()[:, 0].tolist()
         if 2 * len(slots) > total:
             return
@@ -265,7 +264,7 @@ class Tree:
         self._parents = [place[self._parents[s]] for s in slots]
         self._tokens = [self._tokens[s] for s in slots]
         self._leaves = [place[leaf] for leaf in self._leaves]
-        self._seen = self._seen[:, alive]
+        self._visible = self._visible[:, alive]
 
     def _depths(self) -> list[int]:
         depths: list[int] = []
@@ -274,9 +273,9 @@ class Tree:
         return depths
 
     def _gather(self, slots: Sequence[int]) -> None:
-        """Move slots behind the trunk to its end, in order."""
+        """Move slots behind the prompt to its end, in order."""
         if not slots or list(slots) == list(range(len(slots))):
             return
-        start = len(self.trunk)
+        start = len(self.prompt)
         for layer, device in zip(self.layers, self._devices):
             layer.move(torch.tensor(slots, device=device) + start, start)

@@ -5,7 +5,7 @@ with a stand-in of the same surface; it was not run against vLLM itself.
 
 vLLM keeps what it computed in a cache of its own, found again by the tokens in front
 (`enable_prefix_caching`): a row is asked for as its whole path, and only its new tokens are
-computed. Scores come back as Python objects, one for each token of the vocabulary, so a step costs
+computed. Logits come back as Python objects, one for each token of the vocabulary, so a step costs
 more than with the other engines: this one is for large models on several GPUs, not for speed.
 """
 
@@ -81,7 +81,7 @@ def load_engine(
 
 
 class VllmEngine:
-    """An `Engine` over vLLM. Its scores are log-probabilities.
+    """An `Engine` over vLLM. Its logits are log-probabilities.
 
     Args:
         folder: the base, in Hugging Face's layout.
@@ -118,7 +118,7 @@ class VllmEngine:
             enable_prefix_caching=True,
             **_lora_options(lora_rank),
         )
-        # One token is drawn and thrown away: what is wanted are the scores it was drawn from.
+        # One token is drawn and thrown away: what is wanted are the logits it was drawn from.
         self._params = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, logprobs=-1, detokenize=False
         )
@@ -132,12 +132,12 @@ class VllmEngine:
         if cancel():
             raise Cancelled
         self._rows = [list(prompt_ids)]
-        return self._scores()[0]
+        return self._logits()[0]
 
     def step(self, token_ids: Sequence[int], parents: Sequence[int]) -> Tensor:
         check_rows(token_ids, parents, len(self._rows), self.max_rows)
         self._rows = [[*self._rows[p], t] for t, p in zip(token_ids, parents)]
-        return self._scores()
+        return self._logits()
 
     def reset(self) -> None:
         """Drop everything, vLLM's own cache included."""
@@ -209,7 +209,7 @@ class VllmEngine:
         self._rows = []  # vLLM's cache tells adapters apart by itself
         self._adapter = next((self._adapters[name] for name in active), None)
 
-    def _scores(self) -> Tensor:
+    def _logits(self) -> Tensor:
         """Log-probabilities of the next token after each row (n, V)."""
         prompts = [{"prompt_token_ids": row} for row in self._rows]
         with reset_on_failure(self):
