@@ -139,10 +139,10 @@ def test_the_third_says_what_is_lost(
 def test_answers_to_sample_prompts_are_cut_off(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vicuna.generate.strategies import Grower
+    from vicuna.generate.strategies import BranchBuilder
 
     run = tmp_path / "run"
-    calls = press_at(monkeypatch, Grower, "grow", 4, 1)
+    calls = press_at(monkeypatch, BranchBuilder, "grow", 4, 1)
     more = ["--sample_prompts", "你好", "再见", "--sample_steps", "2", "--sample_tokens", "200"]
     assert train(*words, "--output_dir", str(run), *more) == 130
     assert 4 <= len(calls) < 8
