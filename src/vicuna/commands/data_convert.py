@@ -87,7 +87,7 @@ def _conversations(
         notes: list[str] = []
         for path in expand_noting(entry.path, notes):
             report = FileReport(str(path))
-            report.said, notes = notes, []
+            report.source_notes, notes = notes, []
             reports.append(report)
             problems: list[Any] = []
             for raw in read(path, problems, settings.encoding or None):

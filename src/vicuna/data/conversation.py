@@ -59,14 +59,19 @@ class Conversation:
 class Problem(NamedTuple):
     """Something about a record that the user should know.
 
-    `action` is what was done: the record was `dropped`, `repaired` (used after a change), or
-    `warned` of (used as it is).
+    reason: one of `records/reasons.py`; a detail may follow after ": ". action: what was done: the
+    record was `dropped`, `repaired` (used after a change), or `warned` of (used as it is).
     """
 
     line: int
     field: str
     reason: str
     action: Action
+
+    @property
+    def summary(self) -> str:
+        """The reason without its detail: what problems are counted by."""
+        return self.reason.split(": ")[0]
 
 
 @dataclass(slots=True)

@@ -146,7 +146,7 @@ def load(
             spec = preparation_spec(settings, renderer, entry.max_samples, own)
             store = prepare_file(path, spec, ReadingProgress(path.name, say))
             report = FileReport.from_json({**store.report, "path": str(path)})
-            report.said, notes = [*report.said, *notes], []
+            report.source_notes, notes = [*report.source_notes, *notes], []
             keep = _usable(store, settings.cutoff_len, settings.overlong, report)
             _warn_duplicates(store, report)
             if settings.strict:

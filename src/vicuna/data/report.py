@@ -31,7 +31,6 @@ _HEADER = re.compile(
     r"|时间|日期|原文|译文|描述|方|人|[A-Za-z_]\d*)$"
 )
 _TABLE = re.compile(r"\.(?:csv|tsv|tab)(?:\.\w+)?$")
-_SHARE = re.compile(r"(\d+) of (\d+) records have no Chinese text")
 _ORDER: tuple[Action, ...] = ("dropped", "repaired", "warned")
 
 
@@ -47,8 +46,8 @@ class FileReport:
         self.formats: dict[str, int] = {}
         self.records = self.used = self.repaired = self.dropped = 0
         self.unused: dict[str, int] = {}  # column: used records that have it
-        self.said: list[str] = []  # notes of whoever found the file
-        self._parsed = 0  # records that became a conversation, dropped later or not
+        self.source_notes: list[str] = []  # of whoever found the file, such as splits not read
+        self.conversations = 0  # records that became one, dropped later or not
         self._lines = array("q")
         self._words = array("I")  # index into the distinct (field, reason, action)
         self._table: dict[tuple[str, str, Action], int] = {}
@@ -62,7 +61,7 @@ class FileReport:
             self.dropped += 1
         else:
             self.used += 1
-            self._parsed += 1
+            self.conversations += 1
             if parsed.unused:
                 self._count_unused(dict.fromkeys(parsed.unused, 1))
         if parsed.problems:
@@ -122,7 +121,7 @@ class FileReport:
         self.used += other.used
         self.repaired += other.repaired
         self.dropped += other.dropped
-        self._parsed += other._parsed
+        self.conversations += other.conversations
         self._count_unused(other.unused)
         for name, count in other.formats.items():
             self.formats[name] = self.formats.get(name, 0) + count
@@ -142,9 +141,9 @@ class FileReport:
     @property
     def problems(self) -> list[Problem]:
         """All problems in order of line, without those that are no news about this file."""
-        return list(self._said())
+        return list(self._reported())
 
-    def _said(self) -> Iterator[Problem]:
+    def _reported(self) -> Iterator[Problem]:
         distinct = list(self._table)
         silent = self._silent()
         lines, words = self._lines, self._words
@@ -168,9 +167,9 @@ class FileReport:
         if key not in self._table:
             return ""
         without = self._words.count(self._table[key])
-        if without >= self._parsed or without <= WORTH_SAYING * self._parsed:
+        if without >= self.conversations or without <= WORTH_SAYING * self.conversations:
             return ""
-        return f"{without} of {self._parsed} records have no Chinese text"
+        return f"{without} of {self.conversations} records have no Chinese text"
 
     def notes(self) -> list[str]:
         """What concerns the file as a whole."""
@@ -183,7 +182,7 @@ class FileReport:
             ranked = sorted(self.unused.items(), key=lambda item: -item[1])
             named = ", ".join(f"{name} ({count:,})" for name, count in ranked)
             notes.append(f"{NOT_USED}: {named}")
-        notes += self.said
+        notes += self.source_notes
         if share := self._share():
             notes.append(share)
         return notes
@@ -222,10 +221,11 @@ class FileReport:
             "used": self.used,
             "repaired": self.repaired,
             "dropped": self.dropped,
+            "conversations": self.conversations,
             "unused": dict(self.unused),
-            "problems": [p._asdict() for p in self._said()],
+            "problems": [p._asdict() for p in self._reported()],
             "notes": self.notes(),
-            **({"said": self.said} if self.said else {}),
+            **({"said": self.source_notes} if self.source_notes else {}),
         }
 
     @classmethod
@@ -235,12 +235,10 @@ class FileReport:
         report.formats = dict(data["formats"])
         report.records, report.used = data["records"], data["used"]
         report.repaired, report.dropped = data["repaired"], data["dropped"]
-        report._parsed = report.used
+        # Reports of older versions do not have it.
+        report.conversations = data.get("conversations", report.used)
         report.unused = dict(data.get("unused", {}))
-        report.said = list(data.get("said", []))
-        for note in data["notes"]:
-            if share := _SHARE.fullmatch(note):
-                report._parsed = int(share[2])
+        report.source_notes = list(data.get("said", []))
         dropped: set[int] = set()
         repaired: set[int] = set()
         for item in data["problems"]:
@@ -258,10 +256,6 @@ class FileReport:
         if len(repaired) == 1 and report.repaired:
             report._repaired_at[repaired.pop()] = report.repaired
         return report
-
-    def rich_table(self) -> RenderableType:
-        """Numbers and reasons for the terminal."""
-        return DataReport([self]).rich_table()
 
 
 class DataReport:
@@ -316,8 +310,8 @@ class DataReport:
         places: dict[tuple[Action, str], list[str]] = {}
         for f in self.files:
             name = re.split(r"[/\\]", f.path)[-1]
-            for problem in f._said():
-                key = (problem.action, problem.reason.split(": ")[0])
+            for problem in f._reported():
+                key = (problem.action, problem.summary)
                 counts[key] = counts.get(key, 0) + 1
                 if counts[key] <= PLACES:
                     place = f"{name}:{problem.line} {problem.field}".rstrip()
