@@ -7,13 +7,15 @@ where an overlong example is cut.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-TrainTurns = Literal["all", "last"]
+from vicuna.data.conversation import Turn
 
+TrainTurns = Literal["all", "last"]
 
 # Labels of a position: what it must predict.
 NO_TARGET, NEXT_TOKEN, END_TOKEN = 0, 1, 2
@@ -57,6 +59,10 @@ def targets_of(example: Example, end_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def windows(example: Example, limit: int) -> list[Example]:
+    """An overlong text as examples of at most `limit` tokens, those without a target left out.
+
+    The last token of a window predicts nothing: what follows it is in the next one.
+    """
     parts = []
     for start in range(0, len(example.ids), limit):
         labels = example.labels[start : start + limit].copy()
@@ -65,3 +71,10 @@ def windows(example: Example, limit: int) -> list[Example]:
         if (labels != NO_TARGET).any():
             parts.append(Example(example.ids[start : start + limit], labels))
     return parts
+
+
+def answers_in_loss_of(turns: Sequence[Turn], train_turns: TrainTurns) -> tuple[int, ...]:
+    """Which answers of a conversation are in the loss, counted from 0."""
+    answers = [t for t in turns if t.role == "assistant"]
+    first = 0 if train_turns == "all" else len(answers) - 1
+    return tuple(k for k in range(first, len(answers)) if answers[k].in_loss)

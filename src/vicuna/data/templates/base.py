@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.loss_mask import TrainTurns
+from vicuna.data.loss_mask import TrainTurns, answers_in_loss_of
 from vicuna.data.templates.skeleton import Shape, Slot, number_ends, shape_of
 from vicuna.data.think_tags import split_thought
 from vicuna.data.tokenizer import Piece
@@ -139,7 +139,7 @@ class Template:
         turns = conversation.turns
         if conversation.kind == "text":
             return [[Piece("bos"), Piece("text", turns[-1].text, True), Piece("end", "", True)]]
-        answers_in_loss = self._answers_in_loss(turns, train_turns)
+        answers_in_loss = answers_in_loss_of(turns, train_turns)
         if not answers_in_loss:
             return []
         turns = self._with_system(turns)
@@ -147,13 +147,6 @@ class Template:
             return [self._example(turns, frozenset(answers_in_loss))]
         head = 1 if turns[0].role == "system" else 0
         return [self._example(turns[: head + 2 * (k + 1)], frozenset([k])) for k in answers_in_loss]
-
-    @staticmethod
-    def _answers_in_loss(turns: Sequence[Turn], train_turns: TrainTurns) -> tuple[int, ...]:
-        """Which answers are learned, counted from 0."""
-        answers = [t for t in turns if t.role == "assistant"]
-        first = 0 if train_turns == "all" else len(answers) - 1
-        return tuple(k for k in range(first, len(answers)) if answers[k].in_loss)
 
     def reference(self, turns: Sequence[Turn]) -> str | None:  # noqa: ARG002
         """The rendering of a whole conversation by the template's makers, if there is another than

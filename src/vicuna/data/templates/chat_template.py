@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from vicuna.data.conversation import Conversation, Turn
-from vicuna.data.loss_mask import TrainTurns
+from vicuna.data.loss_mask import TrainTurns, answers_in_loss_of
 from vicuna.data.templates.base import Template, ThoughtMarks
 from vicuna.data.templates.chat_rendering import Renderings
+from vicuna.data.templates.end_token import EOS, EndFinder
 from vicuna.data.templates.placeholders import (
     ANSWERS,
     GAP,
@@ -77,9 +78,8 @@ class ChatTemplate(Template):
         known = {**self.words, "bos_token": bos_token, "eos_token": eos_token}
         self._program = Program(source, known, date)
         self.date = self._program.date
-        special = "|".join(map(re.escape, self.controls))
-        self._special = re.compile(special)
-        self._end = re.compile(rf"\s{{0,2}}(?:{special})+")
+        self._ends = EndFinder(self.controls, eos_token)
+        self._special = self._ends.special
         # What looks like a special token is never shown to the template: nobody can write one.
         watched = [w for w in self._program.watched if not self._special.search(w)]
         # Answers of reasoning models hold a thought between these two.
@@ -115,15 +115,7 @@ class ChatTemplate(Template):
     def _find_end(self) -> str:
         """The control token that ends an answer; "eos" is the tokenizer's own."""
         one = (Message("user", GAP), Message("assistant", GAP))
-        token = self._ends_with(self._renderings.rendered(one, False).tail)
-        return "eos" if token in ("", self.eos_token) else token
-
-    def _ends_with(self, tail: str) -> str:
-        """The control token, among those directly behind an answer, that ends it: the tokenizer's
-        end if it is there, else the first."""
-        found = self._end.match(tail)
-        tokens = self._special.findall(found[0]) if found else []
-        return self.eos_token if self.eos_token in tokens else tokens[0] if tokens else ""
+        return self._ends.end_of(self._renderings.rendered(one, False).tail)
 
     # -- examples and prompts -----------------------------------------------------------------
 
@@ -143,7 +135,7 @@ class ChatTemplate(Template):
             return super().examples(conversation, train_turns)
         self.oddity = ""
         turns = conversation.turns
-        answers_in_loss = self._answers_in_loss(turns, train_turns)
+        answers_in_loss = answers_in_loss_of(turns, train_turns)
         if not answers_in_loss:
             return []
         outline, texts = self._outline(turns)
@@ -222,10 +214,8 @@ class ChatTemplate(Template):
 
     def _add_end(self, plan: _Plan, tail: str, in_loss: bool) -> int:
         """What closes an answer; the characters of it that are the answer's."""
-        end = self.eos_token if self.end_token == "eos" else self.end_token
-        found = self._end.match(tail)
-        tokens = list(self._special.finditer(found[0])) if found else []
-        place = next((t for t in tokens if t[0] == end), None)
+        end = self.eos_token if self.end_token == EOS else self.end_token
+        place = next((t for t in self._ends.tokens_behind(tail) if t[0] == end), None)
         if place is None:
             plan.pieces.append(Piece("silent_end", "", in_loss))
             return 0
@@ -312,7 +302,7 @@ class ChatTemplate(Template):
             places += [("user", n), ("assistant", n)]
         outline, _ = self._outline(turns[:-1])
         text = self._renderings.opening(outline, self._opens_thought(outline)).prompt
-        end = self.eos_token if self.end_token == "eos" else self.end_token
+        end = self.eos_token if self.end_token == EOS else self.end_token
         slots: list[Slot] = []
         lead = ""  # white space before an answer belongs to it
         for kind, what, _, begins in self._plan(text, outline, frozenset()).pieces:

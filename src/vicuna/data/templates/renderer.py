@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.base import Template
+from vicuna.data.templates.end_token import end_ids
 from vicuna.data.tokenizer import Piece, Tokenizer
 
 
 @dataclass
 class Renderer:
-    """A template together with a tokenizer: conversations to token ids, both ways of use."""
+    """A template together with a tokenizer: conversations to token ids, for training and inference.
+
+    end_id: the token that ends an answer. stop_ids: all tokens that generation stops at.
+    """
 
     template: Template
     tokenizer: Tokenizer
@@ -20,12 +24,7 @@ class Renderer:
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        vocabulary = self.tokenizer.data
-        end = None if self.template.end_token == "eos" else self.template.end_token
-        found = self.tokenizer.token_id(end) if end else None
-        # A template's end that this vocabulary does not have as a token could never stop anything.
-        self.end_id = vocabulary.eos_id if found is None else found
-        self.stop_ids = frozenset({self.end_id, vocabulary.eos_id, *vocabulary.end_ids})
+        self.end_id, self.stop_ids = end_ids(self.template.end_token, self.tokenizer)
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a prompt whose last turn is the user's."""
@@ -34,9 +33,9 @@ class Renderer:
 
     def spelled(self, pieces: Sequence[Piece]) -> str:
         """A rendering as one text, its control tokens spelled."""
-        vocabulary = self.tokenizer.data
+        data = self.tokenizer.data
         spelling = {
-            "bos": vocabulary.bos_token if vocabulary.bos_id is not None else "",
+            "bos": data.bos_token if data.bos_id is not None else "",
             "end": self.tokenizer.token(self.end_id),
             "silent_end": "",
         }
