@@ -9,7 +9,7 @@ from vicuna.errors import UserError
 
 
 def user_path(text: str) -> Path:
-    """A path with its `~` expanded, where there is such a home and nothing of that very name."""
+    """A path with its `~` expanded, if that home exists and no file has this very name."""
     path = Path(text)
     if not text.startswith("~"):
         return path
@@ -20,9 +20,9 @@ def user_path(text: str) -> Path:
 
 
 def given_path(text: str) -> Path:
-    """`user_path` of what a user gave.
+    """`user_path` of a text that a user typed.
 
-    Raises: UserError where it cannot be a path at all.
+    Raises: UserError if it cannot be a path at all.
     """
     path = user_path(text)
     try:
@@ -30,19 +30,25 @@ def given_path(text: str) -> Path:
         path.parent.is_dir()
     except (OSError, ValueError) as e:
         shown = text if len(text) <= 60 else text[:57] + "..."
-        raise UserError(f"this cannot be a path ({getattr(e, 'strerror', e)})", where=shown) from e
+        raise UserError(
+            "this cannot be a path ({reason})", reason=getattr(e, "strerror", e), where=shown
+        ) from e
     if "\0" in text:
-        raise UserError("this cannot be a path (it contains a NUL)", where=text.replace("\0", "?"))
+        raise UserError(
+            "a path cannot contain the character NUL",
+            where=text.replace("\0", "?"),
+            fix="Check the path.",
+        )
     return path
 
 
 def shell_word(path: str | Path) -> str:
-    """A path as one word of a command that is shown to be copied."""
+    """A path quoted for a shell, for commands that users copy."""
     return shlex.quote(str(path))
 
 
 def exists(text: str) -> bool:
-    """Whether something lies at a path; false for what cannot be one."""
+    """Whether a file or folder has this path; false if the text cannot be a path."""
     try:
         return user_path(text).exists()
     except (OSError, ValueError):

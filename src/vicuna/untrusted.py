@@ -1,4 +1,4 @@
-"""What came from foreign files, made fit to be shown: numbers are numbers, texts are texts."""
+"""Checks for values from files of others, before they are used or shown."""
 
 from __future__ import annotations
 
@@ -15,58 +15,58 @@ LARGEST = 2.0**53  # of whole numbers: more than any run counts
 
 
 def text(value: Any, most: int = LONGEST) -> str:
-    """A text without what no browser can be sent (halves of characters), of bounded length."""
+    """A text of bounded length without lone surrogates, which no browser can be sent."""
     plain = value if isinstance(value, str) else "" if value is None else str(value)
     shown = plain[:most].encode("utf-8", "replace").decode()
     return shown if len(plain) <= most else shown + " …"
 
 
 def parse_json(line: str) -> Any:
-    """Raises: ValueError where a line is no JSON, also where it nests too deep."""
+    """Raises: ValueError if a line is not JSON, or is nested too deeply."""
     try:
         return json.loads(line)
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def number(value: Any) -> float:
-    """A number, NaN for what is not finite.
+    """A number; NaN if it is not finite.
 
-    Raises: ValueError for what is no number.
+    Raises: ValueError if it is not a number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"no number: {str(value)[:40]!r}")
+        raise ValueError(f"not a number: {str(value)[:40]!r}")
     if not math.isfinite(value):
         return math.nan
     if abs(value) > 1e300:
-        raise ValueError("a number beyond all measure")
+        raise ValueError("the number is too large")
     return float(value)
 
 
 def count(value: Any) -> int:
     """A number of things, or a time.
 
-    Raises: ValueError for anything else.
+    Raises: ValueError if it is anything else.
     """
-    found = number(value)
-    if not 0 <= found <= LARGEST:
-        raise ValueError(f"no count: {found}")
-    return int(found)
+    size = number(value)
+    if not 0 <= size <= LARGEST:
+        raise ValueError(f"not a count: {size}")
+    return int(size)
 
 
 def within(path: Path, folders: Iterable[Path]) -> bool:
-    """Whether a path lies in one of the folders (which are resolved), links followed."""
+    """Whether a path, its links followed, is inside one of the folders (which are resolved)."""
     try:
-        found = path.resolve()
-    except (OSError, ValueError, RuntimeError):  # a circle of links, a name that cannot be
+        target = path.resolve()
+    except (OSError, ValueError, RuntimeError):  # a circle of links, an impossible name
         return False
-    return any(found.is_relative_to(folder) for folder in folders)
+    return any(target.is_relative_to(folder) for folder in folders)
 
 
 def check_links(folder: Path, folders: Iterable[Path]) -> None:
-    """Raises: UserError where a folder, or what lies in it, is a link that leads out."""
+    """Raises: UserError if a folder, or something in it, is a link that points outside."""
     roots = list(folders)
     inside = [folder, *folder.iterdir()] if folder.is_dir() else [folder]
     for path in inside:
         if not within(path, roots):
-            raise UserError("a link leads out of the folders of the page", where=text(path.name))
+            raise UserError("a link points outside the folders of the page", where=text(path.name))

@@ -19,7 +19,7 @@ from place_kit import ROWS, Row
 
 from vicuna.errors import UserError
 from vicuna.lines import Lines
-from vicuna.system_errors import cannot_write, explain, in_words, system_error, writing
+from vicuna.system_errors import cannot_write, describe, explain, system_error, writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits files")
 _WRITE = [
@@ -173,7 +173,7 @@ def test_what_was_read_is_not_told_as_what_was_to_be_written(tmp_path: Path) -> 
 def test_errors_in_words(error: Exception, said: str) -> None:
     assert said in str(explain(error))
     if isinstance(error, OSError) and error.errno:
-        assert in_words(error)[1]
+        assert describe(error)[1]
 
 
 def test_a_fault_of_this_program_is_one() -> None:

@@ -1,11 +1,11 @@
-"""From what stands behind a command, and recipes, to settings."""
+"""Settings from the arguments of a command, and from recipes."""
 
 from __future__ import annotations
 
 import difflib
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from vicuna.config.checkpointing import SWITCH
 from vicuna.config.renamed import OLD_NAMES
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_yaml
+from vicuna.messages import Message
 from vicuna.paths import exists
 
 # What a run writes beside its settings into config.yaml; skipped when the file is used as a recipe.
@@ -26,32 +27,35 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(
-    cls: type[T], words: Sequence[str], free: list[str] | None = None
+    cls: type[T], argv: Sequence[str], free: list[str] | None = None
 ) -> tuple[T, dict[str, Any]]:
-    """Settings from what stands behind a command, and what was given by name.
+    """Settings from the arguments of a command, and the values that were given by name.
 
     Args:
-        free: takes words that are neither settings nor recipes (an instruction, file names); None
-            where a command has no use for them.
+        free: receives arguments that are neither settings nor recipes (an instruction, file
+            names); None if the command has no use for them.
 
-    Raises: SettingsError naming every mistake.
+    Raises: SettingsError with every mistake.
     """
-    values, mistakes = _collect(cls, list(words), free)
+    values, mistakes = _collect(cls, list(argv), free)
     return build(cls, values, mistakes), values
 
 
 def build(cls: type[M], values: dict[str, Any], mistakes: Sequence[str] = ()) -> M:
-    """Validate values under today's names.
+    """Validated settings from values by their current names.
 
-    Raises: SettingsError naming every mistake.
+    Args:
+        mistakes: that were found before; reported together with those of the values.
+
+    Raises: SettingsError with every mistake.
     """
-    found = list(mistakes)
+    mistakes = list(mistakes)
     try:
         settings = cls(**values)
     except ValidationError as e:
-        found += [_in_words(cls, error) for error in e.errors()]
-    if found:
-        raise SettingsError(found)
+        mistakes += [_explain(cls, error) for error in e.errors()]
+    if mistakes:
+        raise SettingsError(mistakes)
     return settings
 
 
@@ -59,21 +63,26 @@ class _Sources(BaseModel):
     file: Datasets
 
 
-def dataset_entries(words: Sequence[str]) -> list[DatasetEntry]:
-    """Files, folders, globs and hub ids of a command line, with their options behind an @.
+def dataset_entries(argv: Sequence[str]) -> list[DatasetEntry]:
+    """Files, folders, globs and hub ids of a command line, with their options after an @.
 
-    Raises: SettingsError naming every mistake.
+    Raises: SettingsError with every mistake.
     """
-    return build(_Sources, {"file": list(words)}).file
+    return build(_Sources, {"file": list(argv)}).file
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; what a run notes beside them is left out.
+    """The settings in a YAML file, without what a run adds to them.
 
-    Raises: UserError where there is no such file, or it is not a table of settings.
+    Raises: UserError if there is no such file, or it is not a table of settings.
     """
     if not path.is_file():
-        raise UserError("no such recipe", where=str(path), fix=_recipes_hint())
+        raise UserError(
+            "no such recipe",
+            recipes=", ".join(builtin_recipes()),
+            where=str(path),
+            fix="Give a YAML file, or a recipe that comes with the project: {recipes}.",
+        )
     return {str(k): v for k, v in read_yaml(path).items() if k not in RUN_KEYS}
 
 
@@ -83,51 +92,55 @@ def builtin_recipes() -> dict[str, Path]:
     return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
 
 
-def _recipes_hint() -> str:
-    return f"Give a YAML file, or one that comes with the project: {', '.join(builtin_recipes())}."
-
-
 def _collect(
-    cls: type[Settings], words: list[str], free: list[str] | None
+    cls: type[Settings], argv: list[str], free: list[str] | None
 ) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     mistakes: list[str] = []
     i = 0
-    while i < len(words):
-        word = words[i]
+    while i < len(argv):
+        argument = argv[i]
         i += 1
-        if word.startswith("--"):
-            key, given, rest = word[2:].partition("=")
+        if argument.startswith("--"):
+            key, given, rest = argument[2:].partition("=")
             key = {"json": "json_output"}.get(key, key.replace("-", "_"))
             taken: list[str] = [rest] if given else []
-            while not given and i < len(words) and not words[i].startswith("--"):
-                if (taken and not _is_list(cls, key)) or _is_flag(cls, key, words[i]):
+            while not given and i < len(argv) and not argv[i].startswith("--"):
+                if (taken and not _is_list(cls, key)) or _is_flag(cls, key, argv[i]):
                     break
-                taken.append(words[i])
+                taken.append(argv[i])
                 i += 1
             _set(cls, values, mistakes, key, taken)
-        elif _assigns(cls, word, free is not None) and not (free is not None and exists(word)):
-            key, _, rest = word.partition("=")
+        elif _assigns(cls, argument, free is not None) and not (
+            free is not None and exists(argument)
+        ):
+            key, _, rest = argument.partition("=")
             _set(cls, values, mistakes, key.replace("-", "_"), [rest])
         elif free is not None:
-            free.append(word)
-        elif word.endswith((".yaml", ".yml")) or word in builtin_recipes():
-            recipe = read_recipe(builtin_recipes().get(word, Path(word)))
+            free.append(argument)
+        elif argument.endswith((".yaml", ".yml")) or argument in builtin_recipes():
+            recipe = read_recipe(builtin_recipes().get(argument, Path(argument)))
             mistakes += _unknown(cls, recipe)
             values.update({k: v for k, v in recipe.items() if k in cls.model_fields})
         else:
-            close = difflib.get_close_matches(word, builtin_recipes(), n=1)
-            near = f"; did you mean {close[0]}?" if close else ""
+            close = difflib.get_close_matches(argument, builtin_recipes(), n=1)
             mistakes.append(
-                f"{word!r} is neither a setting (--key value) nor a recipe (.yaml){near}; "
-                f"recipes here: {', '.join(builtin_recipes())}"
+                Message(
+                    "{argument!r} is neither a setting (--key value) nor a recipe (.yaml); {hint}",
+                    argument=argument,
+                    hint=_did_you_mean(close[0])
+                    if close
+                    else Message(
+                        "recipes of the project: {recipes}", recipes=", ".join(builtin_recipes())
+                    ),
+                )
             )
     return values, mistakes
 
 
-def _assigns(cls: type[Settings], word: str, strict: bool) -> bool:
-    """Whether a word is key=value; where free text is allowed, only a known key makes it one."""
-    key, equals, _ = word.partition("=")
+def _assigns(cls: type[Settings], argument: str, strict: bool) -> bool:
+    """Whether an argument is key=value; in free text, only a known key makes it one."""
+    key, equals, _ = argument.partition("=")
     key = key.replace("-", "_")
     return bool(equals) and (key in cls.model_fields or (not strict and key.isidentifier()))
 
@@ -147,10 +160,10 @@ def _set(
         elif _is_bool(cls, key):
             taken = ["true"]
         else:
-            mistakes.append(f"{key}: a value is missing")
+            mistakes.append(Message("{key} needs a value", key=key))
             return
     if _is_list(cls, key):
-        # The option may be repeated; what a recipe said is replaced by the first.
+        # The option may be repeated; the first replaces the value of a recipe.
         values[key] = taken if not isinstance(values.get(key), _Given) else [*values[key], *taken]
         values[key] = _Given(values[key])
     else:
@@ -167,7 +180,7 @@ def _is_list(cls: type[Settings], key: str) -> bool:
 
 
 def _is_flag(cls: type[Settings], key: str, following: str) -> bool:
-    """Whether a switch stands alone: what follows it is not one of its values."""
+    """Whether a switch has no value: the argument after it is not one of its values."""
     if key not in cls.model_fields:
         return False
     if key in BARE and key != "resume":
@@ -181,61 +194,102 @@ def _is_bool(cls: type[Settings], key: str) -> bool:
     return annotation is bool or bool in typing.get_args(annotation)
 
 
-def _unknown(cls: type[Settings], keys: Any) -> list[str]:
-    found = []
+def _unknown(cls: type[Settings], keys: Iterable[str]) -> list[str]:
+    mistakes: list[str] = []
     for key in keys:
         if key in cls.model_fields:
             continue
         if key in OLD_NAMES:
-            found.append(f"{key} is now {OLD_NAMES[key]}")
+            mistakes.append(Message("{key} is now {new}", key=key, new=OLD_NAMES[key]))
             continue
         close = difflib.get_close_matches(key, cls.model_fields, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; vicuna COMMAND --help lists them"
-        found.append(f"{key}: no such setting{hint}")
-    return found
+        hint = _did_you_mean(close[0]) if close else Message("vicuna COMMAND --help lists them")
+        mistakes.append(Message("{key}: no such setting; {hint}", key=key, hint=hint))
+    return mistakes
 
 
-def _nearest_value(given: Any, allowed: str) -> str:
-    """`; did you mean q4_k_m?` of a value that is written nearly as one of those allowed."""
-    plain = {re.sub(r"\W|_", "", v.lower()): v for v in re.findall(r"'([^']*)'", allowed)}
-    if not isinstance(given, str):
+def _did_you_mean(name: str) -> Message:
+    return Message("did you mean {name}?", name=name)
+
+
+def _nearest(value: Any, allowed: Sequence[str]) -> str:
+    """The allowed value that is written almost like this one; "" if none is."""
+    if not isinstance(value, str):
         return ""
-    close = difflib.get_close_matches(re.sub(r"\W|_", "", given.lower()), plain, n=1)
-    return f"; did you mean {plain[close[0]]}?" if close else ""
+    plain = {re.sub(r"\W|_", "", v.lower()): v for v in allowed}
+    close = difflib.get_close_matches(re.sub(r"\W|_", "", value.lower()), plain, n=1)
+    return plain[close[0]] if close else ""
 
 
-def _in_words(cls: type[BaseModel], error: Any) -> str:
-    """One of pydantic's errors as a sentence with the setting, the value and what is allowed."""
+# pydantic's types of errors, and where their context has the bound.
+_BOUNDS = {
+    "greater_than": ("gt", "{name} is {value}, but must be above {bound}"),
+    "greater_than_equal": ("ge", "{name} is {value}, but must be at least {bound}"),
+    "less_than": ("lt", "{name} is {value}, but must be below {bound}"),
+    "less_than_equal": ("le", "{name} is {value}, but must be at most {bound}"),
+}
+_EXPECTED = {
+    "int": Message("a whole number"),
+    "float": Message("a number"),
+    "finite": Message("a number"),  # neither nan nor inf
+    "bool": Message("true or false"),
+    "string": Message("text"),
+    "tuple": Message("a list"),
+    "list": Message("a list"),
+    "mapping": Message("a table"),
+}
+
+
+def _explain(cls: type[BaseModel], error: Any) -> Message:
+    """One of pydantic's errors as a sentence with the setting, its value and what is allowed."""
     place = [str(p) for p in error["loc"]]
     name = ".".join(place)
     field = cls.model_fields.get(place[0]) if len(place) > 2 else None
     if field is not None and field.annotation == list[DatasetEntry]:
-        cls, name = DatasetEntry, f"{'.'.join(place[2:])} of a data set"
-    given = error.get("input")
-    context = error.get("ctx", {})
-    kind = error["type"]
-    bounds = {
-        "greater_than": "above {gt}",
-        "greater_than_equal": "at least {ge}",
-        "less_than": "below {lt}",
-        "less_than_equal": "at most {le}",
-        "literal_error": "{expected}",
-    }
-    if kind in bounds:
-        near = _nearest_value(given, str(context.get("expected", "")))
-        return f"{name} is {given}, but must be {bounds[kind].format(**context)}{near}"
-    if kind == "missing":
-        return f"{name} is missing"
-    if kind == "extra_forbidden":
-        stem, dot, column = place[-1].partition(".")
-        close = [n for n in difflib.get_close_matches(stem, cls.model_fields, n=2) if n != "path"]
-        near = f"; did you mean {close[0]}{dot}{column}?" if close else ""
-        if cls is DatasetEntry:  # written as path@name=value
-            known = ", ".join(n for n in cls.model_fields if n != "path")
-            return f"{place[-1]}: no such option of a data set{near or f'; there are {known}'}"
-        return f"{name}: no such setting{near}"
-    expected = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    expected |= {"string": "text", "tuple": "a list", "list": "a list", "mapping": "a table"}
-    expected |= {"finite": "a number"}  # neither nan nor inf
-    word = expected.get(kind.split("_")[0], error["msg"])
-    return f"{name} is {given!r}, but must be {word}"
+        cls = DatasetEntry
+        name = Message("{option} of a data set", option=".".join(place[2:]))
+    value, context, error_type = error.get("input"), error.get("ctx", {}), error["type"]
+    if error_type in _BOUNDS:
+        bound, template = _BOUNDS[error_type]
+        return Message(template, name=name, value=value, bound=context[bound])
+    if error_type == "literal_error":
+        return _not_allowed(name, value, str(context["expected"]))
+    if error_type == "missing":
+        return Message("{name} is missing", name=name)
+    if error_type == "extra_forbidden":
+        return _no_such_field(cls, name, place[-1])
+    expected = _EXPECTED.get(error_type.split("_")[0], error["msg"])
+    return Message(
+        "{name} is {value!r}, but must be {expected}", name=name, value=value, expected=expected
+    )
+
+
+def _not_allowed(name: str, value: Any, expected: str) -> Message:
+    """Args: expected: the allowed values as pydantic lists them, `'a', 'b' or 'c'`."""
+    allowed = re.findall(r"'([^']*)'", expected)
+    listed: str = expected
+    if len(allowed) > 1:
+        first = ", ".join(f"'{v}'" for v in allowed[:-1])
+        listed = Message("{values} or '{last}'", values=first, last=allowed[-1])
+    fields = {"name": name, "value": value, "expected": listed}
+    if near := _nearest(value, allowed):
+        return Message(
+            "{name} is {value}, but must be {expected}; did you mean {near}?", **fields, near=near
+        )
+    return Message("{name} is {value}, but must be {expected}", **fields)
+
+
+def _no_such_field(cls: type[BaseModel], name: str, last: str) -> Message:
+    stem, dot, column = last.partition(".")
+    close = [n for n in difflib.get_close_matches(stem, cls.model_fields, n=2) if n != "path"]
+    hint = _did_you_mean(f"{close[0]}{dot}{column}") if close else Message("")
+    if cls is DatasetEntry:  # written as path@name=value
+        known = ", ".join(n for n in cls.model_fields if n != "path")
+        return Message(
+            "{option}: no such option of a data set; {hint}",
+            option=last,
+            hint=hint or Message("there are {names}", names=known),
+        )
+    if hint:
+        return Message("{key}: no such setting; {hint}", key=name, hint=hint)
+    return Message("{key}: no such setting", key=name)
