@@ -50,7 +50,7 @@ def test_a_wrong_choice_is_named_with_the_right_ones() -> None:
 def test_other_settings_without_a_value() -> None:
     settings, _ = parse(TrainSettings, ["--resume", "--strict", "tiny", "--no_share_prefixes"])
     assert (settings.resume, settings.strict, settings.share_prefixes) == ("last", True, False)
-    with pytest.raises(SettingsError, match="seed: a value is missing"):
+    with pytest.raises(SettingsError, match="seed needs a value"):
         parse(TrainSettings, ["--seed"])
 
 

@@ -126,13 +126,11 @@ def _collect(
             close = difflib.get_close_matches(argument, builtin_recipes(), n=1)
             mistakes.append(
                 Message(
-                    "{argument!r} is neither a setting (--key value) nor a recipe (.yaml); {hint}",
+                    "{argument!r} is neither a setting (--key value) nor a recipe (.yaml){near}; "
+                    "recipes of the project: {recipes}",
                     argument=argument,
-                    hint=_did_you_mean(close[0])
-                    if close
-                    else Message(
-                        "recipes of the project: {recipes}", recipes=", ".join(builtin_recipes())
-                    ),
+                    near=Message("; did you mean {name}?", name=close[0]) if close else "",
+                    recipes=", ".join(builtin_recipes()),
                 )
             )
     return values, mistakes
