@@ -27,6 +27,7 @@ from vicuna.generate.engines.base import never
 from vicuna.generate.events import Event, Finished
 from vicuna.generate.load import ChatModel, open_model
 from vicuna.generate.settings import Settings
+from vicuna.messages import Message
 
 # A question; or a conversation: turns, or OpenAI's messages.
 Messages = str | Sequence[Turn | Mapping[str, str]]
@@ -220,8 +221,12 @@ class Model:
         fitted = self.fit(messages, choice.max_new_tokens)
         if fitted.dropped:
             warnings.warn(
-                f"the {len(fitted.dropped)} oldest turns no longer fit the context of "
-                f"{self.context_length} tokens and were left out",
+                Message(
+                    "the {count} oldest turns no longer fit the context of "
+                    "{context_length} tokens and were left out",
+                    count=len(fitted.dropped),
+                    context_length=self.context_length,
+                ),
                 stacklevel=3,
             )
         request, loaded = object(), self._loaded
@@ -253,7 +258,8 @@ def _turns(messages: Messages) -> list[Turn]:
     roles = [turn.role for turn in spoken]
     if len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise UserError(
-            f"not a conversation to answer: its roles are {[turn.role for turn in turns]}",
+            "not a conversation to answer: its roles are {turns}",
+            turns=[turn.role for turn in turns],
             where="messages",
             fix="Perhaps a system message, then user and assistant in turn, a user's at the end.",
         )
@@ -266,7 +272,8 @@ def _turn(message: Mapping[str, str]) -> Turn:
         if role in ("system", "user", "assistant") and isinstance(text, str):
             return Turn(role, text)  # type: ignore[arg-type]
     raise UserError(
-        f"not a message: {message!r}",
+        "not a message: {message!r}",
+        message=message,
         where="messages",
-        fix='A message is {"role": "system" | "user" | "assistant", "content": TEXT}.',
+        fix='A message is {{"role": "system" | "user" | "assistant", "content": TEXT}}.',
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,8 @@ class SettingsError(UserError):
         mistakes: one sentence each; messages, where they have fields.
     """
 
-    def __init__(self, mistakes: list[str], fix: str = "") -> None:
-        self.mistakes = mistakes
+    def __init__(self, mistakes: Sequence[str], fix: str = "") -> None:
+        self.mistakes = list(mistakes)
         if len(mistakes) == 1:
             super().__init__(mistakes[0], fix=fix)
         else:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.system_errors import install_extra
 
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -279,34 +280,44 @@ def _hub_errors(hub: str, where: str, more: str = "") -> Iterator[None]:
         if name in _GATED:
             raise UserError(
                 "this is a gated repository",
+                login=login,
                 where=where,
-                fix=f"Accept its terms on its page on the hub, then set {login}.",
+                fix="Accept its terms on its page on the hub, then set {login}.",
             ) from e
         if name in _MISSING:
             raise UserError(
-                f"the hub has no such repository, or it needs a login ({why})",
+                "the hub has no such repository, or it needs a login ({why})",
+                why=why,
+                login=login,
+                more=more,
                 where=where,
-                fix=f"Check the name; a private repository needs {login}.{more}",
+                fix="Check the name; a private repository needs {login}.{more}",
             ) from e
         if name in _NO_REVISION:
             raise UserError(
-                f"no such revision ({why})",
+                "no such revision ({why})",
+                why=why,
                 where=where,
                 fix="A revision is a branch, a tag or a commit.",
             ) from e
         if name == "OSError":
             raise UserError(
-                f"the download cannot be written ({why})",
+                "the download cannot be written ({why})",
+                why=why,
                 where=where,
                 fix="Free some space, or choose another folder.",
             ) from e
         raise UserError(
-            f"the hub cannot be reached, and this repository is not in its cache ({why})",
+            "the hub cannot be reached, and this repository is not in its cache ({why})",
+            why=why,
             where=where,
-            fix="Run it again: what was downloaded is kept."
+            fix=Message("Run it again: what was downloaded is kept.")
             if hub == "modelscope"
-            else "Run it again (what was downloaded is kept), set HF_ENDPOINT to a mirror, or give "
-            "a local folder; HF_HUB_OFFLINE=1 uses only what was downloaded before.",
+            else Message(
+                "Run it again (what was downloaded is kept), set HF_ENDPOINT to a "
+                "mirror, or give a local folder; HF_HUB_OFFLINE=1 uses only what "
+                "was downloaded before."
+            ),
         ) from e
 
 

@@ -43,6 +43,18 @@ class Message(str):
     def __reduce__(self) -> tuple[Any, ...]:
         return Message.of, (str(self), self.template, self.fields)
 
+    def cleaned(self, clean: Callable[[str], str]) -> Message:
+        """The message with every text of it passed through a function."""
+        fields = {
+            name: value.cleaned(clean)
+            if isinstance(value, Message)
+            else clean(value)
+            if isinstance(value, str)
+            else value
+            for name, value in self.fields.items()
+        }
+        return Message.of(clean(self), self.template, fields)
+
     @property
     def as_json(self) -> dict[str, Any]:
         """The message as plain data; `from_json` makes it again."""
@@ -90,8 +102,13 @@ def message(template: str, /, **fields: Any) -> Message:
 
 def lines(messages: Iterable[str], bullet: str = "") -> Message:
     """Several messages as one, each on a line of its own."""
-    fields = {f"line{i}": message(m) for i, m in enumerate(messages)}
-    return Message("\n".join(f"{bullet}{{{name}}}" for name in fields), **fields)
+    return joined((Message(f"{bullet}{{line}}", line=message(m)) for m in messages), "\n")
+
+
+def joined(messages: Iterable[str], separator: str = ", ") -> Message:
+    """Several messages in a row."""
+    fields = {f"part{i}": message(m) for i, m in enumerate(messages)}
+    return Message(separator.join(f"{{{name}}}" for name in fields), **fields)
 
 
 def with_messages(data: dict[str, Any]) -> dict[str, Any]:

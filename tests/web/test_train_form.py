@@ -121,7 +121,7 @@ def test_a_plan_is_for_the_longest_example_there_is(
     assert f"本机 CPU：需要 {peak} GiB" in train_html.plan(found, 32, ZH)
     warned = {**found, "notes": ["planned by the known shape llama-7b"], "warnings": ["odd"]}
     assert "known shape llama-7b" in train_html.plan(warned, 32, EN)
-    with pytest.raises(UserError, match="made for 512"):
+    with pytest.raises(UserError, match="context length is 512"):
         plan(chosen, 4096)
 
 

@@ -13,6 +13,7 @@ from vicuna import config
 from vicuna.config import AdapterInspectSettings, AdapterUpgradeSettings
 from vicuna.errors import EXIT_MISTAKE, SettingsError, UserError
 from vicuna.files import whole_folder
+from vicuna.messages import Message
 from vicuna.model.adapter import AdapterFiles, read_adapter, save_files
 from vicuna.paths import shell_word
 from vicuna.terminal import say, say_json
@@ -155,13 +156,14 @@ def upgrade(words: Sequence[str]) -> int:
     if settings.alpha:
         if files.alpha_from and files.lora.alpha != settings.alpha:
             raise UserError(
-                f"the adapter's own alpha is {files.lora.alpha:g}",
+                "the adapter's own alpha is {alpha:g}",
+                alpha=files.lora.alpha,
                 where="alpha",
                 fix="Leave out --alpha.",
             )
         files.lora.alpha = settings.alpha
         notes = [n for n in notes if "assumed" not in n]
-        notes.append(f"alpha {settings.alpha:g} (from --alpha)")
+        notes.append(Message("alpha {alpha:g} (from --alpha)", alpha=settings.alpha))
     size = sum(t.numel() * t.element_size() for t in files.tensors.values())
     check_space(target, size)
     about = {"adapter": _named(settings, free), "rank": files.lora.rank, "alpha": files.lora.alpha}

@@ -23,6 +23,7 @@ from vicuna.files import scratch_folder, whole_folder
 from vicuna.gguf.read import read_tensors
 from vicuna.json_yaml import read_json, write_json
 from vicuna.memory.devices import parse_memory
+from vicuna.messages import Message
 from vicuna.model.base import locate, locate_gguf
 from vicuna.model.vocabulary import load_vocabulary
 from vicuna.verify.logits import FolderLogits, GgufLogits, LogitSource
@@ -121,17 +122,24 @@ def _open(settings: ConvertSettings) -> _Source:
 def _open_meta(folder: Path, settings: ConvertSettings) -> _Source:
     weights = meta.MetaWeights(folder)
     base = meta.config_of(weights.params, weights, settings.max_position_embeddings)
-    notes = []
+    notes: list[str] = []
     if (folder / meta.HF_CONFIG).is_file():
         base = read_json(folder / meta.HF_CONFIG)
     elif not settings.max_position_embeddings:
         notes.append(
-            f"Meta's format does not record the context length: "
-            f"{base['max_position_embeddings']} tokens "
-            "assumed (--max_position_embeddings)"
+            Message(
+                "Meta's format does not record the context length: "
+                "{max_position_embeddings} tokens assumed (--max_position_embeddings)",
+                max_position_embeddings=base["max_position_embeddings"],
+            )
         )
     if weights.buffers:
-        notes.append(f"left out, because it is computed: {', '.join(weights.buffers[:2])}")
+        notes.append(
+            Message(
+                "left out, because it is computed: {buffers}",
+                buffers=", ".join(weights.buffers[:2]),
+            )
+        )
     return _Source(folder, "meta", base, weights, sum(map(size_of, weights.files)), notes=notes)
 
 

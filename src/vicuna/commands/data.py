@@ -166,7 +166,7 @@ def preview(words: Sequence[str]) -> int:
     with _reading() as say:
         found, _ = dataset.load(entries, settings, renderer, say)
     if settings.start >= len(found):
-        raise UserError(f"there are only {len(found)} usable examples", where="start")
+        raise UserError("there are only {count} usable examples", count=len(found), where="start")
     from vicuna.console import Console
 
     console = Console()

@@ -12,6 +12,7 @@ from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import EXIT_MISTAKE, UserError
+from vicuna.messages import Message
 from vicuna.model.base import locate_vocabulary
 from vicuna.model.config_files import read_config
 from vicuna.model.vocabulary import Finding, check_embedding_rows, check_up, load_vocabulary
@@ -47,7 +48,10 @@ def _fidelity(renderer: Renderer) -> list[Finding]:
     """Whether training examples are what the template's makers render."""
     name = renderer.template.name
     lines = differences(renderer)
-    found = [Finding("warning", f"template {name}: {line}") for line in lines]
+    found = [
+        Finding("warning", Message("template {name}: {line}", name=name, line=line))
+        for line in lines
+    ]
     found += [Finding("ok", line) for line in differences(renderer, thoughts=True)]
     if not lines:
         same = "training examples are the template's own rendering, token for token"
@@ -66,7 +70,17 @@ def run(words: Sequence[str]) -> int:
     template, findings = examine(folder, settings.template)
     device = load.pick_device()
     precision, reason = load.fastest(device)
-    findings.append(Finding("ok", f"device {device}, weights best in {precision}: {reason}"))
+    findings.append(
+        Finding(
+            "ok",
+            Message(
+                "device {device}, weights best in {precision}: {reason}",
+                device=device,
+                precision=precision,
+                reason=reason,
+            ),
+        )
+    )
     bad = any(f.level == "error" for f in findings)
     if settings.json_output:
         found = [{"level": f.level, "text": f.text} for f in findings]

@@ -63,7 +63,8 @@ def fetch(hub: Hub, download: Download, files: Sequence[RemoteFile]) -> Path:
         path.unlink(missing_ok=True)
     if bad:
         raise UserError(
-            f"checksum mismatch: {', '.join(bad)}; removed",
+            "checksum mismatch: {bad}; removed",
+            bad=", ".join(bad),
             where=str(folder),
             fix="Run it again: only what is missing is downloaded.",
         )
@@ -83,8 +84,9 @@ def _files(hub: Hub, download: Download, settings: DownloadSettings) -> list[Rem
         has = ", ".join(f.path for f in listed[:8]) or "nothing"
         raise UserError(
             "no file matches --include and --exclude",
+            has=has,
             where=download.repository,
-            fix=f"The repository has: {has}.",
+            fix="The repository has: {has}.",
         )
     left = len(listed) - len(files)
     if left:

@@ -11,6 +11,7 @@ from vicuna.config import ExportSettings
 from vicuna.errors import SettingsError
 from vicuna.export.gguf_types import FULL
 from vicuna.files import whole_files
+from vicuna.messages import Message
 from vicuna.paths import shell_word
 from vicuna.terminal import say
 
@@ -59,19 +60,25 @@ def _check(settings: ExportSettings, mistakes: list[str], given: set[str]) -> No
     if not settings.output:
         mistakes.append("output is missing: the file to write (--output model.gguf)")
     elif Path(settings.output).is_dir():
-        mistakes.append(f"output {settings.output} is a folder; name a file in it")
+        mistakes.append(
+            Message("output {output} is a folder; name a file in it", output=settings.output)
+        )
     if settings.adapter_only:
         if not settings.adapter:
             mistakes.append("adapter_only needs the adapter (--adapter RUN)")
         if settings.type not in FULL:
-            mistakes.append(f"an adapter can be f32, f16 or bf16, not {settings.type}")
+            mistakes.append(
+                Message("an adapter can be f32, f16 or bf16, not {type}", type=settings.type)
+            )
         if settings.imatrix:
             mistakes.append("imatrix has no effect on an adapter, which is not quantized")
     elif settings.imatrix and settings.type in FULL:
-        mistakes.append(f"imatrix has no effect on {settings.type}, which is not quantized")
+        mistakes.append(
+            Message("imatrix has no effect on {type}, which is not quantized", type=settings.type)
+        )
     if not settings.imatrix:
         unused = sorted(given & {"num_samples", "cutoff_len", "seed"})
-        mistakes += [f"{name} has no effect without imatrix" for name in unused]
+        mistakes += [Message("{name} has no effect without imatrix", name=name) for name in unused]
     if mistakes:
         raise SettingsError(mistakes)
 
@@ -137,8 +144,13 @@ def _importance(settings: ExportSettings, source: ModelSource, target: Path) -> 
     importance.write_importance(found, kept)
     tokens = sum(map(len, texts))
     source.notes.append(
-        f"importance from {len(texts)} texts ({tokens:,} tokens) of {settings.imatrix}, kept as "
-        f"{kept.name}"
+        Message(
+            "importance from {count} texts ({tokens:,} tokens) of {imatrix}, kept as {name}",
+            count=len(texts),
+            tokens=tokens,
+            imatrix=settings.imatrix,
+            name=kept.name,
+        )
     )
     return found
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vicuna import config
 from vicuna.data.conversation import Turn
 from vicuna.errors import SettingsError, UserError
+from vicuna.messages import Message
 from vicuna.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def run_file(words: Sequence[str]) -> int:
         settings.model = named[0]
     if settings.model and not settings.model.lower().endswith(".gguf"):
         mistakes.append(
-            f"{settings.model} is no .gguf file; vicuna export gguf makes one, vicuna chat talks "
-            "with any model"
+            Message(
+                "{model} is no .gguf file; vicuna export gguf makes one, vicuna chat "
+                "talks with any model",
+                model=settings.model,
+            )
         )
     return _converse(settings, mistakes)
 

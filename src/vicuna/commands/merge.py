@@ -22,6 +22,7 @@ from vicuna.export.chat_format import write_chat_format
 from vicuna.files import whole_folder
 from vicuna.json_yaml import read_json
 from vicuna.memory.devices import parse_memory
+from vicuna.messages import Message
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.adapter_base import named_base
@@ -74,7 +75,9 @@ def _adapter_weights(settings: MergeSettings) -> list[float]:
         weights = [float(w) for w in settings.weights] or [1.0] * len(settings.adapter)
     except ValueError:
         weights = []
-        wrong.append(f"weights is {','.join(settings.weights)}, but must be numbers")
+        wrong.append(
+            Message("weights is {weights}, but must be numbers", weights=",".join(settings.weights))
+        )
     if weights and len(weights) != len(settings.adapter):
         wrong.append(f"weights has {len(weights)} values for {len(settings.adapter)} adapters")
     if len(settings.adapter) < 2 and settings.method != "linear":
@@ -122,8 +125,9 @@ def _refuse_quantised(base: dict[str, Any], folder: Path) -> None:
         return
     method = str(quantised.get("quant_method", "an unknown method"))
     raise UserError(
-        f"these weights are quantized ({method}): merging would round each to its few bits a "
+        "these weights are quantized ({method}): merging would round each to its few bits a "
         "second time, and most of what the adapter has learned is smaller than that rounding",
+        method=method,
         where=str(folder),
         fix="Merge into the base in 16 bits, then quantize the result (vicuna quantize, vicuna "
         "export gguf). Or do not merge: --model BASE --adapter A is exact.",
@@ -173,8 +177,12 @@ def _check_changed(merge: Merge, report: Report) -> None:
     report.about["changed"] = {"values": merge.changed, "of": merge.touched}
     if share < _FEW:
         report.notes.append(
-            f"only {share:.1%} of the values in the adapted matrices changed; the rest of what the "
-            "adapter adds is smaller than their rounding (--dtype fp32 keeps it)"
+            Message(
+                "only {share:.1%} of the values in the adapted matrices changed; the "
+                "rest of what the adapter adds is smaller than their rounding (--dtype "
+                "fp32 keeps it)",
+                share=share,
+            )
         )
 
 
@@ -185,8 +193,10 @@ def _write_chat_format(inputs: _Inputs, folder: Path) -> None:
         return
     if any(t != saved[0] for t in saved):
         inputs.notes.append(
-            f"the adapters have different templates; the result gets the first one's "
-            f"({saved[0].get('name')})"
+            Message(
+                "the adapters have different templates; the result gets the first one's ({name})",
+                name=saved[0].get("name"),
+            )
         )
     write_chat_format(
         Renderer(template_from_dict(saved[0]), Tokenizer(load_vocabulary(inputs.folder))), folder

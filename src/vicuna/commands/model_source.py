@@ -97,7 +97,8 @@ def check_target(target: Path, force: bool, what: str) -> None:
     """Raises: UserError if the target exists and `force` is not set."""
     if target.exists() and not force:
         raise UserError(
-            f"{what} exists already",
+            "{details} exists already",
+            details=what,
             where=str(target),
             fix="Replace it with --force, or choose another name.",
         )

@@ -63,9 +63,11 @@ def _check_base(settings: PlanSettings) -> list[str]:
     errors = [f.text for f in findings if f.level == "error"]
     if errors:
         raise UserError(
-            f"this base cannot be trained as it is: {'; '.join(errors)}",
+            "this base cannot be trained as it is: {errors}",
+            errors="; ".join(errors),
+            model=shell_word(settings.model),
             where=settings.model,
-            fix=f"vicuna doctor {shell_word(settings.model)} lists all that was checked.",
+            fix="vicuna doctor {model} lists all that was checked.",
         )
     return [f.text for f in findings if f.level == "warning"]
 

@@ -11,6 +11,7 @@ from vicuna import config
 from vicuna.config import QuantizeSettings
 from vicuna.errors import SettingsError, UserError
 from vicuna.files import whole_folder
+from vicuna.messages import Message
 from vicuna.terminal import say
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def run(method: str, argv: Sequence[str]) -> int:
             try:
                 report.answers[_QUESTION] = _answer(source, after())
             except UserError as e:  # it was compared and is good: it is not lost for this
-                report.notes.append(f"the test question failed: {e.what}")
+                report.notes.append(Message("the test question failed: {details}", details=e.what))
         report.write(aside)
     report.finish()
     return 0
@@ -82,8 +83,18 @@ def _check(method: str, settings: QuantizeSettings, given: set[str]) -> None:
         mistakes.append("output_dir is missing: the folder to write (--output_dir D)")
     if settings.bits not in _BITS[method]:
         allowed = ", ".join(map(str, _BITS[method]))
-        mistakes.append(f"{method} supports {allowed} bits, not {settings.bits}")
-    mistakes += [f"{n} has no effect with {method}" for n in sorted(given & _IDLE[method])]
+        mistakes.append(
+            Message(
+                "{method} supports {allowed} bits, not {bits}",
+                method=method,
+                allowed=allowed,
+                bits=settings.bits,
+            )
+        )
+    mistakes += [
+        Message("{name} has no effect with {method}", name=n, method=method)
+        for n in sorted(given & _IDLE[method])
+    ]
     if mistakes:
         raise SettingsError(mistakes)
 
@@ -109,7 +120,8 @@ def _group(settings: QuantizeSettings, given: dict[str, object], source: ModelSo
     missing = [n for n in _WIDTHS if not isinstance(found.get(n), int) or found[n] < 1]
     if missing:
         raise UserError(
-            f"config.json has no {missing[0]}",
+            "config.json has no {missing}",
+            missing=missing[0],
             where=str(source.folder),
             fix="Download the base again.",
         )
@@ -121,10 +133,26 @@ def _group(settings: QuantizeSettings, given: dict[str, object], source: ModelSo
     if size == -1 or (size > 0 and all(w % size == 0 for w in widths)):
         return size
     if "group_size" not in given and fits:
-        source.notes.append(f"group_size {fits[0]}: {size} does not divide the row widths {widths}")
+        source.notes.append(
+            Message(
+                "group_size {fit}: {size} does not divide the row widths {widths}",
+                fit=fits[0],
+                size=size,
+                widths=widths,
+            )
+        )
         return fits[0]
     instead = f"; {', '.join(map(str, fits))} or -1 do" if fits else "; -1 (a whole row) does"
-    raise SettingsError([f"group_size {size} does not divide the row widths {widths}{instead}"])
+    raise SettingsError(
+        [
+            Message(
+                "group_size {size} does not divide the row widths {widths}{instead}",
+                size=size,
+                widths=widths,
+                instead=instead,
+            )
+        ]
+    )
 
 
 def _write(
@@ -146,8 +174,13 @@ def _write(
         settings.seed,
     )  # fmt: skip
     source.notes.append(
-        f"calibrated on {len(texts)} texts ({sum(map(len, texts)):,} tokens) of "
-        f"{settings.calibration}, template {source.renderer.template.name}"
+        Message(
+            "calibrated on {count} texts ({total:,} tokens) of {calibration}, template {name}",
+            count=len(texts),
+            total=sum(map(len, texts)),
+            calibration=settings.calibration,
+            name=source.renderer.template.name,
+        )
     )
     python = python_of(settings.environment)
     if method == "awq":

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from vicuna.messages import Message
+
 # The types of weights that are not quantised, and all precisions, as settings take them.
 FloatName = Literal["auto", "fp32", "bf16", "fp16"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "int8", "nf4"]
@@ -88,4 +90,4 @@ def fastest_precision(
 def share_of_memory(precision: str, smaller: str) -> str:
     """What a base takes in one precision, as a share of another, in words: `a quarter`."""
     ratio = PRECISIONS[precision].bits // PRECISIONS[smaller].bits
-    return {2: "half", 4: "a quarter", 8: "an eighth"}.get(ratio, f"1/{ratio}")
+    return {2: "half", 4: Message("a quarter"), 8: Message("an eighth")}.get(ratio, f"1/{ratio}")

@@ -48,9 +48,11 @@ def combine(parts: Sequence[tuple[AdapterFiles, float]], method: Method) -> Adap
     ranks = sorted({a.shape[0] for layers in by_module.values() for a, *_ in layers})
     if len(ranks) > 1 and not method.name.endswith("svd"):
         raise UserError(
-            f"{method.name} needs adapters of one rank, these have {', '.join(map(str, ranks))}",
+            "{name} needs adapters of one rank, these have {ranks}",
+            name=method.name,
+            ranks=", ".join(map(str, ranks)),
             where="method",
-            fix=f"Use linear (exact), svd, or {method.name}_svd.",
+            fix="Use linear (exact), svd, or {name}_svd.",
         )
     rank = method.rank or ranks[-1] if method.name.endswith("svd") else ranks[-1]
     tensors: dict[str, Tensor] = {}

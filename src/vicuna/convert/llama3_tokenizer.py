@@ -82,8 +82,11 @@ def write_tokenizer(path: Path, folder: Path, config: dict[str, Any]) -> None:
     count = int(config["vocab_size"]) - len(ranks)
     if count < len(_NAMES[later]):
         raise UserError(
-            f"the model has {config['vocab_size']} tokens, its tokenizer {len(ranks)} and "
-            f"{len(_NAMES[later])} special tokens",
+            "the model has {vocab_size} tokens, its tokenizer {count} and {specials} special "
+            "tokens",
+            vocab_size=config["vocab_size"],
+            count=len(ranks),
+            specials=len(_NAMES[later]),
             where=str(path),
             fix="They do not belong together; take the model's own tokenizer.model.",
         )
@@ -122,5 +125,5 @@ def _converter(ranks: dict[bytes, int], control: list[str]) -> Any:
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"the tokenizer is damaged: {why}", where=str(path), fix="Download the file again."
+        "the tokenizer is damaged: {why}", why=why, where=str(path), fix="Download the file again."
     )

@@ -22,6 +22,7 @@ from vicuna.convert.pth import PthWriter
 from vicuna.errors import UserError
 from vicuna.export.gguf_names import rope_settings
 from vicuna.json_yaml import read_json, write_json
+from vicuna.messages import Message
 from vicuna.weights.read import ALL, Weights
 from vicuna.weights.torch_files import load_pickled
 
@@ -184,7 +185,8 @@ def _check_config(config: dict[str, Any], where: str) -> None:
         faults.append("positions scaled otherwise than Llama 3's")
     if faults:
         raise UserError(
-            f"Meta's format does not support {' and '.join(faults)}",
+            "Meta's format does not support {faults}",
+            faults=" and ".join(faults),
             where=where,
             fix="It supports Llama 1, 2 and 3 and models of the same architecture.",
         )
@@ -221,12 +223,15 @@ class MetaWeights:
         self.params = read_json(folder / PARAMS)
         for key in ("dim", "n_layers", "n_heads", "norm_eps"):
             if not isinstance(self.params.get(key), (int, float)) or self.params[key] <= 0:
-                raise UserError(f"{key} is missing or no number", where=str(folder / PARAMS))
+                raise UserError(
+                    "{key} is missing or no number", key=key, where=str(folder / PARAMS)
+                )
         files = sorted(folder.glob("consolidated.*.pth"))
         if not files or [f.name for f in files] != [_FILE.format(i) for i in range(len(files))]:
             raise UserError(
                 "files of the weights are missing: expected consolidated.00.pth and on, found "
-                + (", ".join(f.name for f in files) or "none"),
+                "{files}",
+                files=", ".join(f.name for f in files) or Message("none"),
                 where=str(folder),
                 fix="Download the missing ones again.",
             )
@@ -250,8 +255,12 @@ class MetaWeights:
         ]
         if lacking:
             raise UserError(
-                f"{lacking[0][1]} lacks {lacking[0][0]}"
-                + (f" (and {len(lacking) - 1} more are missing)" if len(lacking) > 1 else ""),
+                "{file} lacks {name}{more}",
+                file=lacking[0][1],
+                name=lacking[0][0],
+                more=Message(" (and {count} more are missing)", count=len(lacking) - 1)
+                if len(lacking) > 1
+                else "",
                 where=str(self._folder),
                 fix="params.json and the weights do not belong together, or a file is damaged.",
             )
@@ -259,7 +268,9 @@ class MetaWeights:
         strange = sorted(k for k in first if k not in known and not _BUFFER.search(k))
         if strange:
             raise UserError(
-                f"{strange[0]} has no place in a Llama model of {self.params['n_layers']} layers",
+                "{name} has no place in a Llama model of {n_layers} layers",
+                name=strange[0],
+                n_layers=self.params["n_layers"],
                 where=str(self.files[0]),
             )
         # Which way an embedding is cut shows in its width.
@@ -274,18 +285,26 @@ class MetaWeights:
             types = {s[place.meta].dtype for s in self._shards}
             if len(shapes) > 1 or len(types) > 1:
                 raise UserError(
-                    f"{place.meta} differs between the files: {sorted(map(str, shapes | types))}",
+                    "{meta} differs between the files: {shapes}",
+                    meta=place.meta,
+                    shapes=sorted(map(str, shapes | types)),
                     where=str(self._folder),
                 )
             if len(next(iter(shapes))) != (1 if place.dim is None else 2):
                 raise UserError(
-                    f"{place.meta} has the shape {next(iter(shapes))}", where=str(self._folder)
+                    "{meta} has the shape {shapes}",
+                    meta=place.meta,
+                    shapes=next(iter(shapes)),
+                    where=str(self._folder),
                 )
         dim = int(self.params["dim"])
         for hf, axis in ((_EMBEDDING, 1), ("model.layers.0.self_attn.q_proj.weight", 0)):
             if (found := self._joined(places[hf])[axis]) != dim:
                 raise UserError(
-                    f"params.json says dim {dim}, {places[hf].meta} says {found}",
+                    "params.json says dim {dim}, {meta} says {value}",
+                    dim=dim,
+                    meta=places[hf].meta,
+                    value=found,
                     where=str(self._folder),
                 )
 
@@ -316,7 +335,9 @@ class MetaWeights:
         parts = [s[place.meta] for s in self._shards]
         if place.dim is None:
             if any(not torch.equal(parts[0], p) for p in parts[1:]):
-                raise UserError(f"{place.meta} differs between the files", where=str(self._folder))
+                raise UserError(
+                    "{meta} differs between the files", meta=place.meta, where=str(self._folder)
+                )
             return parts[0].clone()
         whole = torch.cat(parts, place.dim) if len(parts) > 1 else parts[0].clone()
         if not place.rotated:
@@ -326,7 +347,10 @@ class MetaWeights:
             heads = int(self.params.get("n_kv_heads") or heads)
         if whole.shape[0] % (2 * heads):
             raise UserError(
-                f"{place.meta} has {whole.shape[0]} rows, which {heads} heads cannot share",
+                "{meta} has {size} rows, which {heads} heads cannot share",
+                meta=place.meta,
+                size=whole.shape[0],
+                heads=heads,
                 where=str(self._folder),
             )
         return halve(whole, heads)
@@ -390,7 +414,11 @@ def _share(
     if place.dim is not None:
         if shape[place.dim] % shards:
             raise UserError(
-                f"{source} {tuple(shape)} cannot be cut into {shards} along dimension {place.dim}",
+                "{source} {shape} cannot be cut into {shards} along dimension {dim}",
+                source=source,
+                shape=tuple(shape),
+                shards=shards,
+                dim=place.dim,
                 where=where,
                 fix="Choose fewer --num_shards.",
             )

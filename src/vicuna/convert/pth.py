@@ -76,7 +76,11 @@ class PthWriter:
         self._tensors, self._next = list(tensors), 0
         odd = [(name, dtype) for name, dtype, _ in tensors if dtype not in _STORAGES]
         if odd:
-            raise UserError(f"{odd[0][0]} is of type {odd[0][1]}, which is not written as .pth")
+            raise UserError(
+                "{name} is of type {dtype}, which is not written as .pth",
+                name=odd[0][0],
+                dtype=odd[0][1],
+            )
         self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True)
         self._record("data.pkl", self._pickle())
         self._record("byteorder", b"little")

@@ -61,7 +61,8 @@ def texts_for(
     if not usable:
         dropped = sum(f.dropped for f in report.files)
         raise UserError(
-            f"no text to calibrate on ({dropped} records dropped)",
+            "no text to calibrate on ({dropped} records dropped)",
+            dropped=dropped,
             where=source,
             fix="vicuna data check says what is wrong with which record.",
         )

@@ -25,6 +25,7 @@ from vicuna.data.report import DataReport, FileReport
 from vicuna.data.sampler import Sampler, WeightedIndices, split_validation
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 Overlong = Literal["drop", "split", "cut"]
 Say = Callable[[str], None]
@@ -178,14 +179,39 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
         if record in outranked:
             report.drop_used(line, "", "there is a better answer to the same question")
         elif good[i]:
-            report.warn(line, "", f"cut to cutoff_len: {n} tokens, cutoff_len is {cutoff}")
+            report.warn(
+                line,
+                "",
+                Message(
+                    "cut to cutoff_len: {count} tokens, cutoff_len is {cutoff}",
+                    count=n,
+                    cutoff=cutoff,
+                ),
+            )
         elif record in used:
-            report.warn(line, "", f"a turn is too long: {n} tokens, cutoff_len is {cutoff}")
+            report.warn(
+                line,
+                "",
+                Message(
+                    "a turn is too long: {count} tokens, cutoff_len is {cutoff}",
+                    count=n,
+                    cutoff=cutoff,
+                ),
+            )
         elif index["targets"][i] == 0:
             report.drop_used(line, "", "nothing to learn")
         else:
             answer = "; no token of the answer would be left after cutting" if lost[i] else ""
-            report.drop_used(line, "", f"too long: {n} tokens, cutoff_len is {cutoff}{answer}")
+            report.drop_used(
+                line,
+                "",
+                Message(
+                    "too long: {count} tokens, cutoff_len is {cutoff}{answer}",
+                    count=n,
+                    cutoff=cutoff,
+                    answer=answer,
+                ),
+            )
     return np.flatnonzero(good)
 
 
@@ -196,7 +222,9 @@ def _refuse_dropped(path: Path, report: FileReport) -> None:
         first = min(dropped, key=lambda p: p.line)
         field = f" (field {first.field})" if first.field else ""
         raise UserError(
-            first.reason + field,
+            "{reason}{field}",
+            reason=first.reason,
+            field=field,
             where=f"{path}:{first.line}",
             fix="Mend the record, or leave out --strict to go on without it.",
         )
@@ -207,7 +235,11 @@ def _warn_duplicates(store: Store, report: FileReport) -> None:
     exact, near = duplicates.find_duplicates(store.exact, store.near)
     for found, reason in ((exact, "exact duplicate"), (near, "near duplicate")):
         for i in np.flatnonzero(found >= 0):
-            report.warn(int(store.lines[i]), "", f"{reason}: of line {store.lines[found[i]]}")
+            report.warn(
+                int(store.lines[i]),
+                "",
+                Message("{reason}: of line {line}", reason=reason, line=store.lines[found[i]]),
+            )
 
 
 def cutoff_words(lengths: Lengths, cutoff: int) -> str:
@@ -226,7 +258,9 @@ def cutoff_words(lengths: Lengths, cutoff: int) -> str:
     return text
 
 
-_DROPPED = "The table above says why each record was dropped; vicuna data check lists them."
+_DROPPED = Message(
+    "The table above says why each record was dropped; vicuna data check lists them."
+)
 
 
 @dataclass
@@ -277,7 +311,9 @@ def split(
         validation = [dataset[int(i)] for i in chosen]
         if not len(training):
             raise UserError(
-                f"val_size {val_size:g} leaves nothing of {len(dataset)} examples to train on",
+                "val_size {val_size:g} leaves nothing of {count} examples to train on",
+                val_size=val_size,
+                count=len(dataset),
                 where="val_size",
                 fix="Hold out fewer.",
             )

@@ -37,6 +37,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Piece, Tokenizer, TokenizerData
 from vicuna.files import cache_dir, file_hash, whole_folder
 from vicuna.interrupts import children_spared
+from vicuna.messages import Message
 
 # Counts up when anything here changes what a record becomes.
 FORMAT = 12
@@ -316,7 +317,9 @@ class Work:
         """An overlong conversation as several, cut between turns; a text in windows."""
         if conversation.kind == "text":
             parts = windows(example, limit)
-            report.warn(conversation.line, "", f"split into {len(parts)} examples")
+            report.warn(
+                conversation.line, "", Message("split into {count} examples", count=len(parts))
+            )
             return parts
         parts = []
         lost = 0
@@ -327,14 +330,24 @@ class Work:
             else:
                 lost += 1
         if parts:
-            report.warn(conversation.line, "", f"split into {len(parts)} examples")
+            report.warn(
+                conversation.line, "", Message("split into {count} examples", count=len(parts))
+            )
         if lost and parts:
-            report.warn(conversation.line, "", f"turn longer than cutoff_len left out: {lost}")
+            report.warn(
+                conversation.line,
+                "",
+                Message("turn longer than cutoff_len left out: {lost}", lost=lost),
+            )
         if not parts:
             report.drop_used(
                 conversation.line,
                 "",
-                f"too long: {len(example.ids)} tokens in one turn, cutoff_len is {limit}",
+                Message(
+                    "too long: {count} tokens in one turn, cutoff_len is {limit}",
+                    count=len(example.ids),
+                    limit=limit,
+                ),
             )
         return parts
 

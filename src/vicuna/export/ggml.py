@@ -90,9 +90,15 @@ def _convert(rows: Tensor, out: Tensor, kind: str, name: str) -> None:
 def _refuse(values: Tensor, kind: str, name: str) -> None:
     """Say why values did not become finite ones."""
     if values.isfinite().all():
-        raise UserError(f"{name} has values beyond the range of {kind}", fix="Choose bf16 or f32.")
+        raise UserError(
+            "{name} has values beyond the range of {type}",
+            name=name,
+            type=kind,
+            fix="Choose bf16 or f32.",
+        )
     raise UserError(
-        f"{name} has values that are not finite numbers",
+        "{name} has values that are not finite numbers",
+        name=name,
         fix="The weights are damaged, or the training diverged; use an earlier checkpoint.",
     )
 
@@ -115,7 +121,7 @@ def _quantizer(kind: str, importance: np.ndarray | None) -> Any:
     if not _has_llamacpp():
         if kind not in SIMPLE or importance is not None:
             what = f"type {kind}" if kind not in SIMPLE else "an importance matrix"
-            raise UserError(f"{what} needs llama.cpp", fix=INSTALL)
+            raise UserError("{details} needs llama.cpp", details=what, fix=INSTALL)
         return lambda values, out: np.copyto(out, _with_gguf(values, kind))
     function, number = _ggml(), int(_ggml_type(kind))
     weights = None if importance is None else np.ascontiguousarray(importance, np.float32)

@@ -47,10 +47,12 @@ class Shape:
         kind = str(config.get("model_type"))
         if kind not in ARCHITECTURES:
             raise UserError(
-                f"models of type {kind} cannot be written as GGUF yet",
+                "models of type {type} cannot be written as GGUF yet",
+                type=kind,
+                architectures=", ".join(ARCHITECTURES),
                 where=where,
-                fix=f"Supported: {', '.join(ARCHITECTURES)} (Llama 1 to 3, Yi, SmolLM2 and others "
-                "of the same build are of type llama).",
+                fix="Supported: {architectures} (Llama 1 to 3, Yi, SmolLM2 and others of the same "
+                "build are of type llama).",
             )
         heads = int(config["num_attention_heads"])
         return cls(
@@ -83,8 +85,10 @@ class Names:
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UserError(
-                f"no place in GGUF for the tensor {name}",
-                fix=f"Only plain models of the architecture {self.shape.arch} can be written.",
+                "no place in GGUF for the tensor {name}",
+                name=name,
+                arch=self.shape.arch,
+                fix="Only plain models of the architecture {arch} can be written.",
             )
         return str(found)
 
@@ -118,7 +122,12 @@ class Names:
         )
         if rows != heads * size:
             raise UserError(
-                f"{name} has {rows} rows; {heads} heads of {size} need {heads * size}",
+                "{name} has {rows} rows; {heads} heads of {size} need {width}",
+                name=name,
+                rows=rows,
+                heads=heads,
+                size=size,
+                width=heads * size,
                 fix="Weights and config.json do not belong together, or the adapter is another "
                 "base's.",
             )
@@ -205,7 +214,8 @@ def _add_scaling(writer: Any, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
     else:
         raise UserError(
-            f"positions scaled by {kind!r} cannot be written as GGUF",
+            "positions scaled by {type!r} cannot be written as GGUF",
+            type=kind,
             where="config.json",
             fix="Supported: default, linear, yarn, llama3.",
         )

@@ -51,7 +51,13 @@ def check_kind(kind: str) -> None:
     if kind not in FILE_TYPES:
         close = difflib.get_close_matches(kind.lower(), FILE_TYPES, n=1)
         near = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(f"no GGUF type {kind!r}{near}", fix=f"Known: {', '.join(FILE_TYPES)}.")
+        raise UserError(
+            "no GGUF type {type!r}{near}",
+            type=kind,
+            near=near,
+            file_types=", ".join(FILE_TYPES),
+            fix="Known: {file_types}.",
+        )
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str, model: Model) -> str:

@@ -126,7 +126,8 @@ def read_tokens(vocabulary: TokenizerData, folder: Path, rows: int) -> Tokens:
     model = spec["model"]
     if model["type"] != "BPE":
         raise UserError(
-            f"tokenizers of type {model['type']} cannot be written as GGUF",
+            "tokenizers of type {type} cannot be written as GGUF",
+            type=model["type"],
             where=str(folder),
             fix="Byte-level BPE (Llama 3, Qwen) and SentencePiece BPE (Llama 2, Mistral) can.",
         )
@@ -135,7 +136,9 @@ def read_tokens(vocabulary: TokenizerData, folder: Path, rows: int) -> Tokens:
     texts |= {i: t["content"] for i, t in added.items()}
     if max(texts) >= rows:
         raise UserError(
-            f"the tokenizer has token {max(texts)}, the embedding only {rows} rows",
+            "the tokenizer has token {texts}, the embedding only {rows} rows",
+            texts=max(texts),
+            rows=rows,
             where=str(folder),
             fix="Tokenizer and weights do not belong together.",
         )
@@ -195,9 +198,11 @@ def _byte_level(spec: dict[str, Any], folder: Path) -> Tokens:
         known = ", ".join(f.name for f in gguf_tokenizer.FAMILIES)
         rule = json.dumps(spec.get("pre_tokenizer"), ensure_ascii=False)
         raise UserError(
-            f"a tokenizer of no known family; it cuts text by {rule[:400]}",
+            "a tokenizer of no known family; it cuts text by {rule}",
+            rule=rule[:400],
+            known=known,
             where=str(folder),
-            fix=f"Known: {known}, and SentencePiece. llama.cpp would encode text differently.",
+            fix="Known: {known}, and SentencePiece. llama.cpp would encode text differently.",
         )
     merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"]["merges"]]
     return Tokens("gpt2", [], [], [], merges, family.name)

@@ -98,7 +98,7 @@ def write_base(
 
     check_kind(kind)
     if kind not in PLAIN and not ggml.available(kind):
-        raise UserError(f"type {kind} needs llama.cpp", fix=INSTALL)
+        raise UserError("type {type} needs llama.cpp", type=kind, fix=INSTALL)
     config = read_config(folder)
     shape = Shape.of(config, str(folder))
     plan = _plan_base(folder, Names(shape), kind, adapter, importance)
@@ -164,7 +164,10 @@ def _columns(
     found = importance.get(name)
     if found is not None and found.shape != shape[-1:]:
         raise UserError(
-            f"the importance of {name} has {found.size} columns, the matrix {shape[-1]}",
+            "the importance of {name} has {size} columns, the matrix {shape}",
+            name=name,
+            size=found.size,
+            shape=shape[-1],
             where="imatrix",
             fix="The matrix was computed with another model.",
         )
@@ -196,7 +199,9 @@ def write_adapter(
     Raises: UserError where the base's architecture is not supported, or the disk is full.
     """
     if kind not in FULL:
-        raise UserError(f"an adapter cannot be written as {kind}", fix="Use f32, f16 or bf16.")
+        raise UserError(
+            "an adapter cannot be written as {type}", type=kind, fix="Use f32, f16 or bf16."
+        )
     shape = Shape.of(config, f"base of {adapter.path}")
     adapter = even(adapter)  # a GGUF LoRA has one alpha
     rank, alpha = adapter.lora.rank, adapter.lora.alpha

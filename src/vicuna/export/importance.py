@@ -152,14 +152,17 @@ def read_importance(path: Path) -> Importance:
         found = _read_gguf(path) if new else _read_dat(path)
     except (struct.error, ValueError, KeyError, OSError) as e:
         raise UserError(
-            f"the importance matrix cannot be read: {e}",
+            "the importance matrix cannot be read: {error}",
+            error=e,
             where=str(path),
             fix="Compute it again, or give data instead.",
         ) from e
     bad = [n for n, m in found.means.items() if not np.isfinite(m).all() or (m < 0).any()]
     if bad or not found.means:
         what = f"{bad[0]} holds values that cannot be mean squares" if bad else "it is empty"
-        raise UserError(f"the importance matrix is damaged: {what}", where=str(path))
+        raise UserError(
+            "the importance matrix is damaged: {details}", details=what, where=str(path)
+        )
     return found
 
 

@@ -176,7 +176,8 @@ def _belongs(line: bytes, question: Question) -> bool:
 
 def _other(input: Path, output: Path, line: int) -> UserError:
     return UserError(
-        f"this file holds something else than answers to {input}, and is left as it is",
+        "this file holds something else than answers to {path}, and is left as it is",
+        path=input,
         where=f"{output}:{line}",
         fix="Give another --output, or delete the file to answer everything anew.",
     )

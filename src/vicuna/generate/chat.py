@@ -128,7 +128,9 @@ def check_length(turns: Sequence[Turn], context: int) -> None:
     length = sum(len(turn.text) + len(turn.input) for turn in turns)
     if length > DENSE * context:
         raise UserError(
-            f"this is too long: {length} characters, and the model's context has {context} tokens",
+            "this is too long: {length} characters, and the model's context has {context} tokens",
+            length=length,
+            context=context,
             where="prompt",
             fix="Shorten it, or use a model with a longer context.",
         )

@@ -51,17 +51,20 @@ def decode(
     """
     if len(prompt_ids) >= engine.context_length:
         raise UserError(
-            f"the prompt has {len(prompt_ids)} tokens, but the model's context only "
-            f"{engine.context_length}, for prompt and answer together",
+            "the prompt has {count} tokens, but the model's context only {context_length}, for "
+            "prompt and answer together",
+            count=len(prompt_ids),
+            context_length=engine.context_length,
             fix="Shorten the question or the system prompt, or in a chat /reset; "
             "or use a model with a longer context.",
         )
     if settings.rows > engine.max_rows:
         raise UserError(
-            f"this engine computes at most {engine.max_rows} beams or answers at a time, "
-            f"not {settings.rows}",
+            "this engine computes at most {max_rows} beams or answers at a time, not {rows}",
+            max_rows=engine.max_rows,
+            rows=settings.rows,
             where="num_beams, num_return_sequences",
-            fix=f"Ask for at most {engine.max_rows}, or use another --engine.",
+            fix="Ask for at most {max_rows}, or use another --engine.",
         )
     return _Search(engine, prompt_ids, settings, renderer).events(cancel)
 

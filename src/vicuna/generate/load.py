@@ -144,7 +144,9 @@ class ChatModel:
         self._known(mix)
         for weight in mix.values():
             if not math.isfinite(weight):
-                raise UserError(f"a strength is a number, not {weight}", where="adapter")
+                raise UserError(
+                    "a strength is a number, not {weight}", weight=weight, where="adapter"
+                )
         if mix == self.mix:
             return
         before, self.mix = self.mix, mix
@@ -178,7 +180,9 @@ class ChatModel:
                     "vicuna.load(adapter=...).",
                 )
             known = ", ".join(self.adapters) or "none"
-            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+            raise UserError(
+                "no adapter {name!r} is loaded", name=name, known=known, fix="Loaded: {known}."
+            )
 
     def _apply(self) -> None:
         """Let the engine and the template follow the mix."""
@@ -238,7 +242,9 @@ def template_of(
     own = template_from_dict(saved)
     if asked and find_template(asked, vocabulary).digest != own.digest:
         raise UserError(
-            f"the adapter was trained with template {own.name}, not {asked}",
+            "the adapter was trained with template {name}, not {asked}",
+            name=own.name,
+            asked=asked,
             where="template",
             fix="Leave out --template: the adapter brings its own.",
         )

@@ -19,6 +19,7 @@ from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings
 from vicuna.generate.stream import token_bytes
+from vicuna.messages import Message
 
 
 class Processor(Protocol):
@@ -99,7 +100,12 @@ def tokens_of(tokens: Sequence[int | str], tokenizer: Tokenizer, setting: str) -
     """
     found = [token_of(t, tokenizer) for t in tokens]
     wrong = [
-        f"{setting}: {t!r} is not one token of this vocabulary of {tokenizer.vocab_size}"
+        Message(
+            "{setting}: {value!r} is not one token of this vocabulary of {vocab_size}",
+            setting=setting,
+            value=t,
+            vocab_size=tokenizer.vocab_size,
+        )
         for t, i in zip(tokens, found)
         if i is None
     ]

@@ -12,6 +12,7 @@ from vicuna.data.conversation import Problem, Raw, Turn
 from vicuna.data.records.formats import parse
 from vicuna.data.records.read_file import read
 from vicuna.data.records.reasons import OPEN_QUESTION
+from vicuna.messages import Message
 
 # Put where an answer is missing, so that the record parses as training data; never seen by a model.
 _STAND_IN = "the answer"
@@ -62,7 +63,9 @@ def question(raw: Raw) -> Question:
             given = json.loads(given)
         except (ValueError, RecursionError) as e:
             if given.startswith(("{", "[")):
-                return Question(raw.line, {"record": given}, [], f"not valid JSON: {e}")
+                return Question(
+                    raw.line, {"record": given}, [], Message("not valid JSON: {error}", error=e)
+                )
     if isinstance(given, list):
         given = {"messages": given}
     if not isinstance(given, dict):

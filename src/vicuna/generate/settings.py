@@ -9,6 +9,7 @@ from pydantic import ConfigDict, field_validator, model_validator
 
 from vicuna.config.decoding import STRATEGIES, Decoding, fields_that_act
 from vicuna.errors import SettingsError
+from vicuna.messages import Message
 
 # What only acts in some strategies: another value than the neutral one is refused in the others,
 # except for a seed, which is often given once for all requests.
@@ -40,11 +41,14 @@ class Settings(Decoding):
         return self
 
     def _contradictions(self) -> list[str]:
-        mistakes = []
+        mistakes: list[str] = []
         if self.min_new_tokens > self.max_new_tokens:
             mistakes.append(
-                f"min_new_tokens {self.min_new_tokens} is above max_new_tokens "
-                f"{self.max_new_tokens}"
+                Message(
+                    "min_new_tokens {min_new_tokens} is above max_new_tokens {max_new_tokens}",
+                    min_new_tokens=self.min_new_tokens,
+                    max_new_tokens=self.max_new_tokens,
+                )
             )
         if "" in self.stop:
             mistakes.append("stop has an empty text, which would end every answer at once")
@@ -54,32 +58,48 @@ class Settings(Decoding):
             mistakes.append("logit_bias must be numbers, or -inf to forbid a token")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             mistakes.append(
-                f"num_return_sequences {self.num_return_sequences} is above num_beams "
-                f"{self.num_beams}: a search ends with as many answers as it has beams"
+                Message(
+                    "num_return_sequences {num_return_sequences} is above num_beams "
+                    "{num_beams}: a search ends with as many answers as it has beams",
+                    num_return_sequences=self.num_return_sequences,
+                    num_beams=self.num_beams,
+                )
             )
         return mistakes
 
     def _without_effect(self) -> list[str]:
         """What was given, is not neutral, and cannot act."""
-        mistakes = []
+        mistakes: list[str] = []
         if not self.samples:
             reason = "temperature 0 takes the likeliest" if self.do_sample else "add do_sample"
             acts = {"temperature"} if self.temperature == 0 else set()
             mistakes += [
-                f"{name} {getattr(self, name)} has no effect without sampling: {reason}"
+                Message(
+                    "{name} {value} has no effect without sampling: {reason}",
+                    name=name,
+                    value=getattr(self, name),
+                    reason=reason,
+                )
                 for name, neutral in OF_SAMPLING.items()
                 if name not in acts and getattr(self, name) != neutral
             ]
         if self.num_beams == 1:
             mistakes += [
-                f"{name} {getattr(self, name)} has no effect without beams: add num_beams"
+                Message(
+                    "{name} {value} has no effect without beams: add num_beams",
+                    name=name,
+                    value=getattr(self, name),
+                )
                 for name, neutral in OF_BEAMS.items()
                 if getattr(self, name) != neutral
             ]
             if self.num_return_sequences > 1 and not self.samples:
                 mistakes.append(
-                    f"num_return_sequences {self.num_return_sequences} would give the same answer "
-                    "every time: add do_sample or num_beams"
+                    Message(
+                        "num_return_sequences {num_return_sequences} would give the same "
+                        "answer every time: add do_sample or num_beams",
+                        num_return_sequences=self.num_return_sequences,
+                    )
                 )
         return mistakes
 
@@ -107,7 +127,7 @@ def biases_of(given: Sequence[str]) -> dict[int | str, float]:
     Raises: SettingsError naming every word that is something else.
     """
     biases: dict[int | str, float] = {}
-    mistakes = []
+    mistakes: list[str] = []
     for word in given:
         token, equals, number = word.rpartition("=")
         try:
@@ -115,7 +135,9 @@ def biases_of(given: Sequence[str]) -> dict[int | str, float]:
         except ValueError:
             token = ""
         if not equals or not token:
-            mistakes.append(f"logit_bias {word!r}: expected TOKEN=BIAS, such as 42=-5")
+            mistakes.append(
+                Message("logit_bias {word!r}: expected TOKEN=BIAS, such as 42=-5", word=word)
+            )
             continue
         biases[token] = bias
     if mistakes:

@@ -68,7 +68,10 @@ def _opened(gguf: Path) -> Iterator[_Reader]:
                 yield _Reader(data)
             except (struct.error, ValueError, RecursionError, TypeError) as e:
                 raise UserError(
-                    f"the metadata is damaged: {e}", where=str(gguf), fix="Download the file again."
+                    "the metadata is damaged: {error}",
+                    error=e,
+                    where=str(gguf),
+                    fix="Download the file again.",
                 ) from e
 
 

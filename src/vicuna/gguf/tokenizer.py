@@ -37,7 +37,8 @@ def write_tokenizer(gguf: Path, fields: dict[str, Any], folder: Path) -> None:
         spec = _sentencepiece(fields)
     else:
         raise UserError(
-            f"a tokenizer of kind {kind!r}, which cannot be read from GGUF yet",
+            "a tokenizer of kind {type!r}, which cannot be read from GGUF yet",
+            type=kind,
             where=str(gguf),
             fix="Use the original model in Hugging Face's layout instead.",
         )
@@ -117,9 +118,11 @@ def _byte_level(gguf: Path, fields: dict[str, Any]) -> dict[str, Any]:
     if family is None:
         known = ", ".join(f.name for f in FAMILIES)
         raise UserError(
-            f"its tokenizer is of the family {name!r}, which is not known here",
+            "its tokenizer is of the family {name!r}, which is not known here",
+            name=name,
+            known=known,
             where=str(gguf),
-            fix=f"Known: {known}, and SentencePiece. Use the original model in Hugging Face's "
+            fix="Known: {known}, and SentencePiece. Use the original model in Hugging Face's "
             "layout instead.",
         )
     merges = [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, scratch_folder, whole_folder
+from vicuna.messages import Message
 from vicuna.terminal import say, visible
 
 # llama.cpp b11549: what the pinned wheel was made of and the structures in `library.py` describe.
@@ -59,7 +60,8 @@ def build(version: str) -> Path:
     missing = [tool for tool in ("cmake", "c++") if shutil.which(tool) is None]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} is needed to build llama.cpp",
+            "{missing} is needed to build llama.cpp",
+            missing=" and ".join(missing),
             where="engine llama.cpp",
             fix="Debian, Ubuntu: apt install cmake g++. The wheel works without it, slower.",
         )
@@ -94,9 +96,14 @@ def _run(name: str, command: list[str]) -> None:
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(
-            f"{name} failed: {said[-1] if said else f'exit code {done.returncode}'}",
+            "{name} failed: {detail}",
+            name=name,
+            detail=said[-1]
+            if said
+            else Message("exit code {returncode}", returncode=done.returncode),
+            command=" ".join(command),
             where="engine llama.cpp",
-            fix=f"Try it by hand: {' '.join(command)}",
+            fix="Try it by hand: {command}",
         )
 
 

@@ -38,7 +38,8 @@ class Model:
         self.pointer = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise UserError(
-                f"llama.cpp cannot load this file: {complaint()}",
+                "llama.cpp cannot load this file: {complaint}",
+                complaint=complaint(),
                 where=str(path),
                 fix="It may be damaged, or of an architecture that this version does not know.",
             )
@@ -68,7 +69,8 @@ class Model:
         adapter = self._lib.llama_adapter_lora_init(self.pointer, str(path).encode())
         if not adapter:
             raise UserError(
-                f"llama.cpp cannot load this adapter: {complaint()}",
+                "llama.cpp cannot load this adapter: {complaint}",
+                complaint=complaint(),
                 where=str(path),
                 fix="Use the base it was trained on.",
             )

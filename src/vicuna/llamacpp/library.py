@@ -196,7 +196,8 @@ def _open(path: Path) -> c.CDLL:
         missing = [name for name in _FUNCTIONS if not hasattr(lib, name)]
     except OSError as e:
         raise UserError(
-            f"llama.cpp cannot be loaded: {e}",
+            "llama.cpp cannot be loaded: {error}",
+            error=e,
             where=str(path),
             fix="On a bare Linux it needs OpenMP's run-time library (package libgomp1).",
         ) from e
@@ -234,9 +235,12 @@ def _check_layout(lib: Any) -> None:
 def other_version(why: str) -> UserError:
     """The error of a wheel that is not the one this was written for."""
     return UserError(
-        f"this version of xllamacpp is not the one that was tested ({why})",
+        "this version of xllamacpp is not the one that was tested ({why})",
+        why=why,
+        version=VERSION,
+        own_build=OWN_BUILD,
         where="engine llama.cpp",
-        fix=f"pip install 'xllamacpp=={VERSION}' (or unset {OWN_BUILD}).",
+        fix="pip install 'xllamacpp=={version}' (or unset {own_build}).",
     )
 
 

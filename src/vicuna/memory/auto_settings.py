@@ -22,6 +22,7 @@ from vicuna.errors import UserError
 from vicuna.memory.devices import GIB, Device, at_hand
 from vicuna.memory.footprint import Footprint, Planner
 from vicuna.memory.traced_step import StepSpec
+from vicuna.messages import Message
 from vicuna.model import llama, load
 from vicuna.model.config_files import load_config
 from vicuna.model.load import Chosen
@@ -179,14 +180,21 @@ def most_tokens(planner: Planner, spec: StepSpec, tokens: tuple[int, ...]) -> in
 
 def _choice(planner: Planner, wanted: StepSpec, spec: StepSpec, fits: bool) -> Choice:
     footprint, device = planner.footprint(spec), planner.device
-    reason = (
-        f"{spec.tokens:,} tokens at a time, {LEVELS[spec.checkpointing].in_words}, "
-        f"base in {spec.precision}: {footprint.peak / GIB:.1f} of {device.memory / GIB:.1f} GiB"
+    reason = Message(
+        "{tokens:,} tokens at a time, {checkpointing}, base in {precision}: {peak:.1f} of "
+        "{memory:.1f} GiB",
+        tokens=spec.tokens,
+        checkpointing=LEVELS[spec.checkpointing].in_words,
+        precision=spec.precision,
+        peak=footprint.peak / GIB,
+        memory=device.memory / GIB,
     )
     if planner.alone:
-        reason += f"; one example at a time ({planner.alone})"
+        reason = Message(
+            "{plan}; one example at a time ({reason})", plan=reason, reason=planner.alone
+        )
     if not fits:
-        reason += ", which does not fit"
+        reason = Message("{plan}, which does not fit", plan=reason)
     elif spec != wanted:
         more = planner.footprint(wanted).peak / GIB
         changes = [
@@ -198,7 +206,12 @@ def _choice(planner: Planner, wanted: StepSpec, spec: StepSpec, fits: bool) -> C
             )
             if before != after
         ]
-        reason += f" ({', '.join(changes)} would need {more:.1f} GiB)"
+        reason = Message(
+            "{plan} ({changes} would need {memory:.1f} GiB)",
+            plan=reason,
+            changes=", ".join(changes),
+            memory=more,
+        )
     return Choice(spec.tokens, spec.checkpointing, spec.precision, reason, footprint, fits)
 
 
@@ -246,8 +259,12 @@ def plan_hardware(
     bound = _upper_bound(config, max(plain.tokens, longest)) if device.type == "cpu" else None
     if bound is not None and bound + here.runtime < here.memory / 2:
         say(
-            f"memory: {plain.tokens:,} tokens at a time, which needs less than half of the "
-            f"{here.memory / GIB:.1f} GiB available (vicuna plan says how much)"
+            Message(
+                "memory: {tokens:,} tokens at a time, which needs less than half of the "
+                "{memory:.1f} GiB available (vicuna plan says how much)",
+                tokens=plain.tokens,
+                memory=here.memory / GIB,
+            )
         )
         return plain
     try:
@@ -255,7 +272,13 @@ def plan_hardware(
     except UserError:
         raise
     except Exception as e:  # any library may have made the model: train without a plan
-        warn(f"memory could not be planned ({type(e).__name__}: {e})")
+        warn(
+            Message(
+                "memory could not be planned ({error_type}: {error})",
+                error_type=type(e).__name__,
+                error=e,
+            )
+        )
         return plain
     (say if choice.fits else warn)(f"memory: {choice.reason}")
     return _as_chosen(plain, choice)

@@ -62,9 +62,11 @@ def by_name(name: str) -> Device:
         close = difflib.get_close_matches(_key(name), names, n=3, cutoff=0.5)
         near = ", ".join(dict.fromkeys(names[c] for c in close)) or ", ".join(table["devices"])
         raise UserError(
-            f"no such device in the table: {name}",
+            "no such device in the table: {name}",
+            name=name,
+            near=near,
             where="device",
-            fix=f"Nearest: {near}. For any other card give its memory: --memory 11GiB.",
+            fix="Nearest: {near}. For any other card give its memory: --memory 11GiB.",
         )
     return _of_table(table["aliases"].get(found, found), table)
 
@@ -86,7 +88,8 @@ def parse_memory(text: str) -> int:
     unit = f"{unit}ib" if unit in tuple("kmgt") else unit
     if found is None or unit not in _UNITS or not float(found[1]):
         raise UserError(
-            f"{text!r} is not an amount of memory",
+            "{content!r} is not an amount of memory",
+            content=text,
             where="memory",
             fix="Write it as 11GiB, 24GB or 11264MiB.",
         )

@@ -81,7 +81,7 @@ def config_and_notes(model: str) -> tuple[Any, list[str]]:
         # A hub id's owner is no part of a shape's name.
         close = difflib.get_close_matches(model.lower().rpartition("/")[2], known(), n=3)
         hint = f" Known shapes near it: {', '.join(close)}." if close else ""
-        raise UserError(e.what, where=e.where, fix=e.fix + hint) from e
+        raise UserError(e.what, advice=e.fix, hint=hint, where=e.where, fix="{advice}{hint}") from e
     return load_config(folder).get_text_config(), []
 
 

@@ -23,12 +23,13 @@ from vicuna.memory.auto_settings import (
 from vicuna.memory.devices import Device
 from vicuna.memory.footprint import Footprint, Planner
 from vicuna.memory.traced_step import StepSpec
+from vicuna.messages import Message
 
 COSTS = {
-    "tokens": "nothing: the result is the same",
-    "precision": "changes the model a little: its frozen weights are rounded",
-    "cutoff": "longer examples are left out, split or cut (overlong)",
-    "target": "fewer layers learn",
+    "tokens": Message("nothing: the result is the same"),
+    "precision": Message("changes the model a little: its frozen weights are rounded"),
+    "cutoff": Message("longer examples are left out, split or cut (overlong)"),
+    "target": Message("fewer layers learn"),
 }
 
 
@@ -65,10 +66,11 @@ def make(settings: TrainSettings, config: Any, device: Device, named: Collection
     context = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
     if settings.cutoff_len > context:
         raise UserError(
-            f"examples have up to {settings.cutoff_len} tokens, but the base's context length is "
-            f"{context}",
+            "examples have up to {cutoff_len} tokens, but the base's context length is {context}",
+            cutoff_len=settings.cutoff_len,
+            context=context,
             where="cutoff_len",
-            fix=f"Use --cutoff_len {context}.",
+            fix="Use --cutoff_len {context}.",
         )
     planner = Planner(config, device)
     choice = choose(settings, config, device, settings.cutoff_len, named, planner)

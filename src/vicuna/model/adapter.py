@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, whole_folder
+from vicuna.messages import Message, joined
 from vicuna.model import adapter_fit, lora_targets
 from vicuna.model.adapter_files import (
     LEAD,
@@ -101,17 +102,23 @@ def check_base(adapter: AdapterFiles, base: dict[str, Any], allow_other: bool) -
     name = belongs.get("name", "another base")
     where = f"adapter {adapter.path}"
     if differs != ["weights"]:
-        details = ", ".join(f"{k} {belongs[k]} there, {base[k]} here" for k in differs[:3])
+        details = joined(
+            Message("{key} {there} there, {base} here", key=k, there=belongs[k], base=base[k])
+            for k in differs[:3]
+        )
         raise UserError(
-            f"this adapter belongs to a base of another shape ({name}: {details})",
+            "this adapter belongs to a base of another shape ({name}: {details})",
+            name=name,
+            details=details,
             where=where,
-            fix=f"Use --model {name}.",
+            fix="Use --model {name}.",
         )
     if not allow_other:
         raise UserError(
-            f"this adapter was trained on other weights ({name})",
+            "this adapter was trained on other weights ({name})",
+            name=name,
             where=where,
-            fix=f"Use --model {name}, or --allow_other_base true if the base really is the same.",
+            fix="Use --model {name}, or --allow_other_base true if the base really is the same.",
         )
     return f"adapter {adapter.path} was trained on other weights ({name}); used as allowed"
 
@@ -147,9 +154,11 @@ def attach(
     except ValueError as e:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise UserError(
-            "no layer of this model has one of these names: " + ", ".join(lora.target),
+            "no layer of this model has one of these names: {target}",
+            target=", ".join(lora.target),
+            names=", ".join(names),
             where="lora_target",
-            fix=f"Use all, or some of: {', '.join(names)}.",
+            fix="Use all, or some of: {names}.",
         ) from e
     return _named(peft, base_name, name)
 
@@ -335,12 +344,13 @@ def _fill(peft: Any, adapter: AdapterFiles, name: str) -> None:
         raise _unfilled(adapter, str(e).strip().splitlines()[-1].strip()) from e
     odd += sorted(set(adapter_tensors(peft, name)) ^ set(adapter.tensors))
     if odd:
-        raise _unfilled(adapter, f"{odd[0]} has no counterpart in it")
+        raise _unfilled(adapter, Message("{name} has no counterpart in it", name=odd[0]))
 
 
 def _unfilled(adapter: AdapterFiles, why: str) -> UserError:
     return UserError(
-        f"the adapter does not fit this base: {why}",
+        "the adapter does not fit this base: {why}",
+        why=why,
         where=f"adapter {adapter.path}",
         fix="Use the base it was trained on (adapter_config.json names it).",
     )

@@ -56,5 +56,9 @@ def _not_here(files: AdapterFiles, name: str, why: str) -> UserError:
     if _OF_4_BITS.search(name):
         fix += " Its name is that of a quantised copy: the same model in 16 bits serves as well."
     return UserError(
-        f"the adapter names {shown} as its base, {why}", where=f"adapter {files.path}", fix=fix
+        "the adapter names {value} as its base, {why}",
+        value=shown,
+        why=why,
+        where=f"adapter {files.path}",
+        fix=fix,
     )

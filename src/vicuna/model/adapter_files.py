@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json
+from vicuna.messages import Message
 from vicuna.model import adapter_location, adapter_mlx, lora_config
 from vicuna.model.adapter_location import META, WEIGHTS, locate_adapter
 from vicuna.model.lora_config import CONFIG
@@ -112,7 +113,9 @@ class AdapterFiles:
         for module, pair in sides.items():
             if len(pair) != 2:
                 raise UserError(
-                    f"{module} has lora_{next(iter(pair))} alone, its other half is missing",
+                    "{module} has lora_{pair} alone, its other half is missing",
+                    module=module,
+                    pair=next(iter(pair)),
                     where=f"adapter {self.path}",
                     fix="The file is damaged; fetch it again.",
                 )
@@ -156,7 +159,9 @@ def read_adapter(adapter: str, checked: bool = True) -> AdapterFiles:
     lora, origin = _shape(tensors, config, origin, folder, notes)
     meta = read_json(folder / META) if (folder / META).is_file() else {}
     if not isinstance(meta.get("base") or {}, dict):
-        raise UserError(f"{META} is broken: its base is no table", where=str(folder / META))
+        raise UserError(
+            "{meta} is broken: its base is no table", meta=META, where=str(folder / META)
+        )
     name = str(config.get("base_model_name_or_path") or "")
     files = AdapterFiles(folder, lora, tensors, meta, notes, name, file, origin, config, copies)
     files.pairs()
@@ -182,7 +187,7 @@ def _read_tensors(folder: Path, notes: list[str]) -> tuple[dict[str, Tensor], di
         else:
             loaded = load_pickled(path)
             keys = list(loaded)
-            notes.append(f"old format {name}")
+            notes.append(Message("old format {name}", name=name))
         tensors = {_plain_key(k): v.contiguous() for k, v in loaded.items() if _WEIGHT.match(k)}
         if not tensors:
             adapter_location.refuse_keys(keys, path)
@@ -214,14 +219,22 @@ def _check_rest(keys: list[str], path: Path, notes: list[str]) -> dict[str, str]
         notes.append("what VeLoRA kept for its gradients is not used")
     if more := [k for k in keys if _MORE.search(k)]:
         raise UserError(
-            f"this adapter is more than a LoRA: it also holds {more[0]}"
-            + (f" and {len(more) - 1} more" if len(more) > 1 else ""),
+            "this adapter is more than a LoRA: it also holds {name}{more}",
+            name=more[0],
+            more=Message(" and {count} more", count=len(more) - 1) if len(more) > 1 else "",
+            merge=lora_config.MERGE,
             where=str(path),
-            fix="Without them its answers would be others. " + lora_config.MERGE,
+            fix="Without them its answers would be others. {merge}",
         )
     if path.name == WEIGHTS[2]:
         if keys:
-            notes.append(f"{path.name} also holds {len(keys)} tensors of the base, not used")
+            notes.append(
+                Message(
+                    "{name} also holds {count} tensors of the base, not used",
+                    name=path.name,
+                    count=len(keys),
+                )
+            )
         return {}
     return {_plain_key(k).removeprefix(LEAD).replace(".base_layer.", "."): k for k in keys}
 
@@ -232,8 +245,10 @@ def _check_copies(copies: Mapping[str, str], config: Mapping[str, Any], folder: 
     kind = config.get("bias") or "none"
     if biases and kind != "none":
         raise UserError(
-            f"this adapter is more than a LoRA: bias is {kind}, and it holds {biases[0]}"
-            + (f" and {len(biases) - 1} more" if len(biases) > 1 else ""),
+            "this adapter is more than a LoRA: bias is {type}, and it holds {name}{more}",
+            type=kind,
+            name=biases[0],
+            more=Message(" and {count} more", count=len(biases) - 1) if len(biases) > 1 else "",
             where=str(folder / CONFIG),
             fix=lora_config.MERGE,
         )
@@ -259,8 +274,12 @@ def _drop_untargeted(
         if module in left:
             del tensors[key]
     notes.append(
-        f"the config leaves out {len(left)} of {len(modules)} matrices that the weights hold; "
-        "as in PEFT, they are not used"
+        Message(
+            "the config leaves out {count} of {total} matrices that the weights hold; as "
+            "in PEFT, they are not used",
+            count=len(left),
+            total=len(modules),
+        )
     )
 
 
@@ -291,8 +310,15 @@ def _shape(
     if alpha is None:
         origin = ""
         notes.append(
-            f"{'no ' + CONFIG if not config else 'no lora_alpha in ' + CONFIG}: rank {rank} and "
-            f"modules read from the weights, alpha {2 * rank} assumed (the 2023 project's rule)"
+            Message(
+                "{missing}: rank {rank} and modules read from the weights, alpha {alpha} "
+                "assumed (the 2023 project's rule)",
+                missing=Message("no {file}", file=CONFIG)
+                if not config
+                else Message("no lora_alpha in {file}", file=CONFIG),
+                rank=rank,
+                alpha=2 * rank,
+            )
         )
     alpha = _number(2 * rank if alpha is None else alpha, "lora_alpha", folder)
     alphas = lora_config.patterned(config.get("alpha_pattern"), modules, where, "alpha_pattern")
@@ -325,13 +351,19 @@ def _ranks(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
         assert found
         if tensor.ndim != 2 or not tensor.numel() or not tensor.is_floating_point():
             raise UserError(
-                f"{key} is no matrix of numbers: {tuple(tensor.shape)} {tensor.dtype}",
+                "{key} is no matrix of numbers: {shape} {dtype}",
+                key=key,
+                shape=tuple(tensor.shape),
+                dtype=tensor.dtype,
                 where=str(folder),
             )
         rank = tensor.shape[0] if found["side"] == "A" else tensor.shape[1]
         if ranks.setdefault(_module(key), rank) != rank:
             raise UserError(
-                f"the two halves of {_module(key)} have ranks {ranks[_module(key)]} and {rank}",
+                "the two halves of {module} have ranks {rank_a} and {rank_b}",
+                module=_module(key),
+                rank_a=ranks[_module(key)],
+                rank_b=rank,
                 where=str(folder),
                 fix="The file is damaged; fetch it again.",
             )
@@ -351,11 +383,22 @@ def _compare_ranks(
     first = next(iter(wrong))
     shown = said.get(first, config.get("r"))
     if len(wrong) == len(ranks) and len(set(wrong.values())) == 1 and not said:
-        notes.append(f"the config says rank {shown}, the weights have {ranks[first]}")
+        notes.append(
+            Message(
+                "the config says rank {value}, the weights have {rank}",
+                value=shown,
+                rank=ranks[first],
+            )
+        )
         return
     notes.append(
-        f"the config says rank {shown} for {first}, the weights have {ranks[first]}"
-        + (f"; so it is with {len(wrong) - 1} more" if len(wrong) > 1 else "")
+        Message(
+            "the config says rank {value} for {first}, the weights have {rank}",
+            value=shown,
+            first=first,
+            rank=ranks[first],
+        )
+        + (Message("; so it is with {count} more", count=len(wrong) - 1) if len(wrong) > 1 else "")
     )
 
 
@@ -365,7 +408,10 @@ def _note_forgotten(config: Mapping[str, Any], ends: set[str], notes: list[str])
         return
     if extra := sorted(ends - {str(n).rsplit(".", 1)[-1] for n in named}):
         notes.append(
-            f"the config forgets modules that the weights hold: {', '.join(extra)}; they are used"
+            Message(
+                "the config forgets modules that the weights hold: {extra}; they are used",
+                extra=", ".join(extra),
+            )
         )
 
 
@@ -378,7 +424,9 @@ def _config_above(
         config = read_json(above)
         if {config.get("r")} == set(_ranks(tensors, folder).values()):
             lora_config.check(config, above, notes)
-            notes.append(f"no {CONFIG} here; the run's, one folder up, was read")
+            notes.append(
+                Message("no {config} here; the run's, one folder up, was read", config=CONFIG)
+            )
             return config, str(above)
     return {}, ""
 
@@ -389,7 +437,12 @@ def _number(value: Any, key: str, folder: Path) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not number > 0 or number == float("inf"):
-        raise UserError(f"{key} is {value!r}, but must be above 0", where=str(folder / CONFIG))
+        raise UserError(
+            "{key} is {value!r}, but must be above 0",
+            key=key,
+            value=value,
+            where=str(folder / CONFIG),
+        )
     return number
 
 
@@ -397,8 +450,11 @@ def _check_values(files: AdapterFiles) -> None:
     bad = files.not_finite()
     if bad:
         raise UserError(
-            f"{bad[0]} holds values that are no numbers"
-            + (f", and so do {len(bad) - 1} more tensors" if len(bad) > 1 else ""),
+            "{bad} holds values that are no numbers{more}",
+            bad=bad[0],
+            more=Message(", and so do {count} more tensors", count=len(bad) - 1)
+            if len(bad) > 1
+            else "",
             where=f"adapter {files.path}",
             fix="The training overflowed or the file is damaged; take an earlier checkpoint.",
         )

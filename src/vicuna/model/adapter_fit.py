@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.model import lora_config
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.lora_config import CONFIG, MERGE
@@ -36,11 +37,14 @@ def check(files: AdapterFiles, shapes: Shapes) -> None:
 
 
 def _does_not_fit(files: AdapterFiles, why: str) -> UserError:
-    named = f": --model {files.base}." if files.base else "."
     return UserError(
-        f"the adapter does not fit this base: {why}",
+        "the adapter does not fit this base: {why}",
+        why=why,
+        base=files.base,
         where=f"adapter {files.path}",
-        fix=f"Use the base it was trained on{named}",
+        fix="Use the base it was trained on: --model {base}."
+        if files.base
+        else "Use the base it was trained on.",
     )
 
 
@@ -81,7 +85,11 @@ def _cut_short(files: AdapterFiles, shapes: Shapes) -> str:
     if not left or any(_number(m) <= last for m in left):
         return ""
     layers = 1 + max(map(_number, shapes))
-    return f"another number of layers: {last + 1} in the adapter, {layers} in the base"
+    return Message(
+        "another number of layers: {last} in the adapter, {layers} in the base",
+        last=last + 1,
+        layers=layers,
+    )
 
 
 def _targeted(files: AdapterFiles, modules: list[str]) -> set[str]:
@@ -101,12 +109,20 @@ def _lacking(lacking: list[str], modules: list[str], shapes: Shapes) -> str:
     layers = 1 + max((_number(m) for m in shapes), default=-1)
     known = {_kind(m) for m in shapes}
     if layers and all(_kind(m) in known for m in modules) and max(numbers) >= layers:
-        return f"another number of layers: at least {max(numbers) + 1} there, {layers} here"
+        return Message(
+            "another number of layers: at least {numbers} there, {layers} here",
+            numbers=max(numbers) + 1,
+            layers=layers,
+        )
     first = lacking[0]
     like = next(iter(m for m in shapes if _number(m) == 0), next(iter(shapes), "nothing"))
     if len(lacking) == len(modules):
-        return f"another architecture: it changes {first}, a layer of the base is called {like}"
-    return f"{first} has no counterpart in it"
+        return Message(
+            "another architecture: it changes {first}, a layer of the base is called {layer}",
+            first=first,
+            layer=like,
+        )
+    return Message("{first} has no counterpart in it", first=first)
 
 
 def _number(module: str) -> int:
@@ -143,8 +159,12 @@ def notes_on(files: AdapterFiles, folder: Path) -> list[str]:
     left = _left_out(files, folder)
     if left:
         notes.append(
-            f"the config wants {len(left)} matrices that the weights lack, such as "
-            f"{sorted(left)[0]}: as in PEFT, nothing is added to them"
+            Message(
+                "the config wants {count} matrices that the weights lack, such as "
+                "{left}: as in PEFT, nothing is added to them",
+                count=len(left),
+                left=sorted(left)[0],
+            )
         )
     return notes
 
@@ -188,7 +208,11 @@ def _compare_copies(files: AdapterFiles, folder: Path) -> list[str]:
 
 def _other_shape(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
     if name in (_HEAD, _EMBEDDING) and ours[1:] == theirs[1:]:
-        return f"another vocabulary: {ours[0]} tokens in the adapter, {theirs[0]} in the base"
+        return Message(
+            "another vocabulary: {ours} tokens in the adapter, {theirs} in the base",
+            ours=ours[0],
+            theirs=theirs[0],
+        )
     return f"{name} is {_by(tuple(ours))} in the adapter, {_by(tuple(theirs))} in the base"
 
 
@@ -208,8 +232,11 @@ def _equal(copy: Tensor, own: Tensor) -> bool:
 
 def _not_the_bases(files: AdapterFiles, name: str, why: str) -> UserError:
     return UserError(
-        f"this adapter is more than a LoRA: it also holds {files.copies[name]}, which {why}",
+        "this adapter is more than a LoRA: it also holds {name}, which {why}",
+        name=files.copies[name],
+        why=why,
+        merge=MERGE,
         where=f"adapter {files.path}",
         fix="Use the very base it was trained on (--model); or where that weight was trained: "
-        + MERGE,
+        "{merge}",
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vicuna.errors import UserError
 from vicuna.hub import must_be_hub_id, snapshot
+from vicuna.messages import Message
 from vicuna.model.lora_config import CONFIG
 from vicuna.paths import given_path, shell_word
 from vicuna.weights.headers import refuse_legacy_format
@@ -85,7 +86,13 @@ def no_adapter_here(folder: Path) -> UserError:
     for pattern, what, fix in (*_FILES, *_FOLDERS):
         found = sorted(folder.glob(pattern))
         if found:
-            return UserError(f"this is {what} ({found[0].name})", where=str(folder), fix=fix)
+            return UserError(
+                "this is {details} ({name})",
+                details=what,
+                name=found[0].name,
+                where=str(folder),
+                fix=fix,
+            )
     inside = sorted(
         {p.parent for n in WEIGHTS for d in ("*", "*/*", "*/*/*") for p in folder.glob(f"{d}/{n}")},
         key=lambda p: (len(p.parts), p.stat().st_mtime),
@@ -95,22 +102,25 @@ def no_adapter_here(folder: Path) -> UserError:
         word = "a checkpoint" if names[-1].startswith("checkpoint") else "one"
         return UserError(
             "no adapter weights in this folder",
+            word=word,
+            names=", ".join(names[-3:]),
             where=str(folder),
-            fix=f"Name {word} in it: {', '.join(names[-3:])}.",
+            fix="Name {word} in it: {names}.",
         )
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         return UserError(
             "this run has no adapter yet: it ended before its first checkpoint",
+            folder=shell_word(folder),
             where=str(folder),
-            fix=f"Go on with it: vicuna train --resume {shell_word(folder)}",
+            fix="Go on with it: vicuna train --resume {folder}",
         )
     lone = (folder / CONFIG).is_file()
     what = f"{CONFIG} is here, its weights are not" if lone else "no adapter weights in this folder"
     return UserError(
         what,
+        more=Message(" Was it copied without its large files (git lfs)?") if lone else "",
         where=str(folder),
-        fix="It needs adapter_model.safetensors (or the old adapter_model.bin)."
-        + (" Was it copied without its large files (git lfs)?" if lone else ""),
+        fix="It needs adapter_model.safetensors (or the old adapter_model.bin).{more}",
     )
 
 
@@ -127,8 +137,9 @@ def refuse_model(folder: Path) -> None:
     if weights and not folder.name.startswith("checkpoint-"):
         raise UserError(
             "this is a whole model, not an adapter",
+            folder=shell_word(folder),
             where=str(folder),
-            fix=f"Use it as --model {shell_word(folder)}.",
+            fix="Use it as --model {folder}.",
         )
 
 
@@ -155,8 +166,9 @@ def refuse_keys(keys: Sequence[str], path: Path) -> None:
     if "model.embed_tokens.weight" in some or "transformer.wte.weight" in some:
         raise UserError(
             "this is a whole model, not an adapter",
+            parent=shell_word(path.parent),
             where=str(path),
-            fix=f"Use its folder as --model {shell_word(path.parent)}.",
+            fix="Use its folder as --model {parent}.",
         )
 
 
@@ -167,10 +179,12 @@ def refuse_file(path: Path) -> None:
     """
     name = path.name
     if name in WEIGHTS or name in (CONFIG, "adapters.safetensors"):
-        raise UserError("an adapter is a folder", where=str(path), fix=f"Give {path.parent}.")
+        raise UserError(
+            "an adapter is a folder", parent=path.parent, where=str(path), fix="Give {parent}."
+        )
     for pattern, what, fix in _FILES:
         if path.match(pattern):
-            raise UserError(f"this is {what}", where=str(path), fix=fix)
+            raise UserError("this is {details}", details=what, where=str(path), fix=fix)
     if name.endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")):
         raise UserError("this is an archive", where=str(path), fix="Unpack it; give the folder.")
     if path.suffix == ".safetensors":

@@ -50,12 +50,14 @@ def _config(folder: Path) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(
-            f"mlx-lm's {CONFIG} is missing or broken: {e}",
+            "mlx-lm's {config} is missing or broken: {error}",
+            config=CONFIG,
+            error=e,
             where=str(path),
             fix="It says what the adapter is scaled by; copy it from where it was trained.",
         ) from e
     if not isinstance(loaded, dict):
-        raise UserError(f"{CONFIG} is broken: expected a table", where=str(path))
+        raise UserError("{config} is broken: expected a table", config=CONFIG, where=str(path))
     return loaded
 
 
@@ -92,7 +94,8 @@ def _as_peft(own: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> d
 
 def _refusal(where: Path, what: str) -> UserError:
     return UserError(
-        f"this adapter of mlx-lm is more than a LoRA of linear layers: {what}",
+        "this adapter of mlx-lm is more than a LoRA of linear layers: {details}",
+        details=what,
         where=str(where),
         fix="Fuse it with mlx-lm (mlx_lm.fuse --model BASE --adapter-path ADAPTER "
         "--save-path FOLDER), then use --model FOLDER.",

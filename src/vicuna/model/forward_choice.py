@@ -102,8 +102,10 @@ class _Probe:
             if is_memory(e) or isinstance(e, UserError):
                 raise
             raise UserError(
-                f"transformers cannot compute {type(causal).__name__}: "
-                f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}",
+                "transformers cannot compute {type}: {error_type}: {error}",
+                type=type(causal).__name__,
+                error_type=type(e).__name__,
+                error=str(e).strip().splitlines()[0] if str(e).strip() else "",
                 where="model",
                 fix="Take a base that computes next tokens from token ids alone.",
             ) from e

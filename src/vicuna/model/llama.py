@@ -107,7 +107,8 @@ class DecoderView:
         view = view_of(self.causal, training=False)
         if isinstance(view, str):
             raise UserError(
-                f"this model was changed in a way that cannot be followed: {view}",
+                "this model was changed in a way that cannot be followed: {view}",
+                view=view,
                 where="adapter",
                 fix="Take the change back, or load the model anew.",
             )

@@ -98,7 +98,8 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=chosen.dtype, **extra)
     except torch.cuda.OutOfMemoryError as e:
         raise UserError(
-            f"the base does not fit the GPU in {chosen.precision}",
+            "the base does not fit the GPU in {precision}",
+            precision=chosen.precision,
             where=str(folder),
             fix="Try --precision nf4 (a quarter of fp16's memory), or a smaller model.",
         ) from e
@@ -134,8 +135,9 @@ def _quantization(chosen: Chosen) -> Any:
     if find_spec("bitsandbytes") is None:
         raise UserError(
             "bitsandbytes is not installed",
+            install_extra=install_extra("gpu"),
             where=f"precision {chosen.precision}",
-            fix=f"{install_extra('gpu')}. Or choose bf16, fp16 or fp32.",
+            fix="{install_extra}. Or choose bf16, fp16 or fp32.",
         )
     loads = dict(PRECISIONS[chosen.precision].loads)
     if loads.get("load_in_4bit"):

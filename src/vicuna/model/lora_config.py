@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 CONFIG = "adapter_config.json"
-MERGE = (
+MERGE = Message(
     "Merge it with PEFT: PeftModel.from_pretrained(base, ADAPTER).merge_and_unload() and "
     "save_pretrained(FOLDER); then use --model FOLDER."
 )
@@ -65,10 +66,12 @@ WITHOUT_EFFECT = {
 
 # Fields that make it more than a LoRA, or another base: refused where they are set.
 REFUSED = {
-    "use_dora": "DoRA, which scales whole columns of the base's weights",
-    "modules_to_save": "whole modules trained beside the LoRA",
+    "use_dora": Message("DoRA, which scales whole columns of the base's weights"),
+    "modules_to_save": Message("whole modules trained beside the LoRA"),
     "trainable_token_indices": "rows of the embedding trained beside the LoRA",
-    "alora_invocation_tokens": "an activated LoRA, which counts only behind its invocation tokens",
+    "alora_invocation_tokens": Message(
+        "an activated LoRA, which counts only behind its invocation tokens"
+    ),
     "layer_replication": "layers of the base repeated",
     "lora_bias": "biases inside the LoRA",
     "target_parameters": "a LoRA of bare parameters, such as the experts of a mixture",
@@ -101,16 +104,20 @@ def check(config: Mapping[str, Any], where: Path, notes: list[str]) -> None:
     kind = config.get("peft_type") or "LORA"
     if kind != "LORA":
         raise UserError(
-            f"only LoRA adapters can be used, this one's peft_type is {kind}",
+            "only LoRA adapters can be used, this one's peft_type is {type}",
+            type=kind,
+            way=MERGE,
             where=str(where),
-            fix="If its method can be merged: " + MERGE[0].lower() + MERGE[1:],
+            fix="Its method may be one that can be merged. {way}",
         )
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(name)
         names = value if isinstance(value, list) else [value or ""]
         if not all(isinstance(n, str) for n in names):
             raise UserError(
-                f"{name} is {str(value)[:60]!r}, but must be a pattern or a list of names",
+                "{name} is {value!r}, but must be a pattern or a list of names",
+                name=name,
+                value=str(value)[:60],
                 where=str(where),
                 fix="The config is damaged; fetch it again.",
             )
@@ -121,19 +128,31 @@ def check(config: Mapping[str, Any], where: Path, notes: list[str]) -> None:
     task = config.get("task_type")
     if task in _OTHER_TASKS:
         raise UserError(
-            f"this adapter was made {_OTHER_TASKS[task]} (task_type {task}), not to write",
+            "this adapter was made {other_task} (task_type {task}), not to write",
+            other_task=_OTHER_TASKS[task],
+            task=task,
             where=str(where),
             fix="Use one that was trained on a causal language model (CAUSAL_LM).",
         )
     _check_init(config.get("init_lora_weights", True), where)
     if (revision := config.get("revision")) and revision != "main":
         notes.append(
-            f"it was trained on revision {revision} of its base; from a hub id the newest is taken"
+            Message(
+                "it was trained on revision {revision} of its base; from a hub id the "
+                "newest is taken",
+                revision=revision,
+            )
         )
     known = HONOURED | WITHOUT_EFFECT.keys() | REFUSED.keys() | _FORMER
     unknown = sorted(k for k, v in config.items() if k not in known and v)
     if unknown:
-        notes.append(f"{CONFIG} has settings that are not known here, not used: {_list(unknown)}")
+        notes.append(
+            Message(
+                "{config} has settings that are not known here, not used: {unknown}",
+                config=CONFIG,
+                unknown=_list(unknown),
+            )
+        )
 
 
 # Settings of older versions of PEFT that say nothing any more.
@@ -151,8 +170,11 @@ def _check_init(init: Any, where: Path) -> None:
         init,
         meaning,
         where,
-        "Convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or "
-        "m" + MERGE[1:],
+        Message(
+            "Convert it with PEFT (save_pretrained with path_initial_model_for_weight_conversion). "
+            "Or: {way}",
+            way=MERGE,
+        ),
     )
 
 
@@ -160,7 +182,10 @@ def _refusal(name: str, value: Any, meaning: str, where: Path, fix: str) -> User
     shown = json.dumps(value, ensure_ascii=False, default=str)
     shown = shown if len(shown) <= 40 else shown[:37] + "..."
     return UserError(
-        f"this adapter is more than a LoRA: {name} is {shown} ({meaning}), which is not supported",
+        "this adapter is more than a LoRA: {name} is {value} ({meaning}), which is not supported",
+        name=name,
+        value=shown,
+        meaning=meaning,
         where=str(where),
         fix=fix,
     )
@@ -193,7 +218,9 @@ def untargeted(config: Mapping[str, Any], modules: Iterable[str], where: Path) -
     elif (layers := config.get("layers_to_transform")) not in (None, []):
         listed = layers if isinstance(layers, list) else [layers]
         if not all(isinstance(i, int) for i in listed):
-            raise UserError(f"layers_to_transform is {listed}, not numbers", where=str(where))
+            raise UserError(
+                "layers_to_transform is {names}, not numbers", names=listed, where=str(where)
+            )
         named = _layer_numbers(config.get("layers_pattern"), modules, where)
         left |= {m for m in modules if m not in (target or ()) and named.get(m) not in listed}
     return left
@@ -218,7 +245,7 @@ def patterned(pattern: Any, modules: Iterable[str], where: Path, name: str) -> d
     if not pattern:
         return {}
     if not isinstance(pattern, dict):
-        raise UserError(f"{name} is broken: expected a table", where=str(where))
+        raise UserError("{name} is broken: expected a table", name=name, where=str(where))
     modules = list(modules)
     found: dict[str, Any] = {}
     for key, value in pattern.items():
@@ -275,10 +302,18 @@ def _matched(
         )
         return {m: tuple(groups) for m, groups in json.loads(done.stdout).items()}
     except (re.error, RecursionError, OverflowError) as e:
-        raise UserError(f"{name} has no valid pattern: {given!r} ({e})", where=str(where)) from e
+        raise UserError(
+            "{name} has no valid pattern: {value!r} ({error})",
+            name=name,
+            value=given,
+            error=e,
+            where=str(where),
+        ) from e
     except (subprocess.SubprocessError, OSError, ValueError) as e:
         raise UserError(
-            f"{name} has a pattern that cannot be computed in time: {given[:60]!r}",
+            "{name} has a pattern that cannot be computed in time: {value!r}",
+            name=name,
+            value=given[:60],
             where=str(where),
             fix="Name the layers in a list instead.",
         ) from e

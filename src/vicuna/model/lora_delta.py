@@ -120,8 +120,9 @@ def weighted_sum(parts: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str,
         shapes = {(a.shape[1], b.shape[0]) for p in pairs if module in p for a, b in [p[module]]}
         if len(shapes) > 1:
             raise UserError(
-                f"these adapters belong to bases of different shapes: {module} is "
-                + " and ".join(f"{out} x {deep}" for deep, out in sorted(shapes)),
+                "these adapters belong to bases of different shapes: {module} is {shapes}",
+                module=module,
+                shapes=" and ".join(f"{out} x {deep}" for deep, out in sorted(shapes)),
                 where="adapters",
             )
         deep, out = shapes.pop()

@@ -45,9 +45,12 @@ def find(model: Any, wanted: Sequence[str]) -> str | list[str]:
     if refused:
         names = sorted({_leaf(n) for n, m in _linear(causal)} - set(left))
         raise UserError(
-            f"{refused[0]} cannot have an adapter: {left[refused[0]]}",
+            "{refused} cannot have an adapter: {left}",
+            refused=refused[0],
+            left=left[refused[0]],
+            names=", ".join(names),
             where="lora_target",
-            fix=f"Use all, or some of: {', '.join(names)}.",
+            fix="Use all, or some of: {names}.",
         )
     return list(wanted)
 

@@ -62,7 +62,9 @@ def active(layer: Any) -> list[str]:
             continue
         what = "has biases" if kind is None else f"is a variant of LoRA ({type(kind).__name__})"
         raise UserError(
-            f"the adapter {name} {what}, which is not supported",
+            "the adapter {name} {details}, which is not supported",
+            name=name,
+            details=what,
             where="adapter",
             fix="Switch it off (PEFT's disable_adapter or set_adapter), or merge it.",
         )

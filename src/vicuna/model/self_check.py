@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vicuna.data.sampler import mix
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 # Tokens of a text that is tried.
 LENGTH = 24
@@ -100,8 +101,9 @@ def rounding(causal: Any) -> float:
     floor = max(_ROUNDING.get(kind, _COARSE) for kind in kinds)
     if float(noise.median()) > min(10 * floor, _MOST):
         raise UserError(
-            f"{type(causal).__name__} is no model of the next token: what stands behind a token "
-            "changes what it says there",
+            "{type} is no model of the next token: what stands behind a token changes what it "
+            "says there",
+            type=type(causal).__name__,
             where="model",
             fix="Take a causal language model as the base.",
         )
@@ -142,7 +144,7 @@ def state_of(causal: Any) -> str:
     kind = getattr(config, "model_type", "?")
     layers = set(getattr(config, "layer_types", None) or ())
     if odd := sorted(layers - _SOFTMAX):
-        return f"{kind} has layers of {' and '.join(odd)}"
+        return Message("{type} has layers of {name}", type=kind, name=" and ".join(odd))
     for name, module in causal.get_decoder().named_modules():
         own = {key for key, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Conv1d) or own & _STATE:

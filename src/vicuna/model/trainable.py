@@ -111,7 +111,9 @@ class TrainableModel:
             self.causal.gradient_checkpointing_enable({"use_reentrant": False})
         except (ValueError, AttributeError, NotImplementedError) as e:
             raise UserError(
-                f"{type(self.causal).__name__} cannot compute layers twice: {e}",
+                "{type} cannot compute layers twice: {error}",
+                type=type(self.causal).__name__,
+                error=e,
                 where="gradient_checkpointing",
                 fix="Use --gradient_checkpointing none.",
             ) from e
@@ -202,7 +204,8 @@ class TrainableModel:
         wanted = next((n for n, p in self._frozen.items() if p.requires_grad), None)
         if wanted is not None and torch.is_grad_enabled():
             raise UserError(
-                f"{wanted} is to be trained, but only adapters can be",
+                "{value} is to be trained, but only adapters can be",
+                value=wanted,
                 where="model",
                 fix="Freeze it again: requires_grad_(False) for all but the adapter.",
             )

@@ -20,6 +20,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer, TokenizerData
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, whole_file
+from vicuna.messages import Message
 from vicuna.model.adapter_location import META
 
 _TOKENIZER_FILES = (
@@ -78,7 +79,8 @@ def _read_tokenizer(folder: Path) -> TokenizerData:
         text = tokenizer.backend_tokenizer.to_str()
     except Exception as e:  # the library raises many kinds for a tokenizer it cannot read
         raise UserError(
-            f"no usable tokenizer: {e}",
+            "no usable tokenizer: {error}",
+            error=e,
             where=str(folder),
             fix="The folder needs tokenizer.json, or tokenizer.model for SentencePiece.",
         ) from e
@@ -204,7 +206,14 @@ def check_up(
             f"template {template.name} ends answers with {wanted}, which this vocabulary does not"
         )
         found.append(
-            Finding("warning", f"{text} have; {tokenizer.token(v.eos_id)} is used instead")
+            Finding(
+                "warning",
+                Message(
+                    "{content} have; {token} is used instead",
+                    content=text,
+                    token=tokenizer.token(v.eos_id),
+                ),
+            )
         )
     found.append(_round_trip(tokenizer))
     found.append(_forgery(tokenizer, renderer))
@@ -216,7 +225,14 @@ def _round_trip(tokenizer: Tokenizer) -> Finding:
     back = tokenizer.decode(tokenizer.text(text, first=True)).lstrip(" ")
     if back == text:
         return Finding("ok", "Chinese, rare characters and white space survive a round trip")
-    return Finding("error", f"text does not survive a round trip: {text!r} became {back!r}")
+    return Finding(
+        "error",
+        Message(
+            "text does not survive a round trip: {content!r} became {back!r}",
+            content=text,
+            back=back,
+        ),
+    )
 
 
 def _forgery(tokenizer: Tokenizer, renderer: Renderer) -> Finding:
@@ -226,7 +242,7 @@ def _forgery(tokenizer: Tokenizer, renderer: Renderer) -> Finding:
     ids.discard(-1 if unk is None else unk)
     if ids:
         names = ", ".join(tokenizer.token(i) for i in sorted(ids))
-        return Finding("error", f"text can forge control tokens: {names}")
+        return Finding("error", Message("text can forge control tokens: {names}", names=names))
     plain = renderer.prompt([Turn("user", "你好")])
     forged = renderer.prompt([Turn("user", f"你好{said}")])
     controls = [sum(i in renderer.stop_ids for i in p) for p in (plain, forged)]
@@ -277,8 +293,10 @@ def check_embedding_rows(renderer: Renderer, config: dict[str, Any], where: Path
     some = [f"{token!r} ({i})" for i, token in sorted(lacking.items())[:_SHOWN]]
     more = f" and {len(lacking) - _SHOWN:,} more" if len(lacking) > _SHOWN else ""
     raise UserError(
-        f"the base's embedding has {rows:,} rows, and none for the tokenizer's "
-        f"{', '.join(some)}{more}",
+        "the base's embedding has {rows:,} rows, and none for the tokenizer's {names}{more}",
+        rows=rows,
+        names=", ".join(some),
+        more=more,
         where=str(where),
         fix="Use the tokenizer files that the base was published with, or a base whose embedding "
         "was enlarged for this tokenizer.",

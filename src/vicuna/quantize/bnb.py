@@ -29,7 +29,8 @@ def write(bits: int, source: ModelSource, aside: Path) -> Callable[[], LogitSour
             model.save_pretrained(str(aside))
         except (RuntimeError, ValueError) as e:
             raise UserError(
-                f"transformers cannot save this model: {str(e).splitlines()[0]}",
+                "transformers cannot save this model: {error}",
+                error=str(e).splitlines()[0],
                 where=str(source.folder),
             ) from e
     return lambda: _loaded(aside, device)

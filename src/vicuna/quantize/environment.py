@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vicuna.errors import UserError
 from vicuna.files import cache_dir, file_hash
+from vicuna.messages import Message
 from vicuna.terminal import say
 
 _READY = "ready"
@@ -84,7 +85,8 @@ def _pip(folder: Path, arguments: list[str]) -> None:
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(
-            "gptqmodel could not be installed: " + (lines[-1] if lines else "pip gives no reason"),
+            "gptqmodel could not be installed: {line}",
+            line=lines[-1] if lines else Message("pip gives no reason"),
             where=str(folder),
             fix="It needs a network and, if no wheel fits, a C++ compiler. Or install it "
             "yourself and name that environment: --environment FOLDER.",

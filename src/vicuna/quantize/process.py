@@ -116,8 +116,11 @@ class _Worker:
             f"it was killed by signal {-code}" if code < 0 else "it gave no reason"
         )
         raise UserError(
-            f"gptqmodel failed: {said}",
-            fix=_advice(said) + "\nThe end of its output:\n" + "\n".join(list(self._tail)[-8:]),
+            "gptqmodel failed: {details}",
+            details=said,
+            advice=_advice(said),
+            tail="\n".join(list(self._tail)[-8:]),
+            fix="{advice}\nThe end of its output:\n{tail}",
         )
 
     def _listen(self, stream: IO[bytes]) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from vicuna import config, untrusted
 from vicuna.config import TrainSettings
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.runs import process as run_process
 from vicuna.runs.log import RunLog
 from vicuna.runs.process import INTERRUPTED, Process
@@ -105,7 +106,9 @@ class Runs:
         """
         path = self.folder / _checked(name)
         if not _is_run(path):
-            raise UserError("no such run", where=name, fix=f"The runs lie in {self.folder}.")
+            raise UserError(
+                "no such run", folder=self.folder, where=name, fix="The runs lie in {folder}."
+            )
         return self._look(path)
 
     def working(self) -> Run | None:
@@ -121,7 +124,9 @@ class Runs:
         except UserError as e:
             words = str(e)
         except Exception as e:  # its files may hold anything
-            words = f"it cannot be read: {untrusted.text(e, 200) or type(e).__name__}"
+            words = Message(
+                "it cannot be read: {error}", error=untrusted.text(e, 200) or type(e).__name__
+            )
         return Run(path, "unreadable", RunLog(path / "log.jsonl"), words)
 
     def _read(self, path: Path) -> Run:
@@ -283,7 +288,8 @@ def _checked(name: str) -> str:
     name = name.strip()
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise UserError(
-            f"{name!r} is no name for a run",
+            "{name!r} is no name for a run",
+            name=name,
             where="name",
             fix="Letters, digits, spaces and - _ . are allowed, at most 80 of them.",
         )

@@ -165,7 +165,9 @@ def _send(process: Process, number: int) -> None:
         pass
     except OSError as e:
         raise UserError(
-            f"process {process.pid} cannot be told to stop: {e.strerror or e}",
+            "process {pid} cannot be told to stop: {reason}",
+            pid=process.pid,
+            reason=e.strerror or e,
             fix="It may belong to another user of this machine.",
         ) from e
 

@@ -18,6 +18,7 @@ from typing import Any
 from vicuna import untrusted
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json, read_yaml
+from vicuna.messages import Message
 from vicuna.model.adapter_location import META, WEIGHTS
 
 DEPTH = 3  # folders below the page's
@@ -155,7 +156,9 @@ class AdapterRegistry:
         except UserError as e:
             problem = str(e)
         except Exception as e:  # its files may hold anything
-            problem = f"it cannot be read: {untrusted.text(e, 200) or type(e).__name__}"
+            problem = Message(
+                "it cannot be read: {error}", error=untrusted.text(e, 200) or type(e).__name__
+            )
         return AdapterInfo(
             untrusted.text(path), untrusted.text(self._name(path), 200), problem=problem
         )

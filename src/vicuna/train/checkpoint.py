@@ -117,7 +117,8 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer, names:
     missing = optimizers.load_state(optimizer, names, tensors)
     if missing:
         raise UserError(
-            f"the optimiser's state has nothing for {missing[0]}",
+            "the optimiser's state has nothing for {missing}",
+            missing=missing[0],
             where=str(checkpoint),
             fix="lora_target and model must be the checkpoint's; or use --init_adapter.",
         )
@@ -146,7 +147,8 @@ def read_state(checkpoint: Path) -> State:
         return State.from_json(noted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(
-            f"the checkpoint is damaged: {e}",
+            "the checkpoint is damaged: {error}",
+            error=e,
             where=str(checkpoint),
             fix="Resume from an earlier one: --resume RUN/checkpoints/step-...",
         ) from e

@@ -22,6 +22,7 @@ from vicuna.data.dataset import Dataset
 from vicuna.data.tokenizer import TokenizerData
 from vicuna.errors import SettingsError
 from vicuna.files import file_hash
+from vicuna.messages import Message
 from vicuna.model import load
 from vicuna.train.checkpoint import State
 from vicuna.train.micro_batch import MicroBatch
@@ -107,11 +108,19 @@ def _refuse_changes(
             [
                 OTHER_DATA
                 if k == "data"
-                else f"{k} was {differs[k][0]} in the checkpoint and is now {differs[k][1]}"
+                else Message(
+                    "{key} was {before} in the checkpoint and is now {now}",
+                    key=k,
+                    before=differs[k][0],
+                    now=differs[k][1],
+                )
                 for k in refused
             ],
-            fix="Give the old values, allow them by name (--allow_changes "
-            f"{','.join(refused)}), or begin a new run from the weights (--init_adapter).",
+            fix=Message(
+                "Give the old values, allow them by name (--allow_changes "
+                "{refused}), or begin a new run from the weights (--init_adapter).",
+                refused=",".join(refused),
+            ),
         )
     return set(differs)
 

@@ -24,6 +24,7 @@ from vicuna.data.dataset import Split
 from vicuna.data.loss_mask import Example
 from vicuna.errors import UserError
 from vicuna.files import whole_folder
+from vicuna.messages import Message
 from vicuna.model import adapter as adapters
 from vicuna.model import load
 from vicuna.model.out_of_memory import is_memory
@@ -202,8 +203,9 @@ class Training:
                 raise
             # Some weights may be changed already: this step cannot be computed again.
             raise UserError(
-                f"out of memory while step {self.state.step + 1} changed the weights; the last "
-                "checkpoint is intact",
+                "out of memory while step {step} changed the weights; the last checkpoint is "
+                "intact",
+                step=self.state.step + 1,
                 where=str(self.trainable.device),
                 fix=advice(
                     self.settings,
@@ -242,13 +244,14 @@ class Training:
         state.nonfinite_in_a_row += 1
         if fp16:
             state.loss_scale = max(1.0, state.loss_scale / 2)
-        message = f"step {state.step} skipped: loss or gradient is not finite"
+        message = Message("step {step} skipped: loss or gradient is not finite", step=state.step)
         self.console.warn(message)
         self.folder.log("warning", step=state.step, message=message, loss_scale=state.loss_scale)
         if state.nonfinite_in_a_row >= settings.max_nonfinite_steps:
             raise UserError(
-                f"{state.nonfinite_in_a_row} steps in a row without a finite gradient",
-                where=f"step {state.step}",
+                "{count} steps in a row without a finite gradient",
+                count=state.nonfinite_in_a_row,
+                where=Message("step {step}", step=state.step),
                 fix="Lower --learning_rate, or use --precision bf16 or fp32. The last "
                 "checkpoint is intact.",
             )
@@ -402,7 +405,10 @@ class Training:
         took = state.best_step if best and source.is_dir() else state.step
         if best and state.best_step and not source.is_dir():
             self.console.warn(
-                f"the best checkpoint (step {state.best_step}) is not in this run's folder"
+                Message(
+                    "the best checkpoint (step {step}) is not in this run's folder",
+                    step=state.best_step,
+                )
             )
         with whole_folder(self.folder.adapter) as aside:
             if took != state.step:

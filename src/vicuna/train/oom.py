@@ -21,6 +21,7 @@ from vicuna.config.precisions import SMALLEST, share_of_memory
 from vicuna.data.loss_mask import Example
 from vicuna.data.pack import Pack, build_packs
 from vicuna.errors import UserError
+from vicuna.messages import Message, lines
 from vicuna.model.out_of_memory import give_back, is_memory
 from vicuna.model.trainable import TrainableModel
 from vicuna.paths import shell_word
@@ -138,14 +139,18 @@ class MicroBatcher:
     def _place(self) -> str:
         step = self.state.step
         return (
-            f"step {step + 1}" if self.purpose == "training" else f"the evaluation at step {step}"
+            Message("step {step}", step=step + 1)
+            if self.purpose == "training"
+            else Message("the evaluation at step {step}", step=step)
         )
 
     def _does_not_fit(self, tokens: int) -> UserError:
         kept = "; the last checkpoint is intact" if self.state.step else ""
         return UserError(
-            f"out of memory in {self._place()}: one example of {tokens:,} tokens alone does not "
-            f"fit{kept}",
+            "out of memory in {place}: one example of {tokens:,} tokens alone does not fit{kept}",
+            place=self._place(),
+            tokens=tokens,
+            kept=kept,
             where=f"{self.trainable.device}",
             fix=advice(
                 self.settings,
@@ -185,21 +190,34 @@ def advice(
         levels = ("full",) if trainable.checkpointing == "none" else ()
     elif trainable.device.type == "cpu":
         levels = tuple(k for k in levels if k != "offload")  # the host's memory is what ran out
-    same, other = [], []
+    same: list[str] = []
+    other: list[str] = []
     if levels and purpose == "training":
         alternatives = f", or {', '.join(levels[1:])}" if levels[1:] else ""
         same.append(f"{again} --gradient_checkpointing {levels[0]}{alternatives}")
     if precision != SMALLEST:
         share = share_of_memory(precision, SMALLEST)
-        other.append(f"--precision {SMALLEST} ({share} of the base's memory)")
+        other.append(
+            Message(
+                "--precision {precision} ({share} of the base's memory)",
+                precision=SMALLEST,
+                share=share,
+            )
+        )
     if tokens > 32:
-        other.append(f"--cutoff_len {max(16, tokens // 2)} (one example is computed in one piece)")
+        other.append(
+            Message(
+                "--cutoff_len {cutoff} (one example is computed in one piece)",
+                cutoff=max(16, tokens // 2),
+            )
+        )
     if settings.lora_dropout and purpose == "training":
         other.append("--lora_dropout 0")
     if settings.lora_target != ["q_proj", "v_proj"] and purpose == "training":
-        other.append("--lora_target q_proj,v_proj (fewer layers learn)")
-    other.append("a smaller base")
-    lines = ["Try, the cheapest first:"]
-    lines += [f"- {way} (the same result, computed again instead of kept)" for way in same]
-    lines += [f"- a new run with {way}" for way in other]
-    return "\n".join(lines)
+        other.append(Message("--lora_target q_proj,v_proj (fewer layers learn)"))
+    other.append(Message("a smaller base"))
+    ways = [
+        Message("{way} (the same result, computed again instead of kept)", way=way) for way in same
+    ]
+    ways += [Message("a new run with {way}", way=way) for way in other]
+    return Message("Try, the cheapest first:\n{ways}", ways=lines(ways, "- "))

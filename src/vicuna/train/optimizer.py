@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vicuna.config import TrainSettings
+from vicuna.messages import Message
 from vicuna.system_errors import install_extra
 
 # Where bitsandbytes pages its moments; on a CPU it leaves them where they are.
@@ -24,15 +25,22 @@ def mistakes(settings: TrainSettings, device: torch.device) -> list[str]:
     """What the chosen optimiser lacks on this machine, with the way out."""
     if settings.optimizer == "adamw":
         return []
-    messages = []
+    messages: list[str] = []
     if device.type not in PAGED_ON:
         messages.append(
-            f"optimizer {settings.optimizer} needs a CUDA GPU, and this is {device.type}: use adamw"
+            Message(
+                "optimizer {optimizer} needs a CUDA GPU, and this is {device}: use adamw",
+                optimizer=settings.optimizer,
+                device=device.type,
+            )
         )
     if find_spec("bitsandbytes") is None:
         messages.append(
-            f"optimizer {settings.optimizer} needs bitsandbytes; adamw does not. "
-            f"{install_extra('gpu')}"
+            Message(
+                "optimizer {optimizer} needs bitsandbytes; adamw does not. {install_extra}",
+                optimizer=settings.optimizer,
+                install_extra=install_extra("gpu"),
+            )
         )
     return messages
 

@@ -151,9 +151,11 @@ class Trackers:
             library = import_module(module)
         except ImportError as e:
             raise UserError(
-                f"{name} is not installed",
+                "{name} is not installed",
+                name=name,
+                install_extra=install_extra("report"),
                 where="report_to",
-                fix=f"{install_extra('report')}. Or leave out --report_to.",
+                fix="{install_extra}. Or leave out --report_to.",
             ) from e
         if name == "tensorboard":
             writer = library.SummaryWriter(str(run.path / "tensorboard"))

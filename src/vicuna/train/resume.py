@@ -22,6 +22,7 @@ from vicuna.errors import SettingsError, UserError
 from vicuna.files import sweep
 from vicuna.hub import must_be_hub_id, snapshot
 from vicuna.json_yaml import read_yaml
+from vicuna.messages import Message
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter_base import named_base
 from vicuna.model.base import EMBEDDED
@@ -107,7 +108,9 @@ def find_start(
         w for w in ("resume", "init_adapter", "adapter", "continue_from") if getattr(settings, w)
     ]
     if len(names) > 1:
-        raise SettingsError([f"{' and '.join(names)} exclude each other: give one of them"])
+        raise SettingsError(
+            [Message("{names} exclude each other: give one of them", names=" and ".join(names))]
+        )
     if settings.resume:
         return _resume(settings, named, console)
     if not settings.output_dir:
@@ -301,7 +304,9 @@ def _refuse_missing(name: str, path: str, directory: str) -> None:
         return
     folder = directory or "not noted by this run"
     raise UserError(
-        f"{name}: no such file here, nor in the folder in which the run began ({folder})",
+        "{name}: no such file here, nor in the folder in which the run began ({folder})",
+        name=name,
+        folder=folder,
         where=path,
-        fix=f"The path is relative to that folder: resume there, or give --{name} PATH.",
+        fix="The path is relative to that folder: resume there, or give --{name} PATH.",
     )

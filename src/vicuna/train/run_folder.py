@@ -27,7 +27,7 @@ from vicuna.config import RUN_KEYS, TrainSettings
 from vicuna.errors import UserError
 from vicuna.files import sweep, whole_file
 from vicuna.lines import Lines
-from vicuna.messages import with_messages
+from vicuna.messages import Message, with_messages
 from vicuna.model.adapter_location import WEIGHTS
 from vicuna.system_errors import cannot_write, writing
 
@@ -149,7 +149,8 @@ def _refuse_others(path: Path) -> None:
         held.remove("data.json")
     if held:
         raise UserError(
-            f"this folder is not a run, and a run would write over {', '.join(held)} in it",
+            "this folder is not a run, and a run would write over {held} in it",
+            held=", ".join(held),
             where=str(path),
             fix="Choose another --output_dir: a new folder, such as runs/mine.",
         )
@@ -174,7 +175,8 @@ def _lock(file: IO[str], path: Path) -> None:
     except OSError as e:
         file.seek(0)
         raise UserError(
-            f"another process ({file.read().strip() or 'unknown'}) is working in this run folder",
+            "another process ({read}) is working in this run folder",
+            read=file.read().strip() or Message("unknown"),
             where=str(path),
             fix="Wait for it, stop it, or choose another --output_dir.",
         ) from e

@@ -13,6 +13,7 @@ from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.together import answer_together, groups
+from vicuna.messages import Message
 from vicuna.model.trainable import TrainableModel
 from vicuna.train.checkpoint import State
 from vicuna.train.progress import RunConsole
@@ -47,9 +48,13 @@ class TimeBudget:
 
 def out_of_time(step: int, whole: int, asked: int, share: float) -> str:
     """The warning when answers were cut off."""
-    return (
-        f"step {step}: {whole} of {asked} sample answers are complete, then their time was used up "
-        f"({share:.0%} of the time trained; --sample_share changes it)"
+    return Message(
+        "step {step}: {complete} of {asked} sample answers are complete, then their time "
+        "was used up ({share:.0%} of the time trained; --sample_share changes it)",
+        step=step,
+        complete=whole,
+        asked=asked,
+        share=share,
     )
 
 

@@ -22,6 +22,7 @@ from vicuna.data.tokenizer import Tokenizer
 from vicuna.errors import SettingsError, UserError
 from vicuna.json_yaml import read_json
 from vicuna.memory.auto_settings import Hardware, defaults_for, plan_hardware
+from vicuna.messages import Message
 from vicuna.model import adapter as adapters
 from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora_targets
 from vicuna.model.adapter_files import CONFIG
@@ -206,7 +207,11 @@ def mistakes(settings: TrainSettings) -> list[str]:
         messages.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
     messages += optimizers.mistakes(settings, load.pick_device())
     messages += [
-        f"report_to is {w}, but must be one of {', '.join((*TRACKERS, 'none'))}"
+        Message(
+            "report_to is {value}, but must be one of {names}",
+            value=w,
+            names=", ".join((*TRACKERS, "none")),
+        )
         for w in settings.report_to
         if w not in (*TRACKERS, "none")
     ]
@@ -240,7 +245,9 @@ def _template(
     if "template" in settings.allow_changes:
         return of_settings
     raise UserError(
-        f"the adapter was trained with template {of_adapter.name}, not {of_settings.name}",
+        "the adapter was trained with template {name}, not {asked}",
+        name=of_adapter.name,
+        asked=of_settings.name,
         where="template",
         fix="Leave out --template, or add --allow_changes template.",
     )
@@ -323,9 +330,11 @@ def _trainable(
         context = load.context_length(model)
         if longest > context:
             raise UserError(
-                f"examples have up to {longest} tokens, but the base's context length is {context}",
+                "examples have up to {longest} tokens, but the base's context length is {context}",
+                longest=longest,
+                context=context,
                 where="cutoff_len",
-                fix=f"Use --cutoff_len {context}.",
+                fix="Use --cutoff_len {context}.",
             )
         lora = adapters.LoraSettings(
             settings.lora_rank,
@@ -428,8 +437,12 @@ def _announce(training: Training, renderer: Renderer, precision: load.Chosen) ->
     if few and not training.resumed:
         smaller = max(1, settings.batch_size * state.total // 60)
         training.console.warn(
-            f"only {state.total} steps: little will be learned; --batch_size {smaller} or more "
-            "--num_train_epochs make more of the same data"
+            Message(
+                "only {total} steps: little will be learned; --batch_size {smaller} or "
+                "more --num_train_epochs make more of the same data",
+                total=state.total,
+                smaller=smaller,
+            )
         )
     if training.resumed:
         say(f"resumed after step {state.step}")

@@ -124,7 +124,8 @@ def compare(before: LogitSource, after: LogitSource, texts: Mapping[str, Texts])
         for logits, who in ((a, "the source"), (b, "the result")):
             if not np.isfinite(logits).all():
                 raise UserError(
-                    f"{who} gives logits that are not finite",
+                    "{who} gives logits that are not finite",
+                    who=who,
                     fix="Its weights contain NaN or Inf, or overflow in its data type; "
                     "bf16 has a wider range than fp16.",
                 )

@@ -122,7 +122,9 @@ class Report:
 
     def _failure(self, what_became: str) -> UserError:
         return UserError(
-            f"the result differs too much from its source: {'; '.join(self.misses)}; {what_became}",
+            "the result differs too much from its source: {misses}; {what_became}",
+            misses="; ".join(self.misses),
+            what_became=what_became,
             where=str(self.result),
             fix="--keep_failed keeps such a result; --max_kl and --max_perplexity_ratio move the "
             "gate.",

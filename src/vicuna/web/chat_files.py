@@ -103,7 +103,9 @@ def _first_line(file: Path) -> str:
                 line = lines.readline(LONGEST + 1)
                 if len(line) > LONGEST:
                     raise UserError(
-                        f"a conversation may have {LONGEST} characters", where="conversation"
+                        "a conversation may have {longest} characters",
+                        longest=LONGEST,
+                        where="conversation",
                     )
                 if line.strip() or not line:
                     return line.strip()

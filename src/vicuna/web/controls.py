@@ -14,6 +14,7 @@ from vicuna import config
 from vicuna.config.decoding import STRATEGIES, AnswerSettings, Decoding, Slider, extra
 from vicuna.errors import SettingsError
 from vicuna.generate.settings import Settings, biases_of
+from vicuna.messages import Message
 from vicuna.web.events import QUIET
 from vicuna.web.i18n import label, translate
 from vicuna.web.render import render
@@ -175,13 +176,27 @@ def _bound(given: dict[str, Any]) -> None:
 
     Raises: SettingsError naming every mistake.
     """
-    mistakes = []
+    mistakes: list[str] = []
     for key, slider in _SLIDERS.items():
         value = given.get(key)
         if value is not None and value < slider.low:
-            mistakes.append(f"{key} is {value:g}, but must be at least {slider.low:g}")
+            mistakes.append(
+                Message(
+                    "{key} is {value:g}, but must be at least {low:g}",
+                    key=key,
+                    value=value,
+                    low=slider.low,
+                )
+            )
         elif value is not None and value > slider.high:
-            mistakes.append(f"{key} is {value:g}, but must be at most {slider.high:g}")
+            mistakes.append(
+                Message(
+                    "{key} is {value:g}, but must be at most {high:g}",
+                    key=key,
+                    value=value,
+                    high=slider.high,
+                )
+            )
     if mistakes:
         raise SettingsError(mistakes)
 

@@ -97,7 +97,7 @@ def _before_magic(pattern: str) -> Path:
     if ".." in parts[first:]:
         raise UserError("a pattern may not go up again with ..", where=pattern)
     if sum("**" in part for part in parts) > DEEP:
-        raise UserError(f"a pattern may hold ** {DEEP} times at most", where=pattern)
+        raise UserError("a pattern may hold ** {deep} times at most", deep=DEEP, where=pattern)
     return Path(*parts[:first])
 
 

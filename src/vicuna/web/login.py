@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vicuna.config import WebSettings
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 VARIABLE = "VICUNA_PASSWORD"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -73,7 +74,8 @@ def _given(settings: WebSettings) -> tuple[str, str]:
             return text.removesuffix("\n").removesuffix("\r"), "password_file"
         except (OSError, ValueError) as e:
             raise UserError(
-                f"the password's file cannot be read: {getattr(e, 'strerror', None) or e}",
+                "the password's file cannot be read: {strerror}",
+                strerror=getattr(e, "strerror", None) or e,
                 where=f"password_file {settings.password_file}",
                 fix="Give a text file that holds the password and nothing else.",
             ) from e
@@ -89,14 +91,15 @@ def _check(word: str, where: str) -> None:
     if not plain:
         weak = "the password is blank"
     elif sum(1 if c.isascii() else 2 for c in plain) < LEAST:
-        weak = f"the password is too short: it needs {LEAST} characters"
+        weak = Message("the password is too short: it needs {least} characters", least=LEAST)
     elif guessed or len(set(plain)) < 3:
         weak = "the password is among those that are guessed first"
     if weak:
         raise UserError(
             weak,
+            least=LEAST,
             where=where,
-            fix=f"Give at least {LEAST} characters, a Chinese one counts as two; or leave it out "
+            fix="Give at least {least} characters, a Chinese one counts as two; or leave it out "
             "and one is made up where it is needed.",
         )
 

@@ -158,19 +158,27 @@ def free_port(settings: WebSettings) -> int:
         return port
     if not wanted:
         raise UserError(
-            f"no port from {FIRST_PORT} to {FIRST_PORT + PORTS - 1} of {settings.host} can be "
-            f"used: {error.strerror or error}",
+            "no port from {first_port} to {last_port} of {host} can be used: {reason}",
+            first_port=FIRST_PORT,
+            last_port=FIRST_PORT + PORTS - 1,
+            host=settings.host,
+            reason=error.strerror or error,
             where="port",
             fix="Name another with --port.",
         )
     if error.errno == errno.EADDRINUSE:
         raise UserError(
-            f"port {wanted} of {settings.host} is in use",
+            "port {value} of {host} is in use",
+            value=wanted,
+            host=settings.host,
             where="port",
             fix="Close the program that uses it, or choose another --port.",
         )
     raise UserError(
-        f"port {wanted} of {settings.host} cannot be used: {error.strerror or error}",
+        "port {value} of {host} cannot be used: {reason}",
+        value=wanted,
+        host=settings.host,
+        reason=error.strerror or error,
         where="port",
         fix="Leave out --port for the first free one, or name another.",
     )

@@ -152,10 +152,12 @@ class Session:
         parsed = parse(Raw(1, line))
         if parsed.conversation is None or parsed.conversation.kind != "chat":
             reasons = ", ".join(sorted({p.reason for p in parsed.problems})) or "no turns"
-            raise UserError(f"not a conversation: {reasons}", where="conversation")
+            raise UserError("not a conversation: {reasons}", reasons=reasons, where="conversation")
         turns = list(parsed.conversation.turns)
         if len(turns) > TURNS:
-            raise UserError(f"a conversation may have {TURNS} turns", where="conversation")
+            raise UserError(
+                "a conversation may have {turns} turns", turns=TURNS, where="conversation"
+            )
         system = turns.pop(0).text if turns and turns[0].role == "system" else ""
         if len(turns) % 2:
             turns.pop()

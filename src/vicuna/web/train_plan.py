@@ -19,7 +19,7 @@ from vicuna.config import TrainSettings
 from vicuna.data import dataset
 from vicuna.errors import ERROR_FILE, UserError, read_error_file
 from vicuna.files import scratch_folder
-from vicuna.messages import restored
+from vicuna.messages import Message, restored
 from vicuna.runs.process import ERROR
 
 SECONDS = 300
@@ -71,12 +71,12 @@ def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as e:
             raise UserError(
-                f"planning took more than {SECONDS} seconds", where="memory plan"
+                "planning took more than {seconds} seconds", seconds=SECONDS, where="memory plan"
             ) from e
         if done.returncode:
             _, _, words = done.stderr.rpartition(ERROR)
             raise UserError(
                 read_error_file(Path(folder) / "error.json", words.strip())
-                or "no plan could be made"
+                or Message("no plan could be made")
             )
     return restored(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -45,7 +45,7 @@ class Entry:
 
 def damaged(path: Path, fault: str) -> UserError:
     """The error of a file whose header does not fit its content."""
-    return UserError(f"the file is damaged: {fault}", where=str(path), fix=_AGAIN)
+    return UserError("the file is damaged: {fault}", fault=fault, where=str(path), fix=_AGAIN)
 
 
 # -- safetensors ----
@@ -63,7 +63,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = _header_length(path, start, size)
             text = f.read(length)
     except OSError as e:
-        raise UserError(f"cannot read: {e.strerror or e}", where=str(path)) from e
+        raise UserError("cannot read: {reason}", reason=e.strerror or e, where=str(path)) from e
     table = _parse(path, text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -196,13 +196,14 @@ def index_of(folder: Path, name: str) -> dict[str, str]:
         if not all(isinstance(v, str) for v in table.values()):
             raise TypeError("weight_map")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        raise UserError(f"the index is broken: {e}", where=str(path), fix=_AGAIN) from e
+        raise UserError("the index is broken: {error}", error=e, where=str(path), fix=_AGAIN) from e
     for file in sorted(set(table.values())):
         if os.path.basename(file) != file:
-            raise UserError(f"the index names a file elsewhere: {file}", where=str(path))
+            raise UserError("the index names a file elsewhere: {file}", file=file, where=str(path))
         if not (folder / file).is_file():
             raise UserError(
-                f"a file of the weights is missing: {file}",
+                "a file of the weights is missing: {file}",
+                file=file,
                 where=str(folder),
                 fix="The index names it; fetch or copy it again.",
             )
@@ -254,4 +255,6 @@ def refuse_legacy_format(path: Path) -> None:
         else "Today's llama.cpp reads it neither. Take the original weights (Hugging Face's or "
         "Meta's layout, see vicuna convert) and write a GGUF file of them: vicuna export gguf."
     )
-    raise UserError(f"this is {found}, a format that was given up", where=str(path), fix=fix)
+    raise UserError(
+        "this is {value}, a format that was given up", value=found, where=str(path), fix=fix
+    )

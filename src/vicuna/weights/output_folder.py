@@ -58,8 +58,9 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the disk has {free / 2**30:.1f} GiB free, but the result takes "
-            f"{needed / 2**30:.1f} GiB",
+            "the disk has {free:.1f} GiB free, but the result takes {needed:.1f} GiB",
+            free=free / 2**30,
+            needed=needed / 2**30,
             where=str(target),
             fix="Free some space, or choose a folder on another disk.",
         )

@@ -62,10 +62,17 @@ class SafetensorsWeights:
             for name, entry in read_safetensors(path)[0].items():
                 if name in self._entries:
                     first = self._entries[name][0].name
-                    raise UserError(f"{name} lies in {first} and again here", where=str(path))
+                    raise UserError(
+                        "{name} lies in {first} and again here",
+                        name=name,
+                        first=first,
+                        where=str(path),
+                    )
                 if entry.kind not in TORCH_TYPES:
                     raise UserError(
-                        f"{name} is of type {entry.kind}, which this version of torch lacks",
+                        "{name} is of type {type}, which this version of torch lacks",
+                        name=name,
+                        type=entry.kind,
                         where=str(path),
                     )
                 self._entries[name] = (path, entry)
@@ -89,7 +96,9 @@ class SafetensorsWeights:
         with path.open("rb") as f:
             f.seek(start)
             if f.readinto(data) != len(data):
-                raise UserError(f"the file became shorter: {name} is cut off", where=str(path))
+                raise UserError(
+                    "the file became shorter: {name} is cut off", name=name, where=str(path)
+                )
         return tensor
 
 

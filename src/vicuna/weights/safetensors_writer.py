@@ -73,7 +73,9 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not all_finite(found):
         kind = str(dtype).removeprefix("torch.")
         raise UserError(
-            f"{name} has values that {kind} cannot hold",
+            "{name} has values that {type} cannot hold",
+            name=name,
+            type=kind,
             where="dtype",
             fix="Use --dtype bf16 or fp32, whose range is wider.",
         )

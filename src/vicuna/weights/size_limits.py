@@ -12,6 +12,7 @@ from typing import Any
 
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json
+from vicuna.messages import Message
 
 # More than any model has, by what a config calls them. The largest of 2026 have 126 layers, 262,144
 # tokens and a width of 18,432.
@@ -96,7 +97,11 @@ def _check(config: Mapping[str, Any], most: Mapping[str, int], path: Path) -> No
             good = isinstance(one, int) and not isinstance(one, bool)
             if one is not None and not (good and least <= one <= limit):
                 raise UserError(
-                    f"{name} is {_shown(one)}, but must be a whole number from {least} to {limit}",
+                    "{name} is {value}, but must be a whole number from {least} to {limit}",
+                    name=name,
+                    value=_shown(one),
+                    least=least,
+                    limit=limit,
                     where=str(path),
                     fix="Fetch the model again, from its makers.",
                 )
@@ -107,10 +112,20 @@ def _compare(vocab: Any, width: Any, layers: Any, stored: int, path: Path) -> No
         return
     said = ""
     if isinstance(vocab, int) and vocab * width > DENSEST * stored + _SMALL:
-        said = f"an embedding of {vocab} x {width} numbers cannot be stored in {stored} bytes"
+        said = Message(
+            "an embedding of {vocab} x {width} numbers cannot be stored in {stored} bytes",
+            vocab=vocab,
+            width=width,
+            stored=stored,
+        )
     # A layer has several matrices as wide as the model; a sixteenth of one is less than any has.
     elif isinstance(layers, int) and layers * width * width // 16 > DENSEST * stored + _SMALL:
-        said = f"{layers} layers of width {width} cannot be stored in {stored} bytes"
+        said = Message(
+            "{layers} layers of width {width} cannot be stored in {stored} bytes",
+            layers=layers,
+            width=width,
+            stored=stored,
+        )
     if said:
         raise UserError(
             said,

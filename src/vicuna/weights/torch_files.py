@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 SHARED = 8  # times that what a file stores may stand for tensors: heads are tied to embeddings
 _WANTED = re.compile(r"GLOBAL:? ([A-Za-z_][\w.]*\.[\w.]+)")
@@ -62,7 +63,8 @@ def _tensors(path: Path, loaded: Any) -> dict[str, Tensor]:
         if found:
             return found
     raise UserError(
-        f"no tensors by name in this file ({type(loaded).__name__})",
+        "no tensors by name in this file ({type})",
+        type=type(loaded).__name__,
         where=str(path),
         fix="Expected a state dict as torch.save writes it.",
     )
@@ -79,7 +81,15 @@ def _check_sizes(path: Path, tensors: dict[str, Tensor]) -> None:
             raise _damaged(path, f"{name} is not stored as plain numbers")
         asked, stored = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
         if asked > stored:
-            raise _damaged(path, f"{name} would take {asked} bytes, and {stored} are stored")
+            raise _damaged(
+                path,
+                Message(
+                    "{name} would take {asked} bytes, and {stored} are stored",
+                    name=name,
+                    asked=asked,
+                    stored=stored,
+                ),
+            )
     stored = _stored(path)
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors.values()}
     if sum(kept.values()) > stored:
@@ -103,7 +113,8 @@ def _refused(path: Path, error: pickle.UnpicklingError) -> UserError:
     if not names:
         return _damaged(path, "it asks for what no table of tensors needs")
     return UserError(
-        f"this file wants to run code: {', '.join(names)}; it was refused and nothing was run",
+        "this file wants to run code: {names}; it was refused and nothing was run",
+        names=", ".join(names),
         where=str(path),
         fix="Weights need no code. Do not use this file; take safetensors from a source you trust.",
     )
@@ -138,7 +149,8 @@ def _named_in(path: Path) -> set[str]:
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"cannot read the weights: {why}",
+        "cannot read the weights: {why}",
+        why=why,
         where=str(path),
         fix="The file is damaged or not a plain list of tensors; fetch it again.",
     )

@@ -27,6 +27,7 @@ from vicuna.data.records.reasons import (
 from vicuna.data.records.record import Record, number_of, says
 from vicuna.data.records.turn_lists import role_of
 from vicuna.data.records.turn_order import Utterance
+from vicuna.messages import Message
 
 _MOSS_BEGIN = re.compile(r"\A\s*<\|[^|<>]{1,30}\|>\s*[:：]?\s*")
 _MOSS_END = re.compile(r"(?:\s|<eo[a-z]>)+\Z")
@@ -77,7 +78,7 @@ def moss(record: Record) -> Iterator[Utterance]:
         turn = {str(k).strip().lower().replace(" ", "_"): _unmarked(v) for k, v in turn.items()}
         for tool in ("commands", "tool_responses", "results"):
             if not empty(turn.get(tool)):
-                raise Unusable(where, f"{TOOL}: {tool}")
+                raise Unusable(where, Message("{reason}: {tool}", reason=TOOL, tool=tool))
         thought = turn.get("inner_thoughts")
         yield Utterance("user", turn.get("human"), f"{where}.Human")
         yield Utterance(
@@ -180,7 +181,7 @@ def _message(message: dict[str, Any], where: str, record: Record) -> Iterator[Ut
             yield Utterance("system", profile, where)
         return
     if not empty(about.get("attachments")):
-        raise Unusable(where, f"{MEDIA}: attachments")
+        raise Unusable(where, Message("{reason}: attachments", reason=MEDIA))
     if message.get("recipient") not in (None, "all") or form in ("code", "execution_output"):
         raise Unusable(where, TOOL)
     role = role_of(name, where)
@@ -212,7 +213,7 @@ def _fragments(fragments: list[Any], where: str) -> Iterator[Utterance]:
         elif name == "RESPONSE":
             yield Utterance("assistant", words, where)
         elif name in ("SEARCH", "TOOL", "READ_LINK"):
-            raise Unusable(where, f"{TOOL}: {name}")
+            raise Unusable(where, Message("{reason}: {name}", reason=TOOL, name=name))
 
 
 # OpenAssistant

@@ -32,6 +32,7 @@ from vicuna.data.records.reasons import (
     Note,
     Unusable,
 )
+from vicuna.messages import Message
 
 # Text
 
@@ -91,9 +92,17 @@ def _clean_slowly(text: str, field: str, note: Note) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     visible = _INVISIBLE.sub("", text)
     if visible != text:
-        note(field, f"{ZERO_WIDTH}: {len(text) - len(visible)}", "repaired")
+        note(
+            field,
+            Message("{reason}: {count}", reason=ZERO_WIDTH, count=len(text) - len(visible)),
+            "repaired",
+        )
     if "\ufffd" in visible:
-        note(field, f"{LOST_CHARACTERS}: {visible.count('�')}", "warned")
+        note(
+            field,
+            Message("{reason}: {count}", reason=LOST_CHARACTERS, count=visible.count("�")),
+            "warned",
+        )
     if "\\n" in visible and _LITERAL_NEWLINE.search(visible):
         note(field, LITERAL_NEWLINE, "warned")
     return visible.strip()
@@ -107,8 +116,10 @@ def _number(value: Any, field: str) -> str | None:
         try:
             return None if value != value else str(value)
         except ValueError:  # more digits than Python converts
-            raise Unusable(field, f"{NOT_TEXT}: a number of too many digits") from None
-    raise Unusable(field, f"{NOT_TEXT}: {kind(value)}")
+            raise Unusable(
+                field, Message("{reason}: a number of too many digits", reason=NOT_TEXT)
+            ) from None
+    raise Unusable(field, Message("{reason}: {type}", reason=NOT_TEXT, type=kind(value)))
 
 
 def is_placeholder_input(text: str) -> bool:

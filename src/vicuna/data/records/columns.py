@@ -13,6 +13,7 @@ from vicuna.data.records import field_names, preferences
 from vicuna.data.records.parse_values import parse_json
 from vicuna.data.records.reasons import Unusable
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 # (our name, the file's own), sorted; a tuple, because it is part of a cache's key.
 Columns = tuple[tuple[str, str], ...]
@@ -37,7 +38,7 @@ def rename(value: dict[str, Any], columns: Columns) -> dict[str, Any]:
     ours = {name: stripped[own] for name, own in columns if own in stripped}
     owned = {own for _, own in columns}
     rest = {
-        (f"{key} (the file's own)" if key.lower() in ours else key): v
+        (Message("{key} (the file's own)", key=key) if key.lower() in ours else key): v
         for key, v in stripped.items()
         if key not in owned
     }
@@ -53,10 +54,12 @@ def settled(given: Mapping[str, str]) -> Columns:
         if name.strip().lower() not in field_names.KNOWN:
             near = get_close_matches(name.lower(), sorted(field_names.KNOWN), n=1)
             raise UserError(
-                f"columns.{name}: no format has this name",
+                "columns.{name}: no format has this name",
+                name=name,
+                hint=Message("Did you mean columns.{near}? ", near=near[0]) if near else "",
                 where="dataset",
-                fix=(f"Did you mean columns.{near[0]}? " if near else "")
-                + "Usual ones: instruction, input, output, system, messages, text (docs/data.md).",
+                fix="{hint}Usual ones: instruction, input, output, system, messages, text "
+                "(docs/data.md).",
             )
     return tuple(sorted((n.strip().lower(), own.strip()) for n, own in given.items()))
 
@@ -71,9 +74,13 @@ def check(path: Path, columns: Columns, seen: Sequence[str]) -> None:
             near = get_close_matches(own, seen, n=1, cutoff=0.3)
             listed = ", ".join(seen[:12]) + (" ..." if len(seen) > 12 else "")
             raise UserError(
-                f"columns.{name}: there is no column {own!r} in it",
+                "columns.{name}: there is no column {column!r} in it",
+                name=name,
+                column=own,
+                hint=Message("Did you mean {near}? ", near=near[0]) if near else "",
+                names=listed,
                 where=str(path),
-                fix=(f"Did you mean {near[0]}? " if near else "") + f"It has: {listed}.",
+                fix="{hint}It has: {names}.",
             )
     _check_answer(path, columns, seen)
 
@@ -87,10 +94,14 @@ def _check_answer(path: Path, columns: Columns, seen: Sequence[str]) -> None:
         return
     left = [own for own in seen if own not in named.values()]
     raise UserError(
-        f"columns.{asked} is named and columns.output is missing: there is no answer",
+        "columns.{asked} is named and columns.output is missing: there is no answer",
+        asked=asked,
+        path=path,
+        name=named[asked],
+        left=left[0] if left else "...",
         where=str(path),
-        fix=f"Name the column of the answers too: {path}@columns.{asked}={named[asked]},"
-        f"columns.output={left[0] if left else '...'}",
+        fix="Name the column of the answers too: "
+        "{path}@columns.{asked}={name},columns.output={left}",
     )
 
 

@@ -8,6 +8,7 @@ from vicuna.data.records.field_names import empty
 from vicuna.data.records.parse_values import kind
 from vicuna.data.records.reasons import MEDIA, NOT_TEXT, TOOL, Unusable, shorten
 from vicuna.data.records.record import Record
+from vicuna.messages import Message
 
 
 def thinking(value: Any) -> Any:
@@ -51,7 +52,7 @@ def joined(content: Any, field: str, record: Record) -> tuple[Any, Any]:
     for part in content:
         if not isinstance(part, dict):
             if type(part) is not str:
-                raise Unusable(field, f"{NOT_TEXT}: {kind(part)}")
+                raise Unusable(field, Message("{reason}: {type}", reason=NOT_TEXT, type=kind(part)))
             parts.append(part)
             continue
         name = part.get("type")

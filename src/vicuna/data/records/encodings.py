@@ -75,7 +75,8 @@ def check(encoding: str, where: str) -> None:
     except (LookupError, ValueError, UnicodeError, NotImplementedError, AssertionError):
         pass
     raise UserError(
-        f"unknown encoding {encoding!r}",
+        "unknown encoding {encoding!r}",
+        encoding=encoding,
         where=where,
         fix="Name one that Python knows, such as utf-8, gb18030, big5, cp1252 or utf-16.",
     )

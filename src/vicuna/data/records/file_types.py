@@ -9,36 +9,38 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
+from vicuna.messages import Message
+
 Kind = Literal["text", "parquet", "arrow"]
 
 HEAD = 1 << 12  # bytes that are looked at
 
 # What it is called, and what to do; the reason that stands in the report.
-WORKBOOK = "an Excel workbook (save its sheet as CSV UTF-8 and give that)"
-OLD_OFFICE = "an old Excel or Word file (save it as CSV UTF-8 or as plain text)"
-CALC = "an OpenDocument spreadsheet (save its sheet as CSV UTF-8)"
-NUMBERS = "an Apple Numbers or Pages file (export it as CSV or plain text)"
-WORD = "a Word document (save it as plain text)"
-SLIDES = "a presentation (save its words as plain text)"
-WRITER = "an OpenDocument text (save it as plain text)"
-EBOOK = "an e-book (save it as plain text)"
-NUMPY = "numpy arrays (write their records as JSONL)"
-TORCH = "a PyTorch file (a pickle is never opened; write its records as JSONL)"
-PICKLE = "a pickle (never opened; write its records as JSONL)"
-ARCHIVE = "an archive (unpack it and give the folder)"
-SQLITE = "an SQLite database (export its table as CSV)"
-PDF = "a PDF (save its words as plain text)"
-RTF = "a rich text document (save it as plain text)"
-HDF5 = "an HDF5 file (write its records as JSONL or Parquet)"
-OTHER_TABLE = "a table of another system (write it as Parquet or JSONL)"
-MEDIA_FILE = "an image, a recording or a film (there is no text in it)"
-WEIGHTS = "weights of a model (not data)"
-PROGRAM = "a program (not data)"
-BINARY = "binary data of no kind that is known here"
-WEB_PAGE = "a web page (save its words as plain text, or its table as CSV)"
-XML = "XML (write its records as JSONL)"
-YAML = "YAML (write its records as JSONL)"
-LFS = "a pointer of Git LFS (git lfs pull fetches the file)"
+WORKBOOK = Message("an Excel workbook (save its sheet as CSV UTF-8 and give that)")
+OLD_OFFICE = Message("an old Excel or Word file (save it as CSV UTF-8 or as plain text)")
+CALC = Message("an OpenDocument spreadsheet (save its sheet as CSV UTF-8)")
+NUMBERS = Message("an Apple Numbers or Pages file (export it as CSV or plain text)")
+WORD = Message("a Word document (save it as plain text)")
+SLIDES = Message("a presentation (save its words as plain text)")
+WRITER = Message("an OpenDocument text (save it as plain text)")
+EBOOK = Message("an e-book (save it as plain text)")
+NUMPY = Message("numpy arrays (write their records as JSONL)")
+TORCH = Message("a PyTorch file (a pickle is never opened; write its records as JSONL)")
+PICKLE = Message("a pickle (never opened; write its records as JSONL)")
+ARCHIVE = Message("an archive (unpack it and give the folder)")
+SQLITE = Message("an SQLite database (export its table as CSV)")
+PDF = Message("a PDF (save its words as plain text)")
+RTF = Message("a rich text document (save it as plain text)")
+HDF5 = Message("an HDF5 file (write its records as JSONL or Parquet)")
+OTHER_TABLE = Message("a table of another system (write it as Parquet or JSONL)")
+MEDIA_FILE = Message("an image, a recording or a film (there is no text in it)")
+WEIGHTS = Message("weights of a model (not data)")
+PROGRAM = Message("a program (not data)")
+BINARY = Message("binary data of no kind that is known here")
+WEB_PAGE = Message("a web page (save its words as plain text, or its table as CSV)")
+XML = Message("XML (write its records as JSONL)")
+YAML = Message("YAML (write its records as JSONL)")
+LFS = Message("a pointer of Git LFS (git lfs pull fetches the file)")
 
 _BEGINNINGS = (
     (b"7z\xbc\xaf\x27\x1c", ARCHIVE),

@@ -12,6 +12,7 @@ from typing import Any
 from vicuna.errors import UserError
 from vicuna.files import file_hash
 from vicuna.hub import must_be_hub_id, snapshot
+from vicuna.messages import Message
 from vicuna.paths import given_path
 
 _PACKED = tuple(
@@ -61,8 +62,9 @@ def expand_noting(source: str, notes: list[str]) -> list[Path]:
         if path.name.lower() in NOT_DATA and any(path.parent.glob("*.arrow")):
             raise UserError(
                 "this file describes an Arrow data set and is not the data",
+                parent=path.parent,
                 where=source,
-                fix=f"Give its folder: {path.parent}.",
+                fix="Give its folder: {parent}.",
             )
         return [path]
     if re.search(r"[*?\[]", source):
@@ -95,9 +97,10 @@ def _in_folder(folder: Path, source: str, notes: list[str]) -> list[Path]:
     if not files:
         raise UserError(
             "no data files in it",
+            reason=" ".join(ENDINGS),
             where=source,
-            fix=f"Files are recognised by their endings here: {' '.join(ENDINGS)}. "
-            "A file named alone may have any.",
+            fix="Files are recognised by their endings here: {reason}. A file named alone may "
+            "have any.",
         )
     return files
 
@@ -113,7 +116,13 @@ def _left_out(every: list[Path], notes: list[str]) -> list[Path]:
             others = [s for s in splits if s != chosen]
             found += [path.parent / s for s in others]
             if others:
-                notes.append(f"of the splits {chosen} is read, not {', '.join(others)}")
+                notes.append(
+                    Message(
+                        "of the splits {chosen} is read, not {others}",
+                        chosen=chosen,
+                        others=", ".join(others),
+                    )
+                )
         elif path.name == "state.json":
             entries = _described(path).get("_data_files")
             own = {e.get("filename") for e in entries or [] if isinstance(e, dict)}
@@ -165,17 +174,23 @@ def _missing(path: Path, source: str) -> UserError:
     while not parent.exists() and parent != parent.parent:
         wrong, parent = parent, parent.parent
     if not parent.is_dir():
-        return UserError("no such file", where=source, fix=f"{parent} is a file, not a folder.")
+        return UserError(
+            "no such file", parent=parent, where=source, fix="{parent} is a file, not a folder."
+        )
     try:
         names = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
     except OSError:
         names = []
     if near := get_close_matches(wrong.name, names, n=1):
         whole = parent / near[0] / path.relative_to(wrong)
-        fix = f"Did you mean {whole if whole.exists() else parent / near[0]}?"
+        fix = Message("Did you mean {path}?", path=whole if whole.exists() else parent / near[0])
     else:
         listed = ", ".join(names[:5]) + (" ..." if names[5:] else "")
-        fix = f"In {parent.resolve()} there is: {listed or 'nothing'}."
+        fix = Message(
+            "In {parent} there is: {names}.",
+            parent=parent.resolve(),
+            names=listed or Message("nothing"),
+        )
     return UserError("no such file or folder", where=source, fix=fix)
 
 
@@ -184,4 +199,6 @@ def _download(repository: str) -> Path:
     try:
         return snapshot(repository, [f"*{ending}" for ending in ENDINGS], kind="dataset")
     except UserError as e:
-        raise UserError(f"{e.what}; no such path here either", where=repository, fix=e.fix) from e
+        raise UserError(
+            "{details}; no such path here either", details=e.what, where=repository, fix=e.fix
+        ) from e

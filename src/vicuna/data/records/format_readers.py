@@ -43,6 +43,7 @@ from vicuna.data.records.turn_lists import (
     turns_key,
 )
 from vicuna.data.records.turn_order import Utterance
+from vicuna.messages import Message
 
 # The reasons a user reads, beside those of `said` and `marks`.
 
@@ -147,14 +148,31 @@ def chat(record: Record) -> Iterator[Utterance]:
     questions = _one_or_many(record, "input")
     answers = _one_or_many(record, "output")
     if len(answers) > len(questions):
-        raise Unusable("output", f"{MORE_ANSWERS}: {len(answers)} and {len(questions)}")
+        raise Unusable(
+            "output",
+            Message(
+                "{reason}: {answers} and {questions}",
+                reason=MORE_ANSWERS,
+                answers=len(answers),
+                questions=len(questions),
+            ),
+        )
     if not answers:
         raise Unusable("output", NO_ANSWER if questions else EMPTY_CONVERSATION)
     for i, (question, answer) in enumerate(zip(questions, answers)):
         yield Utterance("user", question, f"input[{i}]")
         yield Utterance("assistant", answer, f"output[{i}]")
     if left := len(questions) - len(answers):
-        record.note("input", f"{OPEN_QUESTION}: {left} of {len(questions)}", "repaired")
+        record.note(
+            "input",
+            Message(
+                "{reason}: {left} of {questions}",
+                reason=OPEN_QUESTION,
+                left=left,
+                questions=len(questions),
+            ),
+            "repaired",
+        )
 
 
 def _one_or_many(record: Record, key: str) -> list[Any]:
@@ -164,7 +182,7 @@ def _one_or_many(record: Record, key: str) -> list[Any]:
     if value is None or isinstance(value, list):
         return value or []
     if isinstance(value, (bool, dict)):
-        raise Unusable(key, f"{NOT_TEXT}: {kind(value)}")
+        raise Unusable(key, Message("{reason}: {type}", reason=NOT_TEXT, type=kind(value)))
     record.note(key, ONE_TURN, "repaired")
     return [value]
 

@@ -55,6 +55,7 @@ from vicuna.data.records.turn_order import (
     Utterance,
     ordered_turns,
 )
+from vicuna.messages import Message
 
 __all__ = ["parse", "recognised"]
 
@@ -161,7 +162,12 @@ def _object(value: Any, note: Note, columns: Columns) -> Record:
     if isinstance(value, list) and looks_like_turns(value):
         return Record({"messages": value}, note, {})
     if not isinstance(value, dict):
-        raise Unusable("", f"{UNKNOWN_FORMAT}: {kind(value)} where an object belongs")
+        raise Unusable(
+            "",
+            Message(
+                "{reason}: {type} where an object belongs", reason=UNKNOWN_FORMAT, type=kind(value)
+            ),
+        )
     if wrapped:
         note("[0]", WRAPPED, "repaired")
     if columns:

@@ -261,7 +261,7 @@ def _whole(window: Window, offset: int, line: int, problems: list[Problem]) -> S
     """An object read whole: columns, or a list deeper inside."""
     text = window.buf[window.pos : window.pos + offset + 1]
     value = json.loads(text, parse_int=Number, parse_float=Number, strict=False)
-    words = COLUMNS
+    words: str = COLUMNS
     records = _from_columns(value) or _from_split(value)
     if not records:
         name, records = _inside(value, 3)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from vicuna.data.conversation import Problem, Raw
 from vicuna.data.records.encodings import MARK
 from vicuna.data.records.text_stream import BLANK, CUT, Text
+from vicuna.messages import Message
 
 LIMIT = 1 << 25  # characters of one value, so that a quote never closed cannot fill the memory
 
@@ -173,7 +174,9 @@ def _value(window: Window, problems: list[Problem]) -> str | None:
             window.to(end)
             return value
         line = window.line + window.buf.count("\n", window.pos, at)
-        problems.append(Problem(line, "", f"not valid JSON: {reason}", "dropped"))
+        problems.append(
+            Problem(line, "", Message("not valid JSON: {reason}", reason=reason), "dropped")
+        )
         _pass_broken(window)
         return None
 

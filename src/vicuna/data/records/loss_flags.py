@@ -36,6 +36,7 @@ from vicuna.data.records.reasons import (
 )
 from vicuna.data.records.record import Record, number_of, says
 from vicuna.data.records.turn_order import Utterance
+from vicuna.messages import Message
 
 
 def apply_record_flags(record: Record, utterances: list[Utterance]) -> list[Utterance]:
@@ -49,10 +50,10 @@ def apply_record_flags(record: Record, utterances: list[Utterance]) -> list[Utte
         if empty(value):
             used.add(key)
         elif key in field_names.MEDIA:
-            raise Unusable(key, f"{MEDIA}: {key}")
+            raise Unusable(key, Message("{reason}: {key}", reason=MEDIA, key=key))
         elif key in field_names.TOOLS:
             if not isinstance(value, Number) and not isinstance(value, (bool, int, float)):
-                raise Unusable(key, f"{TOOL}: {key}")
+                raise Unusable(key, Message("{reason}: {key}", reason=TOOL, key=key))
         elif key in field_names.SYSTEMS and utterances:  # plain text has no place for one
             used.add(key)
             utterances = [Utterance("system", joined(value, key, record)[0], key), *utterances]
@@ -65,7 +66,12 @@ def apply_record_flags(record: Record, utterances: list[Utterance]) -> list[Utte
             if isinstance(in_loss, list):
                 utterances = _masked(utterances, in_loss, key)
             elif not in_loss:
-                raise Unusable(key, f"{_reason(key)}: {key} {_brief(value)}")
+                raise Unusable(
+                    key,
+                    Message(
+                        "{reason}: {key} {value}", reason=_reason(key), key=key, value=_brief(value)
+                    ),
+                )
     return utterances
 
 
@@ -94,7 +100,10 @@ def turn_flags(
         if key in taken or empty(value):
             continue
         if key in field_names.MEDIA or key == "files":
-            raise Unusable(f"{where}.{key}", f"{MEDIA}: {key}")
+            raise Unusable(
+                Message("{place}.{key}", place=where, key=key),
+                Message("{reason}: {key}", reason=MEDIA, key=key),
+            )
         if key in field_names.TOOLS:
             raise Unusable(where, TOOL)
         if key in field_names.THOUGHTS:
@@ -105,7 +114,10 @@ def turn_flags(
             key, value, lambda _, reason, action: record.note(where, reason, action)
         )
         if isinstance(marked, list):
-            raise Unusable(f"{where}.{key}", f"{MASK_ODD}: {shorten(_brief(value), 40)}")
+            raise Unusable(
+                Message("{place}.{key}", place=where, key=key),
+                Message("{reason}: {value}", reason=MASK_ODD, value=shorten(_brief(value), 40)),
+            )
         if marked is not None:
             in_loss = in_loss and marked
         elif key not in field_names.HARMLESS and key not in _PLAIN_TURN:
@@ -122,23 +134,33 @@ _PLAIN_TURN = frozenset(("name", "timestamp", "time", "created_at", "updated_at"
 def _says_in_loss(key: str, value: Any, note: Note) -> bool | list[bool] | None:
     """What a weight, mask or label says: learn it, or not; None where it says neither."""
     if key in field_names.PARTIAL:
-        raise Unusable(key, f"{MASK_ODD}: {key}")
+        raise Unusable(key, Message("{reason}: {key}", reason=MASK_ODD, key=key))
     if key in field_names.LEARNED:
         if isinstance(value, (list, tuple)):
             marks = [_weight(v) for v in value]
             if None in marks:
-                raise Unusable(key, f"{MASK_ODD}: {shorten(_brief(value), 40)}")
+                raise Unusable(
+                    key,
+                    Message("{reason}: {value}", reason=MASK_ODD, value=shorten(_brief(value), 40)),
+                )
             return [bool(m) for m in marks]
         number = number_of(value)
         if number is not None and number > 0 and number != 1:
-            note(key, f"{WEIGHT}: {key} {_brief(value)}", "warned")
+            note(
+                key,
+                Message("{reason}: {key} {value}", reason=WEIGHT, key=key, value=_brief(value)),
+                "warned",
+            )
             return True
         return says(value)
     if key in field_names.MASKED:
         if isinstance(value, (list, tuple)):
             marks = [says(v) for v in value]
             if None in marks:
-                raise Unusable(key, f"{MASK_ODD}: {shorten(_brief(value), 40)}")
+                raise Unusable(
+                    key,
+                    Message("{reason}: {value}", reason=MASK_ODD, value=shorten(_brief(value), 40)),
+                )
             return [not m for m in marks]
         if isinstance(value, str) and (role := field_names.ROLES.get(value.strip().lower())):
             return role != "assistant"
@@ -156,7 +178,16 @@ def _says_in_loss(key: str, value: Any, note: Note) -> bool | list[bool] | None:
 
 def _judged(key: str, value: Any, in_loss: bool | None, note: Note) -> bool | None:
     if in_loss is None:
-        note(key, f"{LABEL_ODD}: {key} {shorten(_brief(value), 40)}", "warned")
+        note(
+            key,
+            Message(
+                "{reason}: {key} {value}",
+                reason=LABEL_ODD,
+                key=key,
+                value=shorten(_brief(value), 40),
+            ),
+            "warned",
+        )
     return in_loss
 
 
@@ -191,7 +222,15 @@ def _masked(utterances: list[Utterance], in_loss: list[bool], key: str) -> list[
                 s._replace(in_loss=s.in_loss and masks.get(i, True))
                 for i, s in enumerate(utterances)
             ]
-    raise Unusable(key, f"{MASK_ODD}: {len(in_loss)} entries for {len(answers)} answers")
+    raise Unusable(
+        key,
+        Message(
+            "{reason}: {count} entries for {answers} answers",
+            reason=MASK_ODD,
+            count=len(in_loss),
+            answers=len(answers),
+        ),
+    )
 
 
 def _with_thought(

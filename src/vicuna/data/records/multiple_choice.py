@@ -13,6 +13,7 @@ from vicuna.data.records import field_names
 from vicuna.data.records.parse_values import parse_list
 from vicuna.data.records.reasons import NO_SUCH_OPTION, OPTION_NUMBER, Unusable
 from vicuna.data.records.record import Record, number_of
+from vicuna.messages import Message
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KEY = re.compile(r"(?:option|choice|opt|op|选项|选择)?[_ ]?([a-h1-8])(?:选项)?")
@@ -115,6 +116,20 @@ def _letter(value: Any, key: str | None, options: Options, record: Record) -> An
     found = number_of(value)
     number = int(found) if found is not None and found.is_integer() else -1
     if not 0 <= number < len(options):
-        raise Unusable(key or "answer", f"{NO_SUCH_OPTION}: {value} of {len(options)}")
-    record.note(key or "answer", f"{OPTION_NUMBER}: {value} is {labels[number]}", "repaired")
+        raise Unusable(
+            key or "answer",
+            Message(
+                "{reason}: {value} of {count}",
+                reason=NO_SUCH_OPTION,
+                value=value,
+                count=len(options),
+            ),
+        )
+    record.note(
+        key or "answer",
+        Message(
+            "{reason}: {value} is {label}", reason=OPTION_NUMBER, value=value, label=labels[number]
+        ),
+        "repaired",
+    )
     return labels[number]

@@ -11,6 +11,7 @@ from typing import Any
 
 from vicuna.data.conversation import Number
 from vicuna.data.records.reasons import BROKEN_JSON, DUPLICATE_KEY, PYTHON, Note, Unusable, shorten
+from vicuna.messages import Message
 
 
 class _DuplicateKey(Exception):
@@ -65,9 +66,17 @@ def parse_json(text: str, note: Note) -> Any:
             note("", PYTHON, "repaired")
             return value
         words = e.msg.removesuffix(": ")
-        raise Unusable("", f"{BROKEN_JSON}: {words} (character {e.pos + 1})") from None
+        raise Unusable(
+            "",
+            Message(
+                "{reason}: {details} (character {pos})",
+                reason=BROKEN_JSON,
+                details=words,
+                pos=e.pos + 1,
+            ),
+        ) from None
     except RecursionError:
-        raise Unusable("", f"{BROKEN_JSON}: nested too deeply") from None
+        raise Unusable("", Message("{reason}: nested too deeply", reason=BROKEN_JSON)) from None
 
 
 _PRINTED = re.compile(r"[\[{\s]+'")
@@ -95,8 +104,18 @@ def parse_list(text: str) -> Any:
 
 def kind(value: Any) -> str:
     """What JSON calls a value."""
-    known = {bool: "true or false", list: "a list", tuple: "a list", dict: "an object"}
-    known |= {str: "a text", Number: "a number", int: "a number", float: "a number"}
+    known = {
+        bool: Message("true or false"),
+        list: Message("a list"),
+        tuple: Message("a list"),
+        dict: Message("an object"),
+    }
+    known |= {
+        str: Message("a text"),
+        Number: Message("a number"),
+        int: Message("a number"),
+        float: Message("a number"),
+    }
     return "null" if value is None else known.get(type(value), type(value).__name__)
 
 

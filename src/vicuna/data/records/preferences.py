@@ -22,6 +22,7 @@ from vicuna.data.records.parse_values import kind, parse_list
 from vicuna.data.records.reasons import BAD_ANSWER, BEST, FIRST, NO_WINNER, NOT_TEXT, Unusable
 from vicuna.data.records.record import Record, number_of, says
 from vicuna.data.records.turn_order import Utterance
+from vicuna.messages import Message
 
 _ENDS = (("_", "ab"), ("_", "01"), ("_", "12"), ("", "01"), ("", "12"))
 _TWO = tuple(
@@ -171,15 +172,19 @@ def best(value: list[Any], field: str, record: Record, beside: dict[str, Any] | 
         return _text(value[0], field)
     merits = [_merit(item) for item in value]
     if all(isinstance(v, list) for v in value) and not any(merits):
-        raise Unusable(field, f"{NOT_TEXT}: {kind(value)}")
+        raise Unusable(field, Message("{reason}: {type}", reason=NOT_TEXT, type=kind(value)))
     if all(m is None for m in merits):
         merits = _judged(value, field.rsplit(".", 1)[-1], record, beside) or merits
     if any(m is not None for m in merits):
         place = max(range(len(value)), key=lambda i: (merits[i] is not None, merits[i] or 0.0, -i))
-        record.note(field, f"{BEST}: {place + 1} of {len(value)}", "repaired")
+        record.note(
+            field,
+            Message("{reason}: {place} of {count}", reason=BEST, place=place + 1, count=len(value)),
+            "repaired",
+        )
     else:
         place = 0
-        record.note(field, f"{FIRST}: {len(value)}", "repaired")
+        record.note(field, Message("{reason}: {count}", reason=FIRST, count=len(value)), "repaired")
     return _text(value[place], f"{field}[{place}]")
 
 
@@ -202,7 +207,7 @@ def _judged(
         if merits and len(merits) == len(answers):
             record.used.add(key)
             if max(merits) < 0 and all(_flag(key) for _ in merits):
-                raise Unusable(key, f"{BAD_ANSWER}: {key}")
+                raise Unusable(key, Message("{reason}: {key}", reason=BAD_ANSWER, key=key))
             if key.startswith("ranking") and _may_be_order(merits):
                 raise Unusable(key, NO_WINNER)
             return [*merits]
@@ -300,7 +305,7 @@ def _text(item: Any, field: str) -> Any:
     lower = {str(k).lower(): v for k, v in item.items()}
     key = field_names.first(lower, _TEXTS)
     if key is None:
-        raise Unusable(field, f"{NOT_TEXT}: an object")
+        raise Unusable(field, Message("{reason}: an object", reason=NOT_TEXT))
     return _text(lower[key], f"{field}.{key}")
 
 
@@ -310,7 +315,7 @@ def answer(value: Any, field: str, record: Record) -> Utterance:
         folded, _ = field_names.fold(value, record.note)
         words = field_names.first(folded, field_names.WORDS)
         if words is None:
-            raise Unusable(field, f"{NOT_TEXT}: an object")
+            raise Unusable(field, Message("{reason}: an object", reason=NOT_TEXT))
         text, thought = joined(folded[words], f"{field}.{words}", record)
         own = field_names.first(folded, field_names.THOUGHTS)
         thought = thought if own is None else thinking(folded[own])

@@ -25,6 +25,7 @@ from vicuna.data.records.json_stream import DECODER, json_values, unfinished
 from vicuna.data.records.parse_values import printed
 from vicuna.data.records.tables import arrow, delimiter_of, parquet, rows
 from vicuna.data.records.text_stream import BLANK, CUT, Position, Text, head, lines, unwatched
+from vicuna.messages import Message
 
 __all__ = ["digest", "expand", "read"]
 
@@ -186,7 +187,10 @@ def _paragraphs(texts: Iterable[str], text: Text, problems: list[Problem]) -> It
             else:
                 yield Raw(begin, {"text": paragraph})
             if not blank and not split:
-                reason = f"no blank line in {PARAGRAPH:,} characters, split at a line's end"
+                reason = Message(
+                    "no blank line in {reason:,} characters, split at a line's end",
+                    reason=PARAGRAPH,
+                )
                 problems.append(Problem(number, "", reason, "warned"))
                 split = True
             held = []

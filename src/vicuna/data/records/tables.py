@@ -14,6 +14,7 @@ from vicuna.data.records.encodings import MARK
 from vicuna.data.records.field_names import KNOWN
 from vicuna.data.records.json_stream import LIMIT
 from vicuna.data.records.text_stream import Position, Text, lines, unwatched
+from vicuna.messages import Message
 
 _DELIMITERS = (",", "\t", ";", "|")
 _LOOKED_AT = 50  # rows that the delimiter is found by
@@ -75,7 +76,9 @@ def rows(
         try:
             row = next(reader, None)
         except csv.Error as e:
-            problems.append(Problem(line, "", f"not valid CSV: {e}", "dropped"))
+            problems.append(
+                Problem(line, "", Message("not valid CSV: {error}", error=e), "dropped")
+            )
             continue
         if row is None:
             return
@@ -91,7 +94,7 @@ def rows(
         elif header is None:
             header = [name.strip() for name in row]
         elif any(row[len(header) :]):
-            reason = f"more fields than the {len(header)} of the header"
+            reason = Message("more fields than the {count} of the header", count=len(header))
             problems.append(Problem(line, "", reason, "dropped"))
         else:
             yield Raw(line, {k: v for k, v in zip(header, row) if k})

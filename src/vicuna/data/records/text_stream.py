@@ -18,6 +18,7 @@ from typing import Any
 from vicuna.data.conversation import Problem
 from vicuna.data.records.encodings import MARK, check, decoder, guess, settled
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 __all__ = ["BLANK", "BUFFER", "CUT", "MARK", "SAMPLE", "Text", "head", "lines", "magic", "unpacked"]
 
@@ -25,7 +26,7 @@ BUFFER = 1 << 18  # bytes read at once
 SAMPLE = 1 << 20  # bytes that the encoding is decided on
 
 BLANK = " \t\r\n\ufeff"  # the BOM too: files with BOMs get concatenated
-CUT = "file is cut off here"
+CUT = Message("file is cut off here")
 Fault = Callable[[str], None]
 # Told how many bytes of a file have been read, packed ones if it is packed.
 Position = Callable[[int], None]
@@ -64,7 +65,14 @@ class Text:
 
     def drop(self, line: int) -> None:
         """Note a record that does not decode."""
-        self.problems.append(Problem(line, "", f"bytes that are not {self.encoding}", "dropped"))
+        self.problems.append(
+            Problem(
+                line,
+                "",
+                Message("bytes that are not {encoding}", encoding=self.encoding),
+                "dropped",
+            )
+        )
 
     def _unpack(self) -> Iterator[bytes]:
         return unpacked(self.path, self._spoilt, self._position)
@@ -84,7 +92,9 @@ class Text:
                 break
         if not self.given and (name := guess(held, first)) != "UTF-8":
             self.encoding, self.decoder = name, decoder(name)
-            self.problems.append(Problem(1, "", f"encoding is {name}, decoded", "warned"))
+            self.problems.append(
+                Problem(1, "", Message("encoding is {name}, decoded", name=name), "warned")
+            )
         for block in chain([held], blocks):
             yield self.decoder.decode(block)
         yield self.decoder.decode(b"", final=True)
@@ -112,7 +122,8 @@ def _blocks(path: Path, position: Position) -> Iterator[bytes]:
 
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot read: {error.strerror or error}",
+        "cannot read: {reason}",
+        reason=error.strerror or error,
         where=str(path),
         fix="Check the path and that you may read the file.",
     )
@@ -184,7 +195,7 @@ def _expand(
             try:
                 yield engine.decompress(block, max(BUFFER, 1024))
             except (OSError, lzma.LZMAError, ValueError):
-                spoilt(f"{name} data are damaged here")
+                spoilt(Message("{name} data are damaged here", name=name))
                 return
             block = engine.unused_data if engine.eof else b""
             if engine.needs_input if not engine.eof else not block:

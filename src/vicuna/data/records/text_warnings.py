@@ -19,6 +19,7 @@ from vicuna.data.records.reasons import (
     THOUGHT,
 )
 from vicuna.data.think_tags import MARK, split_thought
+from vicuna.messages import Message
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
@@ -132,7 +133,7 @@ def _thought_marks(turns: list[Turn]) -> list[tuple[str, str]]:
 
 
 def _where(turns: list[Turn], i: int) -> str:
-    return f"turn {i + 1} ({turns[i].role})"
+    return Message("turn {index} ({role})", index=i + 1, role=turns[i].role)
 
 
 def _inside(turns: list[Turn], texts: list[str]) -> list[tuple[str, str]]:

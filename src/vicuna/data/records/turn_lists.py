@@ -37,6 +37,7 @@ from vicuna.data.records.reasons import (
 )
 from vicuna.data.records.record import Record
 from vicuna.data.records.turn_order import Utterance
+from vicuna.messages import Message
 
 
 def turns_key(values: dict[str, Any]) -> str | None:
@@ -106,7 +107,7 @@ def items(found: list[Any], key: str, record: Record) -> Iterator[Utterance]:
             yield Utterance("assistant", item[1], f"{where}[1]")
             continue
         if not isinstance(item, dict):
-            raise Unusable(where, f"{NOT_A_TURN}: {kind(item)}")
+            raise Unusable(where, Message("{reason}: {type}", reason=NOT_A_TURN, type=kind(item)))
         item, _ = fold(item, record.note)
         speaker_ = first(item, SPEAKERS)
         if not speaker_:
@@ -182,12 +183,12 @@ def _couple(item: dict[str, Any], where: str, record: Record) -> Iterator[Uttera
 def role_of(name: Any, field: str) -> Role:
     """Raises: Unusable where nobody is called so, or a tool is."""
     if not isinstance(name, str) or isinstance(name, Number):
-        raise Unusable(field, f"{UNKNOWN_ROLE}: {kind(name)}")
+        raise Unusable(field, Message("{reason}: {type}", reason=UNKNOWN_ROLE, type=kind(name)))
     role = ROLES.get(name) or ROLES.get(lower := name.strip().lower())
     if role:
         return role
     reason = TOOL if lower in TOOL_ROLES else UNKNOWN_ROLE
-    raise Unusable(field, f"{reason}: {shorten(name, 40)}")
+    raise Unusable(field, Message("{reason}: {name}", reason=reason, name=shorten(name, 40)))
 
 
 def answers_of(

@@ -30,6 +30,7 @@ from vicuna.data.records.reasons import (
     Unusable,
 )
 from vicuna.data.think_tags import split_thought
+from vicuna.messages import Message
 
 # The reasons a user reads, beside those of `textrules`. Stable; a detail may follow after ": ".
 
@@ -88,7 +89,7 @@ def ordered_turns(utterances: list[Utterance], note: Note) -> list[Turn]:
         elif fault := _fault(turn, missing):
             if all(t.role != "assistant" for t in turns):
                 raise Unusable(s.field, fault)
-            note(s.field, f"{CUT}: {fault}", "repaired")
+            note(s.field, Message("{reason}: {fault}", reason=CUT, fault=fault), "repaired")
             cut = True
             break
         if turns and last == turn.role:
@@ -159,7 +160,7 @@ def _turn(s: Utterance, note: Note) -> tuple[Turn, bool]:
             _refuse_media(turn.input, s.input_field)
     if s.role == "assistant":
         if s.thought is not None:
-            thought = clean(s.thought, f"{s.field} (thought)", note) or ""
+            thought = clean(s.thought, Message("{field} (thought)", field=s.field), note) or ""
             turn.thought = "" if is_placeholder_answer(thought) else thought
             if turn.thought and "<think>" in turn.text[:100]:
                 _one_thought(turn, s.field, note)
@@ -185,7 +186,10 @@ def _one_thought(turn: Turn, field: str, note: Note) -> None:
 
 def _refuse_media(words: str, field: str) -> None:
     if match := _MEDIA_MARK.search(words):
-        raise Unusable(field, f"{MEDIA}: {match[0].strip()[:40]} in the text")
+        raise Unusable(
+            field,
+            Message("{reason}: {match} in the text", reason=MEDIA, match=match[0].strip()[:40]),
+        )
 
 
 def _fault(turn: Turn, missing: bool) -> str:

@@ -104,7 +104,8 @@ class Renderings:
             return self._program.render(messages, generate, thinking)
         except RenderError as e:
             raise UserError(
-                f"the tokenizer's chat template cannot render this conversation: {e}",
+                "the tokenizer's chat template cannot render this conversation: {error}",
+                error=e,
                 where="template auto",
                 fix=OTHER,
             ) from e

@@ -41,12 +41,14 @@ class LiteralTemplate(Template):
             what = (
                 f"unknown key {unknown[0]!r}" if unknown else "keys user and assistant are needed"
             )
-            raise UserError(what, where=f"template {name}", fix=f"Known keys: {sorted(known)}")
+            raise UserError(
+                what, known=sorted(known), where=f"template {name}", fix="Known keys: {known}"
+            )
         self.name = name
         self.spec = _Spec(**spec)
         for key in ("user", "assistant"):
             if "{text}" not in getattr(self.spec, key):
-                raise UserError(f"{key} needs {{text}}", where=f"template {name}")
+                raise UserError("{key} needs {{text}}", key=key, where=f"template {name}")
         self.end_token = self.spec.end
         self.default_system = self.spec.default_system
         self.default_system_input = self.spec.default_system_input

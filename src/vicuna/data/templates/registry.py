@@ -51,10 +51,11 @@ def find_template(name: str, vocabulary: TokenizerData) -> Template:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return LiteralTemplate(path.stem, read_yaml(path))
     raise UserError(
-        f"no template {name!r}",
+        "no template {name!r}",
+        name=name,
+        builtin_templates=", ".join(builtin_templates()),
         where="template",
-        fix=f"Known: auto, {', '.join(builtin_templates())}, "
-        "or a YAML file of your own (docs/data.md).",
+        fix="Known: auto, {builtin_templates}, or a YAML file of your own (docs/data.md).",
     )
 
 

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 from vicuna.data.templates.placeholders import watched_in
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 COMPUTING = 2.0  # seconds of a processor that one rendering may take: a usual one takes 1 ms
 WAITING = 90.0  # seconds by the clock; only where a system cannot count a process's computing
@@ -35,7 +36,7 @@ _BOOT = (
     "import sys; sys.path[:] = sys.argv[1:]; "
     "from vicuna.data.templates.sandbox_worker import main; main()"
 )
-OTHER = "Choose another one with --template (alpaca, chatml, llama3 ...)."
+OTHER = Message("Choose another one with --template (alpaca, chatml, llama3 ...).")
 
 
 class RenderError(Exception):
@@ -65,7 +66,8 @@ def compile_template(source: str) -> Compiled:
         _ask({"source": source, "values": None})
     except RenderError as e:
         raise UserError(
-            f"the tokenizer's chat template does not parse: {e}",
+            "the tokenizer's chat template does not parse: {error}",
+            error=e,
             where="template auto",
             fix=OTHER,
         ) from e
@@ -115,7 +117,8 @@ class _Worker:
             )
         except OSError as e:
             raise UserError(
-                f"a chat template is rendered in a process of its own, and none can start: {e}",
+                "a chat template is rendered in a process of its own, and none can start: {error}",
+                error=e,
                 where="template auto",
                 fix="Allow one more process, or choose a template with --template.",
             ) from e
@@ -130,7 +133,8 @@ class _Worker:
         if "ready" not in ready:
             self.end()
             raise UserError(
-                f"the process that renders chat templates did not start: {ready.get('error')}",
+                "the process that renders chat templates did not start: {error}",
+                error=ready.get("error"),
                 where="template auto",
                 fix="`vicuna doctor` says what is missing; or choose a template with --template.",
             )
@@ -146,8 +150,12 @@ class _Worker:
             return self._receive(12 * OUTPUT + 4096)
         except (OSError, ValueError):
             raise LimitError(
-                f"its program needs more than {COMPUTING:g} s of computing "
-                f"or {MEMORY >> 20} MiB of memory"
+                Message(
+                    "its program needs more than {seconds:g} s of computing or {memory} "
+                    "MiB of memory",
+                    seconds=COMPUTING,
+                    memory=MEMORY >> 20,
+                )
             ) from None
         finally:
             late.cancel()

@@ -15,6 +15,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
 
+from vicuna.messages import Message
+
 
 def main() -> None:
     """Answer requests until the other side is gone."""
@@ -69,13 +71,16 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
             left -= len(piece)
             if left < 0:
                 most = f"{request['output']:,}"
-                return {"limit": True, "error": f"its program writes more than {most} characters"}
+                return {
+                    "limit": True,
+                    "error": Message("its program writes more than {most} characters", most=most),
+                }
             pieces.append(piece)
         return {"text": "".join(pieces)}
     except RecursionError:
-        return {"limit": True, "error": "its program calls itself too often"}
+        return {"limit": True, "error": Message("its program calls itself too often")}
     except (MemoryError, OverflowError):
-        return {"limit": True, "error": "its program needs too much memory"}
+        return {"limit": True, "error": Message("its program needs too much memory")}
     except Exception as e:
         return {"error": str(e)[:2000] or type(e).__name__}
 

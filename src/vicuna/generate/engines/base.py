@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vicuna.config import AnswerSettings
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.model import adapter as adapters
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.config_files import read_config
@@ -169,7 +170,13 @@ def check_adapter(
     if files.copies:
         notes.append("weights of the base beside the adapter were not compared with its own")
     if origin.get("name", base) != base:
-        notes.append(f"only the shape of {base} was compared with {origin['name']}'s")
+        notes.append(
+            Message(
+                "only the shape of {base} was compared with {name}'s",
+                base=base,
+                name=origin["name"],
+            )
+        )
     return notes
 
 
@@ -180,7 +187,10 @@ def refuse_setting(settings: AnswerSettings, name: str, why: str) -> None:
     """
     if getattr(settings, name) != "auto":
         raise UserError(
-            f"{name} has no effect with {settings.engine}: {why}",
+            "{name} has no effect with {engine}: {why}",
+            name=name,
+            engine=settings.engine,
+            why=why,
             where=name,
             fix="Leave it out, or use --engine torch.",
         )
@@ -210,7 +220,9 @@ def check_loaded(names: Mapping[str, float], loaded: Mapping[str, Any]) -> None:
     for name in names:
         if name not in loaded:
             known = ", ".join(loaded) or "none"
-            raise UserError(f"no adapter {name!r} is loaded", fix=f"Loaded: {known}.")
+            raise UserError(
+                "no adapter {name!r} is loaded", name=name, known=known, fix="Loaded: {known}."
+            )
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -80,7 +80,8 @@ def load_engine(
         gguf_type = "f16" if auto else PRECISIONS[settings.precision].gguf
         if not gguf_type:
             raise UserError(
-                f"llama.cpp has no {settings.precision}",
+                "llama.cpp has no {precision}",
+                precision=settings.precision,
                 where="precision",
                 fix="Use auto, fp32, bf16, fp16 or int8 (q8_0), or a .gguf file of a 4-bit type.",
             )
@@ -158,7 +159,9 @@ class LlamaCppEngine:
         except MemoryError as e:
             self._model.close()
             raise UserError(
-                f"no memory for a context of {cells} tokens ({e})",
+                "no memory for a context of {cells} tokens ({error})",
+                cells=cells,
+                error=e,
                 where=str(path),
                 fix="Choose a smaller --context_length.",
             ) from e

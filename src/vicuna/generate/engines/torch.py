@@ -80,7 +80,9 @@ def open_engine(
         return TorchEngine(model, context_length, cache_type, alone)
     if cache_type != "auto":
         raise UserError(
-            f"the cache of this model cannot be {cache_type}: {found}",
+            "the cache of this model cannot be {cache_type}: {value}",
+            cache_type=cache_type,
+            value=found,
             where="cache_type",
             fix="Leave it out, or use --engine llama.cpp.",
         )

@@ -72,7 +72,8 @@ def load_engine(
     dtype = "auto" if auto else PRECISIONS[settings.precision].vllm
     if not dtype:
         raise UserError(
-            f"{settings.precision} is not passed on to vLLM",
+            "{precision} is not passed on to vLLM",
+            precision=settings.precision,
             where="precision",
             fix="Use auto, fp32, bf16 or fp16, or a base that is quantised on disk.",
         )
@@ -166,7 +167,8 @@ class VllmEngine:
         missing = [f for f in needed if not (folder / f).is_file()]
         if missing:
             raise UserError(
-                f"vLLM reads adapters in PEFT's layout of today only; {missing[0]} is missing",
+                "vLLM reads adapters in PEFT's layout of today only; {missing} is missing",
+                missing=missing[0],
                 where=str(folder),
                 fix="Answer with --engine torch, which reads adapters of any age.",
             )
@@ -197,13 +199,15 @@ class VllmEngine:
         active = {name: strength for name, strength in mix.items() if strength}
         if len(active) > 1:
             raise UserError(
-                f"vLLM answers with one adapter at a time, not with {len(active)}",
+                "vLLM answers with one adapter at a time, not with {count}",
+                count=len(active),
                 fix="Merge them into one, or use another engine.",
             )
         for strength in active.values():
             if strength != 1:
                 raise UserError(
-                    f"vLLM cannot scale an adapter by {strength}",
+                    "vLLM cannot scale an adapter by {strength}",
+                    strength=strength,
                     fix="Use strength 1 or 0, or another engine.",
                 )
         self._rows = []  # vLLM's cache tells adapters apart by itself
@@ -231,5 +235,9 @@ def _lora_options(rank: int) -> dict[str, Any]:
         return {}
     room = next((r for r in _RANKS if r >= rank), None)
     if room is None:
-        raise UserError(f"vLLM takes adapters up to rank {_RANKS[-1]}, this one has {rank}")
+        raise UserError(
+            "vLLM takes adapters up to rank {max_rank}, this one has {rank}",
+            max_rank=_RANKS[-1],
+            rank=rank,
+        )
     return {"enable_lora": True, "max_lora_rank": room}
