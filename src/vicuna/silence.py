@@ -1,4 +1,4 @@
-"""What the libraries print by themselves, turned off."""
+"""Turn off what the libraries print by themselves."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import os
 
 
-def quiet_transformers() -> None:
-    """Turn off progress bars and hints of the libraries: what matters is said by this project."""
+def silence_libraries() -> None:
+    """Turn off the progress bars and hints of transformers and bitsandbytes."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers.utils import logging as of_transformers
 

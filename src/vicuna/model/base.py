@@ -26,7 +26,7 @@ from vicuna.json_yaml import read_json
 from vicuna.messages import Message
 from vicuna.model.config_files import check_folder
 from vicuna.paths import given_path, shell_word
-from vicuna.silence import quiet_transformers
+from vicuna.silence import silence_libraries
 from vicuna.terminal import say
 from vicuna.weights.headers import check_gguf, refuse_legacy_format
 
@@ -226,7 +226,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    quiet_transformers()
+    silence_libraries()
     try:
         # Its progress bar writes a line a tensor into logs and cannot be turned off.
         with contextlib.redirect_stderr(io.StringIO()):

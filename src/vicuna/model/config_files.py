@@ -12,7 +12,7 @@ from typing import Any
 
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json
-from vicuna.silence import quiet_transformers
+from vicuna.silence import silence_libraries
 from vicuna.system_errors import explain
 from vicuna.weights.size_limits import check_counts
 
@@ -153,7 +153,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    quiet_transformers()
+    silence_libraries()
     check_folder(folder)
     try:
         return AutoConfig.from_pretrained(str(folder))

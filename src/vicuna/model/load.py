@@ -12,7 +12,7 @@ import torch
 from vicuna.config.precisions import PRECISIONS, PrecisionName, fastest_precision
 from vicuna.errors import UserError
 from vicuna.model import attention
-from vicuna.model.base import quiet_transformers
+from vicuna.model.base import silence_libraries
 from vicuna.model.config_files import library_error
 from vicuna.system_errors import install_extra
 from vicuna.weights.read import check_weights
@@ -88,7 +88,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    quiet_transformers()
+    silence_libraries()
     attention.register()
     check_weights(folder)
     extra: dict[str, Any] = dict(spread or {})

@@ -71,9 +71,9 @@ def load_vocabulary(folder: Path) -> TokenizerData:
 def _read_tokenizer(folder: Path) -> TokenizerData:
     from transformers import AutoTokenizer
 
-    from vicuna.model.base import quiet_transformers
+    from vicuna.model.base import silence_libraries
 
-    quiet_transformers()
+    silence_libraries()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         text = tokenizer.backend_tokenizer.to_str()
