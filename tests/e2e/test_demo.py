@@ -118,9 +118,7 @@ def test_answers_before_and_after_are_those_of_generate(tmp_path: Path) -> None:
         if line.startswith("SHOWN ")
     )
     assert len(before) == len(after) == 3
-    counted = re.search(
-        r"^held-out answers exactly right: \d of 6 before, \d of 6 after$", said, re.M
-    )
+    counted = re.search(r"^eval answers exactly right: \d of 6 before, \d of 6 after$", said, re.M)
     assert counted
     assert counted.end() > len(said) - 500, "among the last lines"
     assert "short form" in said

@@ -1,8 +1,9 @@
-"""`vicuna demo`: the main job, small: teach the embedded base a skill, and count what it learned.
+"""`vicuna demo`: the whole job in small: train the embedded base on one skill, count right answers.
 
-Everybody has the base, a model of 135 million parameters that learned English. Nothing makes it a
+The base comes with the package, an English model of 135 million parameters. Nothing makes it a
 Chinese assistant; but it can learn to find the fields of a short Chinese sentence, and there an
-answer is right or wrong. So held-out sentences are asked before and after, and counted.
+answer is right or wrong. So it answers sentences of the eval set before and after, and the right
+answers are counted.
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ if TYPE_CHECKING:
     from vicuna.train.loop import Outcome
 
 _MARK = ".vicuna-demo"
-_TRAINING, _HELD_OUT = "orders_zh.jsonl", "orders_heldout_zh.jsonl"
+_TRAINING, _EVAL = "orders_zh.jsonl", "orders_heldout_zh.jsonl"
 SHOWN = 3  # questions whose answers are shown
 ROWS = 20  # questions answered side by side
 ANSWER_TOKENS = 40  # of the longest answer; a right one has about 25
-LOSS_ON = 20  # held-out records that the loss is computed on
+EVAL_RECORDS = 20  # that the eval loss is computed on
 QUICK = 6  # questions of the short form
 QUICK_STEPS = 4
 
 _WHAT = """\
 The embedded base (SmolLM2-135M-Instruct) learned English. It is now taught one narrow skill: to
-take who, what and how many out of a Chinese sentence, as JSON. First it answers as it is."""
+extract who, what and how many from a Chinese sentence, as JSON. First it answers untrained."""
 
 _LEARNED = """
-What this is: a small English model that learned one narrow skill from {records} examples. The
-sentences it was asked are not among them. It is not a Chinese assistant and cannot become one;
+This is a small English model that learned one narrow skill from {records} examples. The
+sentences above are not among them. It is not a Chinese assistant and cannot become one;
 for that take your own data and a base of today:
 
   vicuna train --model Qwen/Qwen3-4B --dataset my.jsonl --output_dir runs/mine
@@ -53,7 +54,7 @@ Ask what was trained here yourself:
 """
 
 _SHORT = """
-This was the short form, to see that everything works: {steps} updates teach little.
+This was the short form, to see that everything works: {steps} steps teach little.
 The whole demo takes a few minutes:  vicuna demo
 """
 
@@ -65,37 +66,37 @@ class Answers(NamedTuple):
     shown: list[str]
 
 
-def run(words: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Ask, train, ask again, and say how to go on; returns the exit code."""
-    settings, _ = config.parse(config.DemoSettings, words)
+    settings, _ = config.parse(config.DemoSettings, argv)
     console = RunConsole()
     folder = Path(settings.output_dir)
     _make_room(folder)
     samples = Path(str(resources.files("vicuna.samples")))
-    asked = _conversations(samples / _HELD_OUT)[: QUICK if settings.quick else None]
+    asked = _conversations(samples / _EVAL)[: QUICK if settings.quick else None]
     console.say(_WHAT)
     with console.working("the base answers"):
         before = answers(asked)
     console.say(f"exactly right before training: {before.right} of {len(asked)}\n")
     outcome = _train(settings, samples, console)
     if not outcome.finished:
-        console.say(f"stopped; go on with:  vicuna train --resume {shell_word(folder)}")
+        console.say(f"stopped; resume with:  vicuna train --resume {shell_word(folder)}")
         return 130
     with console.working("the trained model answers"):
         after = answers(asked, adapter=str(folder))
     _show(console, asked, before, after)
     ask = asked[0].turns[-2].text
     records = sum(1 for _ in read(samples / _TRAINING, []))
-    words_of = _SHORT if settings.quick else _LEARNED
+    closing = _SHORT if settings.quick else _LEARNED
     console.say(
-        words_of.format(records=records, folder=shell_word(folder), ask=ask, steps=outcome.step)
+        closing.format(records=records, folder=shell_word(folder), ask=ask, steps=outcome.step)
     )
     first, last = outcome.first_eval, outcome.best_eval
     assert first is not None
     assert last is not None
-    console.say(f"held-out loss: {first:.4f} before, {last:.4f} after {outcome.step} updates")
+    console.say(f"eval loss: {first:.4f} before, {last:.4f} after {outcome.step} steps")
     console.say(
-        f"held-out answers exactly right: {before.right} of {len(asked)} before, "
+        f"eval answers exactly right: {before.right} of {len(asked)} before, "
         f"{after.right} of {len(asked)} after"
     )
     if last >= first:
@@ -152,16 +153,16 @@ def _train(settings: config.DemoSettings, samples: Path, console: RunConsole) ->
     """The run: the recipe `demo` on the package's records."""
     from vicuna.train.setup import prepare
 
-    held_out = {"path": str(samples / _HELD_OUT), "max_samples": LOSS_ON}
+    eval_set = {"path": str(samples / _EVAL), "max_samples": EVAL_RECORDS}
     recipe = config.read_recipe(config.builtin_recipes()["demo"])
     recipe |= {
         "dataset": [str(samples / _TRAINING)],
-        "val_dataset": [held_out],
+        "val_dataset": [eval_set],
         "output_dir": settings.output_dir,
         "seed": settings.seed,
     }
     if settings.quick:
-        recipe |= {"max_steps": QUICK_STEPS, "val_dataset": [{**held_out, "max_samples": QUICK}]}
+        recipe |= {"max_steps": QUICK_STEPS, "val_dataset": [{**eval_set, "max_samples": QUICK}]}
     training = prepare(config.build(config.TrainSettings, recipe), recipe, console)
     try:
         return training.run()

@@ -1,6 +1,6 @@
-"""`vicuna plan`: what a run needs on a device, without it and without the weights.
+"""`vicuna plan`: what a run needs on a device, without the device and without the weights.
 
-Exit code 0 also where the run does not fit: that is an answer, not a mistake (`fits` in the JSON).
+Exit code 0 also if the run does not fit: that is an answer, not a mistake (`fits` in the JSON).
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ _ABOUT = {
     "base": "frozen weights",
     "adapters": "LoRA, fp32",
     "gradients": "of the adapters, fp32",
-    "optimizer": "AdamW's two moments, fp32",
+    "optimizer": "its moments",
     "activations": "kept for backward, and temporaries",
-    "loss": "scores over the vocabulary, a chunk at a time",
+    "loss": "logits, a chunk at a time",
     "runtime": "fixed part of a process: libraries, context, workspaces",
     "margin": "what the allocator keeps beyond that",
 }
 
 
-def run(words: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Print the plan."""
-    settings, given = config.parse(PlanSettings, words)
+    settings, named = config.parse(PlanSettings, argv)
     device = device_of(settings)
     shape, notes = model_shapes.config_and_notes(settings.model)
     warnings = [] if notes else _check_base(settings)
-    found = plan.make(settings, shape, device, given)
+    result = plan.make(settings, shape, device, named)
     if settings.json_output:
-        say_json(with_messages(as_json(found, settings) | {"notes": notes, "warnings": warnings}))
+        say_json(with_messages(as_json(result, settings) | {"notes": notes, "warnings": warnings}))
     else:
         for note in notes:
             say(f"note: {note}")
-        _show(found, settings)
+        _show(result, settings)
         for warning in warnings:
             say(f"warning: {warning}")
     return 0
 
 
 def _check_base(settings: PlanSettings) -> list[str]:
-    """What `vicuna doctor` warns of; nothing of a shape that is known by name alone.
+    """The warnings of `vicuna doctor`; none for a shape that is known by name alone.
 
-    Raises: UserError where it finds an error: that base cannot be trained, whatever fits.
+    Raises: UserError if it finds an error: that base cannot be trained, whatever fits.
     """
     if model_shapes.is_known(settings.model):
         return []
@@ -73,9 +73,9 @@ def _check_base(settings: PlanSettings) -> list[str]:
 
 
 def device_of(settings: PlanSettings) -> Device:
-    """The device to plan for: named, of a size, or the one at hand.
+    """The device to plan for: by name, by size, or this machine's.
 
-    Raises: UserError, SettingsError where the name or the size is unknown, or both are given.
+    Raises: UserError, SettingsError if the name or the size is unknown, or both are given.
     """
     sized = settings.memory != "auto"
     if settings.device and sized:
@@ -89,55 +89,55 @@ def device_of(settings: PlanSettings) -> Device:
     return devices.at_hand("cuda" if pick_device().type == "cuda" else "cpu")
 
 
-def as_json(found: Plan, settings: PlanSettings) -> dict[str, Any]:
+def as_json(result: Plan, settings: PlanSettings) -> dict[str, Any]:
     """The plan as one object."""
     return {
-        "fits": found.fits,
-        "peak_bytes": found.footprint.peak,
-        "parts": found.footprint.parts,
-        "settings": {"model": settings.model, **plan.settings_of(found.spec)},
+        "fits": result.fits,
+        "peak_bytes": result.footprint.peak,
+        "parts": result.footprint.parts,
+        "settings": {"model": settings.model, **plan.settings_of(result.spec)},
         "alternatives": [
             {"settings": a.settings, "peak_bytes": a.peak, "cost": a.cost}
-            for a in found.alternatives
+            for a in result.alternatives
         ],
-        "device": {"name": found.device.name, "memory_bytes": found.device.memory},
-        "tokens_per_step": settings.batch_size * found.spec.longest,
-        "reason": found.reason,
+        "device": {"name": result.device.name, "memory_bytes": result.device.memory},
+        "tokens_per_step": settings.batch_size * result.spec.longest,
+        "reason": result.reason,
     }
 
 
-def _show(found: Plan, settings: PlanSettings) -> None:
+def _show(result: Plan, settings: PlanSettings) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from vicuna.console import Console
 
     console = Console()
-    console.print(f"[bold]{escape(settings.model)}[/] on {escape(found.device.name)}")
+    console.print(f"[bold]{escape(settings.model)}[/] on {escape(result.device.name)}")
     table = Table(box=None, show_header=False, pad_edge=True)
     table.add_column(style="cyan")
     table.add_column(justify="right")
     table.add_column(style="dim")
     for part in PARTS:
-        table.add_row(part, f"{found.footprint.parts[part] / GIB:.2f} GiB", _ABOUT[part])
-    table.add_row("peak", f"[bold]{found.footprint.peak / GIB:.2f} GiB[/]", "")
+        table.add_row(part, f"{result.footprint.parts[part] / GIB:.2f} GiB", _ABOUT[part])
+    table.add_row("peak", f"[bold]{result.footprint.peak / GIB:.2f} GiB[/]", "")
     console.print(table)
-    tokens = settings.batch_size * found.spec.longest
+    tokens = settings.batch_size * result.spec.longest
     console.print(
-        f"A step: {settings.batch_size} examples of at most {found.spec.longest:,} tokens, "
-        f"{tokens:,} at most, {found.spec.tokens:,} at a time"
+        f"A step: {settings.batch_size} examples of at most {result.spec.longest:,} tokens, "
+        f"{tokens:,} at most, {result.spec.tokens:,} at a time"
     )
-    colour, word = ("green", "It fits") if found.fits else ("red", "It does not fit")
-    console.print(f"[{colour}]{word}[/]: {escape(found.reason)}")
-    if found.fits:
+    colour, word = ("green", "It fits") if result.fits else ("red", "It does not fit")
+    console.print(f"[{colour}]{word}[/]: {escape(result.reason)}")
+    if result.fits:
         return
-    for number, other in enumerate(found.alternatives, 1):
+    for number, other in enumerate(result.alternatives, 1):
         line = " ".join(f"--{k} {_value(v)}" for k, v in other.settings.items())
         console.print(
             f"  {number}. {escape(line)}: {other.peak / GIB:.2f} GiB. Costs: {other.cost}"
         )
-    if not found.alternatives:
-        larger = plan.larger_devices(found.footprint.peak)
+    if not result.alternatives:
+        larger = plan.larger_devices(result.footprint.peak)
         console.print(
             "No settings of this base fit. Take a smaller base"
             + (f", or a larger device: {', '.join(larger)}" if larger else "")

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
 from vicuna.config.precisions import fastest_precision
 from vicuna.errors import UserError
 
 GIB, MIB = 1 << 30, 1 << 20
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{p}ib": 1 << 10 * i for i, p in enumerate("kmgt", 1)}
-_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+_SIZE = TypeAdapter(ByteSize)
 # cuBLAS keeps a workspace for matrix products inside PyTorch's allocator: 8 MiB and a little, on
 # Hopper and later 32 MiB (PyTorch's notes on CUDA, CUBLAS_WORKSPACE_CONFIG).
 _CUBLAS, _CUBLAS_HOPPER = int(8.125 * MIB), 32 * MIB
@@ -79,21 +79,24 @@ def by_memory(memory: int, capability: tuple[int, int] = (8, 0)) -> Device:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes of `11GiB`, `11 GB` (10^9), `11264MiB` or a plain number of bytes.
+    """Bytes of `11GiB`, `11 GB` (10^9), `11264MiB`, `11g` (GiB) or a plain number of bytes.
 
-    Raises: UserError where it is not a size.
+    Raises: UserError if it is not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", text.lower())
-    unit = found[2] if found else "?"
-    unit = f"{unit}ib" if unit in tuple("kmgt") else unit
-    if found is None or unit not in _UNITS or not float(found[1]):
+    # A unit of one letter is binary here; pydantic takes it for a decimal one.
+    spelled = re.sub(r"(?<=[\d\s])([kmgt])$", r"\1ib", text.strip().lower())
+    try:
+        nbytes = int(_SIZE.validate_python(spelled))
+    except ValidationError:
+        nbytes = 0
+    if nbytes <= 0:
         raise UserError(
             "{content!r} is not an amount of memory",
             content=text,
             where="memory",
             fix="Write it as 11GiB, 24GB or 11264MiB.",
         )
-    return int(float(found[1]) * _UNITS[unit])
+    return nbytes
 
 
 def at_hand(kind: str) -> Device:
