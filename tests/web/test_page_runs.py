@@ -50,7 +50,7 @@ def wait(look: Callable[[], Run], until: Callable[[Run], bool], seconds: float =
     """A run, once it is as wanted."""
     end = time.monotonic() + seconds
     while not until(run := look()):
-        assert time.monotonic() < end, (run.state, run.words, process.tail(run.path))
+        assert time.monotonic() < end, (run.state, run.error, process.tail(run.path))
         time.sleep(0.1)
     return run
 
@@ -80,8 +80,8 @@ def test_a_run_is_paused_found_by_another_server_resumed_and_finished(place: Pat
     assert [(r.name, r.state) for r in other.all()] == [("一号 run", "running")]
     assert other.pause("一号 run").state in ("pausing", "paused")
     paused = wait(lambda: other.get("一号 run"), lambda r: not r.working)
-    assert (paused.state, paused.words) == ("paused", "")
-    assert paused.has_checkpoint
+    assert (paused.state, paused.error) == ("paused", "")
+    assert list((paused.path / "checkpoints").glob("step-*"))
     assert not paused.has_adapter
     done = paused.log.step
     other.resume("一号 run")
@@ -118,8 +118,8 @@ def test_a_run_that_fails_has_the_message_and_is_begun_again_once_it_is_mended(p
     runs.start(recipe(place, lora_target=["nope"]), "bad")
     run = wait(lambda: runs.get("bad"), lambda r: not r.working)
     assert run.state == "failed"
-    assert "q_proj" in run.words
-    assert "Traceback" not in run.words
+    assert "q_proj" in run.error
+    assert "Traceback" not in run.error
 
 
 def test_mistakes_in_settings_start_nothing(place: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_state_of_a_run_whose_process_is_gone(
 ) -> None:
     write_run(tmp_path / "runs" / "r", *events, output=output)
     run = Runs(tmp_path / "runs").get("r")
-    assert (run.state, run.words) == (state, words)
+    assert (run.state, run.error) == (state, words)
 
 
 def test_a_paused_run_that_is_refused_stays_paused_and_says_what_differs(place: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_paused_run_that_is_refused_stays_paused_and_says_what_differs(place: 
     runs.resume("refused")
     run = wait(lambda: runs.get("refused"), lambda r: not r.working)
     assert run.state == "paused"
-    what, way_out = run.words.split("\n")
+    what, way_out = run.error.split("\n")
     assert what.startswith("the data are not those of the checkpoint: ")
     assert "--allow_changes data" in way_out
     html = train_html.head(run, lambda key, **fields: catalog()[key][1].format(**fields))

@@ -1,7 +1,7 @@
-"""What a run has said of itself so far: its `log.jsonl`, read as it grows.
+"""The log of a run, `log.jsonl`, read while it grows.
 
-Numbers of steps lie in arrays, because a long run has hundreds of thousands of them; whatever a
-page asks for is answered from here without reading the file again.
+The numbers of steps are kept in arrays, because a long run has hundreds of thousands of them; a
+page is answered from here without reading the file again.
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ class RunLog:
                     self._forget()
                     self._file = about.st_ino
                 file.seek(self._at)
-                found = False
+                grown = False
                 while block := file.read(BLOCK):
-                    found = True
+                    grown = True
                     self._at += len(block)
                     self._take(block)
-                return found
+                return grown
         except FileNotFoundError:
-            found = bool(self._at)
+            grown = bool(self._at)
             self._forget()
-            return found
+            return grown
 
     def _forget(self) -> None:
         self.steps = {name: array("d") for name in COLUMNS}
@@ -99,20 +99,20 @@ class RunLog:
                 self.odd += 1
 
     def _add(self, event: dict[str, Any]) -> None:
-        kind = event.get("event")
-        if kind == "step":
+        event_type = event.get("event")
+        if event_type == "step":
             for name in COLUMNS:
                 value = event.get(name)
                 self.steps[name].append(math.nan if value is None else value)
-        elif kind == "eval":
+        elif event_type == "eval":
             _keep(self.evaluations, event)
-        elif kind == "sample":
+        elif event_type == "sample":
             _keep(self.samples, event)
-        elif kind == "warning":
+        elif event_type == "warning":
             _keep(self.warnings, event)
-        elif kind == "start":
+        elif event_type == "start":
             self.began, self.end = event, {}
-        elif kind == "end":
+        elif event_type == "end":
             self.end = event
         self.last = event
         self.first_time = self.first_time or float(event.get("time", 0.0))
@@ -121,7 +121,7 @@ class RunLog:
 
     @property
     def step(self) -> int:
-        """Updates done."""
+        """Steps done."""
         done = [int(e.get("step", 0)) for e in (self.began, self.end) if e]
         if self.steps["step"]:
             done.append(int(self.steps["step"][-1]))
@@ -129,7 +129,7 @@ class RunLog:
 
     @property
     def total(self) -> int:
-        """Updates of the whole run; 0 while it is not known."""
+        """Steps of the whole run; 0 while it is not known."""
         return int(self.began.get("total_steps", 0))
 
     def now(self, name: str) -> float | None:
@@ -140,7 +140,7 @@ class RunLog:
         return None
 
     def seconds_left(self) -> float | None:
-        """Until the last update, at the pace of the newest ones; None while nobody can tell."""
+        """Until the last step, at the pace of the newest ones; None while it is not known."""
         began = float(self.began.get("time", 0.0))
         times = [t for t in self.steps["time"][-RECENT:] if t >= began]
         steps = self.steps["step"][-len(times) :] if times else array("d")
@@ -153,32 +153,32 @@ class RunLog:
 def _event(line: bytes) -> dict[str, Any]:
     """A line as an event whose numbers are numbers, and whose texts can be shown.
 
-    Raises: ValueError, TypeError, OverflowError where it is none.
+    Raises: ValueError, TypeError, OverflowError if it is not one.
     """
     event = untrusted.parse_json(line.decode("utf-8", "replace"))
     if not isinstance(event, dict):
         raise ValueError("no table")
-    found = dict(event)
+    checked = dict(event)
     for name in {*_COUNTS, *_NUMBERS} & event.keys():
         value = event[name]
         if name in _COUNTS:
-            found[name] = untrusted.number(value)
-            if not 0 <= found[name] <= untrusted.LARGEST:
+            checked[name] = untrusted.number(value)
+            if not 0 <= checked[name] <= untrusted.LARGEST:
                 raise ValueError(f"{name} is no count")
         elif value is not None:
             number = untrusted.number(value)
-            found[name] = None if math.isnan(number) else number
+            checked[name] = None if math.isnan(number) else number
     for name in _TEXTS:
         if name in event:
-            found[name] = untrusted.text(event[name])
-    found = restored(found, untrusted.text)
-    if found.get("event") in ("step", "eval") and "step" not in found:
+            checked[name] = untrusted.text(event[name])
+    checked = restored(checked, untrusted.text)
+    if checked.get("event") in ("step", "eval") and "step" not in checked:
         raise ValueError("which step is not said")
-    if found.get("event") in ("start", "end"):
-        found.setdefault("time", 0.0)
-    if found.get("time", 0.0) > _LATEST:
+    if checked.get("event") in ("start", "end"):
+        checked.setdefault("time", 0.0)
+    if checked.get("time", 0.0) > _LATEST:
         raise ValueError("no time")
-    return found
+    return checked
 
 
 def _keep(events: list[dict[str, Any]], event: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""The runs of one folder: started, paused, resumed, stopped, deleted, and found again.
+"""The runs of one folder: start, pause, resume, stop and delete them, and find them again.
 
-All that is known of a run lies in its folder. A server that was stopped and started again finds
+All that is known of a run is in its folder. A server that was stopped and started again finds
 every run as it is, and so does a second one beside it.
 """
 
@@ -37,13 +37,13 @@ _NAME = re.compile(r"\w[\w.\- ]{0,79}")
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is now. words: of an error, what the user should read; of a paused run, why it
-    was not resumed."""
+    """A run as it is now. error: the message of a run that failed; of a paused one, why it was not
+    resumed."""
 
     path: Path
     state: State
     log: RunLog
-    words: str = ""
+    error: str = ""
 
     @property
     def name(self) -> str:
@@ -60,12 +60,8 @@ class Run:
             self.state != "unreadable" and (self.path / "adapter" / "adapter_config.json").is_file()
         )
 
-    @property
-    def has_checkpoint(self) -> bool:
-        return any((self.path / "checkpoints").glob("step-*"))
-
     def settings(self) -> dict[str, Any]:
-        """The settings it was started with, those that were chosen by itself included."""
+        """The settings it was started with, those that were chosen automatically included."""
         for name in ("config.yaml", RECIPE):
             try:
                 return config.read_recipe(self.path / name)
@@ -102,7 +98,7 @@ class Runs:
     def get(self, name: str) -> Run:
         """A run by name.
 
-        Raises: UserError where there is none; a name is never a path.
+        Raises: UserError if there is none; a name is never a path.
         """
         path = self.folder / _checked(name)
         if not _is_run(path):
@@ -116,18 +112,18 @@ class Runs:
         return next((run for run in self.all() if run.working), None)
 
     def _look(self, path: Path) -> Run:
-        """A run as it is now; where it cannot be read, one that says so."""
+        """A run as it is now; if it cannot be read, one that says so."""
         try:
             # What lies in a run is shown: a link would show what lies elsewhere.
             untrusted.check_links(path, [self.folder.resolve()])
             return self._read(path)
         except UserError as e:
-            words = str(e)
+            error = str(e)
         except Exception as e:  # its files may hold anything
-            words = Message(
+            error = Message(
                 "it cannot be read: {error}", error=untrusted.text(e, 200) or type(e).__name__
             )
-        return Run(path, "unreadable", RunLog(path / "log.jsonl"), words)
+        return Run(path, "unreadable", RunLog(path / "log.jsonl"), error)
 
     def _read(self, path: Path) -> Run:
         process = run_process.find(path)
@@ -136,20 +132,20 @@ class Runs:
         with self._reading:
             log = self._logs.setdefault(path, RunLog(path / "log.jsonl"))
             log.read()
-        state, words = _state(path, process, alive, log)
-        return Run(path, state, log, words)
+        state, error = _state(path, process, alive, log)
+        return Run(path, state, log, error)
 
     # Doing.
 
     def start(self, values: Mapping[str, Any], name: str = "") -> Run:
-        """Start `vicuna train` with these settings, as a process of its own.
+        """Start `vicuna train` with these settings in a process of its own.
 
         Args:
             values: settings that were given; all others are left to their defaults.
-            name: of the run's folder; the date and time where not given.
+            name: of the run's folder; the date and time by default.
 
-        Raises: SettingsError for settings that are wrong; UserError where another training works,
-            or the name is taken.
+        Raises: SettingsError for settings that are wrong; UserError if another training is
+            active, or the name is taken.
         """
         self._may_write()
         path = self.folder / (_checked(name) if name.strip() else time.strftime("%Y%m%d-%H%M%S"))
@@ -166,43 +162,43 @@ class Runs:
         return self._look(path)
 
     def resume(self, name: str) -> Run:
-        """Go on from the last whole checkpoint, or from the beginning where there is none.
+        """Resume from the last whole checkpoint, or from the beginning if there is none.
 
-        Raises: UserError where it works already, is finished, or another training works.
+        Raises: UserError if it works already, is finished, or another training works.
         """
         self._may_write()
         with self._alone():
             run = self.get(name)
             if run.state == "unreadable":
-                raise UserError(run.words, where=name)
+                raise UserError(run.error, where=name)
             if run.state == "finished":
                 raise UserError(
                     "this run is finished", where=name, fix="Start a new one from its adapter."
                 )
-            words = ["train", "--resume", str(run.path)]
+            argv = ["train", "--resume", str(run.path)]
             if not (run.path / "config.yaml").is_file():
-                words = ["train", str(run.path / RECIPE)]
-            run_process.launch(run.path, words)
+                argv = ["train", str(run.path / RECIPE)]
+            run_process.launch(run.path, argv)
         return self._look(run.path)
 
     def pause(self, name: str) -> Run:
-        """Ask for a checkpoint and an end after the update at hand; comes back at once.
+        """Ask for a checkpoint and an end after the current step; returns at once.
 
-        Raises: UserError where it does not work.
+        Raises: UserError if it does not work.
         """
         return self._tell(name, run_process.interrupt)
 
     def stop(self, name: str) -> Run:
         """End it at once; it can still be resumed from its last checkpoint.
 
-        Raises: UserError where it does not work.
+        Raises: UserError if it does not work.
         """
         return self._tell(name, run_process.kill)
 
     def delete(self, name: str) -> None:
         """Remove a run with all that it made. Whoever calls this has asked the user.
 
-        Raises: UserError where a process works in it.
+        Raises: UserError if a process works in it.
         """
         self._may_write()
         run = self.get(name)
@@ -228,7 +224,7 @@ class Runs:
         return self._look(run.path)
 
     def refuse_second(self) -> None:
-        """Raises: UserError where a training works: two at once would share the memory."""
+        """Raises: UserError if a training works: two at once would share the memory."""
         other = self.working()
         if other is not None:
             raise UserError(
@@ -247,7 +243,7 @@ class Runs:
 
 
 def _state(path: Path, process: Process | None, alive: bool, log: RunLog) -> tuple[State, str]:
-    """A run's state, and the words of an error."""
+    """A run's state, and the message of its error."""
     if alive and process is not None:
         if process.asked:
             return "pausing", ""
@@ -256,16 +252,16 @@ def _state(path: Path, process: Process | None, alive: bool, log: RunLog) -> tup
     ended = log.end and (process is None or float(log.end["time"]) >= process.created)
     if ended:
         return ("paused" if log.end.get("reason") == "interrupted" else "finished"), ""
-    words = run_process.last_error(path, process) or _logged_error(log, process)
+    error = run_process.last_error(path, process) or _logged_error(log, process)
     kept = any((path / "checkpoints").glob("step-*"))
-    if words and words != INTERRUPTED:
+    if error and error != INTERRUPTED:
         begun = process is None or float(log.began.get("time", 0.0)) >= process.created
         # Refused before it began: nothing of the run was touched, it can go on as before.
-        return ("paused" if kept and not begun else "failed"), words
+        return ("paused" if kept and not begun else "failed"), error
     asked = process.asked if process else ""
     if asked == "pause" and kept:
         return "paused", ""
-    return ("stopped", "") if asked or words else ("killed", "")
+    return ("stopped", "") if asked or error else ("killed", "")
 
 
 def _logged_error(log: RunLog, process: Process | None) -> str:
@@ -274,16 +270,16 @@ def _logged_error(log: RunLog, process: Process | None) -> str:
         return ""
     if process is not None and float(log.last.get("time", 0.0)) < process.created:
         return ""
-    kind, _, words = str(log.last.get("message", "")).partition(": ")
-    if kind == "KeyboardInterrupt":
+    error_type, _, message = str(log.last.get("message", "")).partition(": ")
+    if error_type == "KeyboardInterrupt":
         return INTERRUPTED
-    return words if kind.isidentifier() and kind[:1].isupper() else ""
+    return message if error_type.isidentifier() and error_type[:1].isupper() else ""
 
 
 def _checked(name: str) -> str:
     """A name that is one folder's, whatever somebody typed.
 
-    Raises: UserError where it is none.
+    Raises: UserError if it is none.
     """
     name = name.strip()
     if not _NAME.fullmatch(name) or name.endswith("."):

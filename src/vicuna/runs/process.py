@@ -65,18 +65,18 @@ class Process:
             return False
 
 
-def launch(folder: Path, words: Sequence[str]) -> Process:
-    """Start `vicuna WORDS`, detached from this process, its output in the run's folder.
+def launch(folder: Path, argv: Sequence[str]) -> Process:
+    """Start `vicuna ARGV`, detached from this process, its output in the run's folder.
 
     Raises: UserError where the disk is full or the system starts no more processes.
     """
-    command = [sys.executable, "-m", "vicuna", *words]
+    command = [sys.executable, "-m", "vicuna", *argv]
     environment = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     environment[ERROR_FILE] = str(folder.resolve() / LEFT)
     try:
         with (folder / OUTPUT).open("ab") as output:
             begin = output.tell()
-            output.write(f"$ vicuna {' '.join(words)}\n".encode("utf-8", "replace"))
+            output.write(f"$ vicuna {' '.join(argv)}\n".encode("utf-8", "replace"))
             output.flush()
             # A session of its own: neither the terminal's Ctrl-C nor its end reaches it.
             child = subprocess.Popen(
@@ -100,11 +100,11 @@ def launch(folder: Path, words: Sequence[str]) -> Process:
 
 
 def find(folder: Path) -> Process | None:
-    """The process that works in a folder now or did so last; None where none is known."""
+    """The process that works in a folder now or did so last; None if none is known."""
     noted = _noted(folder)
     if noted is not None and noted.alive():
         return noted
-    # Somebody may have gone on with the run in a terminal since.
+    # Somebody may have resumed the run in a terminal since.
     holder = _holder(folder)
     if holder is not None and noted is not None and holder.pid == noted.pid:
         return noted  # it is just ending: its workers still hold what it held
@@ -112,7 +112,7 @@ def find(folder: Path) -> Process | None:
 
 
 def interrupt(folder: Path, process: Process) -> None:
-    """Ask for an end after the update at hand, with a whole checkpoint: what Ctrl-C does."""
+    """Ask for an end after the current step, with a whole checkpoint: what Ctrl-C does."""
     _note_request(folder, process, "pause")
     _send(process, signal.SIGINT)
 
@@ -131,9 +131,9 @@ def kill(folder: Path, process: Process) -> None:
 
 
 def last_error(folder: Path, process: Process | None) -> str:
-    """What the process said last, where that was an error or an interruption; else "".
+    """The last output of the process if that was an error or an interruption; else "".
 
-    An error's words are those of `vicuna`: what happened, and on the lines below the way out.
+    An error is the message of `vicuna`: what happened, and on the lines below what to do.
     """
     if process is None or process.output_at < 0:
         return ""
@@ -143,8 +143,8 @@ def last_error(folder: Path, process: Process | None) -> str:
         if lines[at].startswith(ERROR):
             error = "\n".join(lines[at:]).removeprefix(ERROR).strip()
             return read_error_file(folder / LEFT, error, untrusted.text)
-    said = [line for line in lines if line]
-    return INTERRUPTED if said and said[-1].startswith(INTERRUPTED) else ""
+    output = [line for line in lines if line]
+    return INTERRUPTED if output and output[-1].startswith(INTERRUPTED) else ""
 
 
 def tail(folder: Path, begin: int = 0) -> str:
@@ -197,9 +197,9 @@ def _holder(folder: Path) -> Process | None:
     """The process that holds the folder's lock."""
     lock = folder / LOCK
     try:
-        words = lock.read_text().split()
+        content = lock.read_text().split()
         taken = lock.stat().st_mtime
-        pid = int(words[1]) if words[:1] == ["pid"] else 0
+        pid = int(content[1]) if content[:1] == ["pid"] else 0
         created = psutil.Process(pid).create_time() if pid else taken + 2 * SLACK
     except (OSError, ValueError, OverflowError, IndexError, psutil.Error):
         return None

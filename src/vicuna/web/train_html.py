@@ -72,9 +72,9 @@ def _notes(run: Run, tr: Translate) -> Markup:
     """What the state means, and what the run warned of."""
     notes = []
     if run.state in ("failed", "unreadable"):
-        notes.append(note("error", *localize_error(run.words, tr).split("\n", 1)))
-    elif run.words:
-        head, *more = localize_error(run.words, tr).split("\n", 1)
+        notes.append(note("error", *localize_error(run.error, tr).split("\n", 1)))
+    elif run.error:
+        head, *more = localize_error(run.error, tr).split("\n", 1)
         notes.append(note("warn", tr("train.not_resumed", words=head), *more))
     elif run.state in _EXPLAINED:
         kind = {"killed": "error", "starting": "busy", "pausing": "busy"}.get(run.state, "good")

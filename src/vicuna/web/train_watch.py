@@ -255,4 +255,4 @@ def _fingerprint(run: Run | None) -> list[Any]:
     log = run.log
     counts = (len(log.evaluations), len(log.samples), len(log.warnings), len(log.steps["step"]))
     printed = train_html.output_size(run) if run.working else 0
-    return [run.name, run.words, *counts, printed]
+    return [run.name, run.error, *counts, printed]
