@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from vicuna.commands.beam_view import BeamView, TypedView, frame, view_of
+from vicuna.commands.beam_view import drawn_beams, frame, view_of
 from vicuna.generate.decode import Settings, Step, decode
 from vicuna.generate.events import Beam
 from vicuna.generate.tree import Node
@@ -137,10 +137,10 @@ def steps(**chosen: object) -> Iterator[Step]:
 def test_the_text_alone_is_left() -> None:
     console, file = terminal()
     said = ""
-    with BeamView(console, lambda text: print(text, end="", file=file), rate=1e9) as view:
+    with drawn_beams(console, lambda text: print(text, end="", file=file), rate=1e9) as show:
         for step in steps():
             said += step.text
-            view.show(step)
+            show(step)
     output = file.getvalue()
     assert output.count("\x1b[2m") > 50  # dim text was drawn again and again
     assert output.endswith(said)
@@ -153,8 +153,8 @@ def test_what_was_said_is_left_after_an_interruption() -> None:
     shown: list[str] = []
 
     def talk() -> None:
-        with BeamView(console, shown.append, rate=1e9) as view:
-            view.show(Step("said so far", (beam("said so far", " open", -1.0),)))
+        with drawn_beams(console, shown.append, rate=1e9) as show:
+            show(Step("said so far", (beam("said so far", " open", -1.0),)))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -164,9 +164,9 @@ def test_what_was_said_is_left_after_an_interruption() -> None:
 
 def test_drawings_are_few_where_tokens_are_many() -> None:
     console, file = terminal()
-    with BeamView(console, lambda _: None, rate=1e-6) as view:
+    with drawn_beams(console, lambda _: None, rate=1e-6) as show:
         for step in steps():
-            view.show(step)
+            show(step)
     assert file.getvalue().count("\x1b[36m") == 8  # scores of the first drawing and the last
 
 
@@ -174,12 +174,14 @@ def test_where_text_is_typed() -> None:
     shown: list[str] = []
     pipe = Console(file=io.StringIO())
     for view in (view_of(shown.append, True, pipe), view_of(shown.append)):
-        assert isinstance(view, TypedView)
         shown.clear()
-        with view as typed:
-            said = ""
+        with view as show:
+            said = []
             for step in steps():
-                said += step.text
-                typed.show(step)
-        assert "".join(shown) == said
-    assert isinstance(view_of(shown.append, True, terminal()[0]), BeamView)
+                said += [step.text] if step.text else []
+                show(step)
+            assert shown == said  # as it comes
+    console, file = terminal()
+    with view_of(shown.append, True, console) as show:
+        show(next(steps()))
+    assert "\x1b[36m" in file.getvalue()

@@ -225,13 +225,13 @@ def test_piped_input_shows_answers_only_and_ends() -> None:
 def test_beams_are_drawn_and_the_text_stays(renderer: Renderer) -> None:
     from test_beam_view import terminal
 
-    from vicuna.commands.beam_view import BeamView
+    from vicuna.commands.beam_view import drawn_beams
 
     console, file = terminal()
     chat, screen = talk(
         saying(renderer, "你好！", "再见！"), renderer, "问", "/undo", "又问",
         settings=Settings(num_beams=3, min_new_tokens=2),
-        view=lambda out: BeamView(console, out, rate=1e9),
+        view=lambda out: drawn_beams(console, out, rate=1e9),
     )  # fmt: skip
     assert texts(chat) == ["又问", "再见！"]
     assert screen == "你好！\nTaken back: 问\n再见！\n\n"

@@ -1,9 +1,9 @@
 """The answer while it grows, on the screen: typed, or with all its beams drawn in place.
 
-    with view_of(write, show_beams=True) as view:
+    with view_of(write, show_beams=True) as show:
         for event in decode(...):
             if isinstance(event, Step):
-                view.show(event)
+                show(event)
 
 A drawing is a block of the text that is final, and below it a line for each open beam: its score,
 the agreed text solid, the rest dim. When the answer ends, the drawing goes and the text is left.
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Callable
-from types import TracebackType
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.cells import cell_len
 from rich.live import Live
@@ -29,103 +28,58 @@ _RATE = 20
 _NARROW = 32  # columns below which scores are short
 
 
-class View(Protocol):
-    """Shows steps between `with` and its end; what is final then stays on the screen."""
-
-    def __enter__(self) -> View: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-    def show(self, step: Step) -> None:
-        """Show how things stand."""
-        ...
+Show = Callable[[Step], None]  # shows how an answer stands
 
 
+@contextmanager
 def view_of(
     out: Callable[[str], None], show_beams: bool = False, console: Console | None = None
-) -> View:
-    """A view for the standard output: beams are drawn where it is a terminal, else text is typed.
+) -> Iterator[Show]:
+    """Inside, the yielded function shows steps on the standard output: beams are drawn if it is a
+    terminal, else text is typed.
 
     Args:
         out: shows text as it is, without adding a line's end.
     """
-    if show_beams:
-        console = console or Console()
-        if console.is_terminal and not console.is_dumb_terminal:
-            return BeamView(console, out)
-    return TypedView(out)
+    console = console or Console()
+    if show_beams and console.is_terminal and not console.is_dumb_terminal:
+        with drawn_beams(console, out) as show:
+            yield show
+    else:
+        yield lambda step: out(step.text) if step.text else None
 
 
-class TypedView:
-    """Types the final text."""
-
-    def __init__(self, out: Callable[[str], None]) -> None:
-        self._out = out
-
-    def __enter__(self) -> TypedView:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing is left to do."""
-
-    def show(self, step: Step) -> None:
-        """Type what became final."""
-        if step.text:
-            self._out(step.text)
-
-
-class BeamView:
-    """Draws the beams in place; at the end the text alone is left on the screen.
+@contextmanager
+def drawn_beams(
+    console: Console, out: Callable[[str], None], rate: float = _RATE
+) -> Iterator[Show]:
+    """Inside, the yielded function draws the beams in place; at the end, also after an error, the
+    drawing goes, and the text alone is given to `out`.
 
     Args:
         console: a terminal.
-        out: takes the final text.
         rate: drawings a second at most.
     """
+    texts: list[str] = []
+    tail, due = "", 0.0  # the end of the text: as much as a screen can show
+    live = Live(console=console, auto_refresh=False, transient=True, vertical_overflow="crop")
 
-    def __init__(self, console: Console, out: Callable[[str], None], rate: float = _RATE) -> None:
-        self._console, self._out = console, out
-        self._pause = 1 / rate
-        self._next = 0.0
-        self._texts: list[str] = []
-        self._tail = ""  # the end of the text: as much as a screen can show
-        self._live = Live(
-            console=console, auto_refresh=False, transient=True, vertical_overflow="crop"
-        )
-
-    def __enter__(self) -> BeamView:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take the drawing away and leave the text."""
-        self._live.stop()
-        self._out("".join(self._texts))
-
-    def show(self, step: Step) -> None:
-        """Draw a step, unless the last drawing was a moment ago."""
-        width, height = self._console.size
-        self._texts.append(step.text)
-        self._tail = (self._tail + step.text)[-width * height :]
+    def show(step: Step) -> None:
+        nonlocal tail, due
+        width, height = console.size
+        texts.append(step.text)
+        tail = (tail + step.text)[-width * height :]
         now = time.monotonic()
-        if now >= self._next and step.beams:
-            self._next = now + self._pause
-            self._live.update(frame(self._tail, step, width, height), refresh=True)
+        if now >= due and step.beams:
+            due = now + 1 / rate
+            live.update(frame(tail, step, width, height), refresh=True)
+
+    live.start()
+    try:
+        yield show
+    finally:
+        live.stop()
+        out("".join(texts))
 
 
 def frame(agreed: str, step: Step, width: int, height: int) -> Text:

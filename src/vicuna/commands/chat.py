@@ -8,11 +8,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from vicuna.commands.beam_view import View, view_of
+from vicuna.commands.beam_view import Show, view_of
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
@@ -70,7 +70,7 @@ def converse(
     system: str = "",
     read: Callable[[str], str] = read_line,
     out: Callable[[str], None] = write,
-    view: Callable[[Callable[[str], None]], View] = view_of,
+    view: Callable[[Callable[[str], None]], AbstractContextManager[Show]] = view_of,
     switch: Callable[[bool, float], None] | None = None,
 ) -> Chat:
     """Talk until the end of the input, Ctrl-C or Ctrl-D at the prompt, or /exit.
@@ -112,7 +112,7 @@ class _Talk:
         settings: Settings,
         chat: Chat,
         out: Callable[[str], None],
-        view: Callable[[Callable[[str], None]], View],
+        view: Callable[[Callable[[str], None]], AbstractContextManager[Show]],
         switch: Callable[[bool, float], None] | None,
     ) -> None:
         self.engine, self.renderer, self.settings = engine, renderer, settings
@@ -214,11 +214,11 @@ class _Talk:
         events = decode(self.engine, fitted.prompt_ids, self.settings, self.renderer, cancelled)
         self._tell_dropped(len(fitted.dropped))
         note = ""
-        with self.view(typed) as view:
+        with self.view(typed) as show:
             for event in events:
                 if isinstance(event, Step):
                     said.append(event.text)
-                    view.show(event)
+                    show(event)
                 else:
                     note = _NOTES.get(event.finish_reason, "")
         return note.format(limit=limit, context=context) + "\n" if note else ""

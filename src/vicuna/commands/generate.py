@@ -148,12 +148,12 @@ def _answer(
         say_json(one_shot_json(finished, marks))
         return
     typed = Typed(write, marks, write_dim)
-    with view_of(typed, settings.show_beams) as view:
+    with view_of(typed, settings.show_beams) as show:
         for event in decode(loaded.engine, prompt, choice, loaded.renderer):
             if isinstance(event, Finished):
                 finished = event
             else:
-                view.show(event)
+                show(event)
     typed.finish()
     say()
     for place, answer in enumerate(finished.answers[1:], 2):

@@ -29,12 +29,11 @@ class Model:
     Raises: UserError where llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, gpu_layers: int = -1, vocabulary_only: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self._lib = library()
         check_gguf(path)
         params = self._lib.llama_model_default_params()
-        params.n_gpu_layers = gpu_layers
-        params.vocab_only = vocabulary_only
+        params.n_gpu_layers = -1  # all, if the library computes on a GPU
         self.pointer = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise UserError(
