@@ -22,7 +22,7 @@ CHINESE = partial(translate, "zh")
 SOURCE = Path(vicuna.__file__).parent
 # What a page meets: it answers, reads data, plans, and shows what a training says.
 MET = (
-    "app/*.py", "generate/load.py", "generate/engines/*.py", "generate/strategies.py",
+    "app/*.py", "generate/load.py", "generate/engines/base.py", "generate/strategies.py",
     "generate/together.py", "generate/chat.py", "generate/decode.py", "data/records/find_files.py",
     "data/templates/*.py", "data/dataset.py", "data/records/columns.py", "data/records/text_stream.py", "model/base.py",
     "model/adapter*.py", "model/config_files.py", "model/vocabulary.py", "train/*.py",
