@@ -372,5 +372,5 @@ def test_an_interruption_or_a_full_disk_leaves_nothing(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     written.clear()
-    refused(tmp_path / "m", "--adapter", made[1], match="GiB free, the result takes")
+    refused(tmp_path / "m", "--adapter", made[1], match="GiB free, but the result takes")
     assert not written

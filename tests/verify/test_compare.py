@@ -78,7 +78,7 @@ def test_the_worst_kind_of_text_counts() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_no_numbers_are_an_error(value: float) -> None:
     good = [[0.0, 1.0], [0.0, 1.0]]
-    with pytest.raises(UserError, match="what was written gives scores that are not finite"):
+    with pytest.raises(UserError, match="the result gives logits that are not finite"):
         compare(Fixed(good), Fixed([[value, 1.0], [0.0, 1.0]]), {"zh": [[0, 1]]})
 
 

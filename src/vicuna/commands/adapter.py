@@ -1,5 +1,4 @@
-"""`vicuna adapter inspect | upgrade`: what an adapter of any age is, and the same as PEFT writes it
-today."""
+"""`vicuna adapter inspect | upgrade`: describe an adapter, or convert it to today's PEFT format."""
 
 from __future__ import annotations
 
@@ -23,9 +22,11 @@ from vicuna.weights.output_folder import check_space, result_folder
 _LISTED = 3  # names of tensors or modules that a line shows
 
 
-def _named(settings: AdapterInspectSettings | AdapterUpgradeSettings, free: Sequence[str]) -> str:
-    """The adapter of the command line: behind the command, or --adapter."""
-    names = [*free, *([settings.adapter] if settings.adapter else [])]
+def _named(
+    settings: AdapterInspectSettings | AdapterUpgradeSettings, positional: Sequence[str]
+) -> str:
+    """The adapter that the command line names, with or without --adapter."""
+    names = [*positional, *([settings.adapter] if settings.adapter else [])]
     if len(names) != 1:
         raise SettingsError(["adapter is missing: give a folder, a run, or a hub id"])
     return names[0]
@@ -34,11 +35,11 @@ def _named(settings: AdapterInspectSettings | AdapterUpgradeSettings, free: Sequ
 # -- inspect ----
 
 
-def inspect(words: Sequence[str]) -> int:
+def inspect(argv: Sequence[str]) -> int:
     """Print what an adapter is; exit code 2 where it cannot be used as it is."""
-    free: list[str] = []
-    settings, _ = config.parse(AdapterInspectSettings, words, free=free)
-    files = read_adapter(_named(settings, free), checked=False)
+    positional: list[str] = []
+    settings, _ = config.parse(AdapterInspectSettings, argv, free=positional)
+    files = read_adapter(_named(settings, positional), checked=False)
     found = facts(files)
     if settings.json_output:
         say_json(found)
@@ -146,11 +147,11 @@ def _verdicts(found: dict[str, Any]) -> list[tuple[str, str]]:
 # -- upgrade ----
 
 
-def upgrade(words: Sequence[str]) -> int:
+def upgrade(argv: Sequence[str]) -> int:
     """Write a sound PEFT adapter into a new place; the source stays as it is."""
-    free: list[str] = []
-    settings, _ = config.parse(AdapterUpgradeSettings, words, free=free)
-    files = read_adapter(_named(settings, free))
+    positional: list[str] = []
+    settings, _ = config.parse(AdapterUpgradeSettings, argv, free=positional)
+    files = read_adapter(_named(settings, positional))
     target = result_folder(settings.output_dir, settings.force, [files.path])
     notes = list(files.notes)
     if settings.alpha:
@@ -166,7 +167,8 @@ def upgrade(words: Sequence[str]) -> int:
         notes.append(Message("alpha {alpha:g} (from --alpha)", alpha=settings.alpha))
     size = sum(t.numel() * t.element_size() for t in files.tensors.values())
     check_space(target, size)
-    about = {"adapter": _named(settings, free), "rank": files.lora.rank, "alpha": files.lora.alpha}
+    name = _named(settings, positional)
+    about = {"adapter": name, "rank": files.lora.rank, "alpha": files.lora.alpha}
     report = Report("adapter upgrade", target, "exact", about, notes)
     with whole_folder(target) as aside:
         save_files(files, aside)

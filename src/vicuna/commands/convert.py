@@ -1,7 +1,7 @@
-"""`vicuna convert`: a model from one layout into another, a tensor at a time.
+"""`vicuna convert`: convert a model to another format, and compare it with its source.
 
-Read: Hugging Face's layout (safetensors, or `.bin`), Meta's, GGUF. Written: Hugging Face's with
-safetensors, Meta's. Nothing is rounded but what a GGUF file holds in few bits.
+Reads Hugging Face's format (safetensors, or `.bin`), Meta's, and GGUF; writes Hugging Face's with
+safetensors, and Meta's. Only the weights of a quantized GGUF file are rounded.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class _Source:
     notes: list[str] = field(default_factory=list)
 
 
-def run(words: Sequence[str]) -> int:
+def run(argv: Sequence[str]) -> int:
     """Convert, compare, report."""
-    settings, given = config.parse(ConvertSettings, words)
+    settings, given = config.parse(ConvertSettings, argv)
     if not settings.model:
         raise SettingsError(
             ["model is missing: give a folder, a .gguf file or a hub id (--model M)"]

@@ -1,4 +1,4 @@
-"""`vicuna export gguf`: from the words behind the command to a file, checked."""
+"""`vicuna export gguf`: write a GGUF file and compare it with its source."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 _GATES = {"f32": "32bit", "f16": "16bit", "bf16": "16bit"}
 
 
-def run(words: Sequence[str]) -> int:
-    """Write the file, compare it with what it was made of, say how it went."""
-    free: list[str] = []
-    settings, given = config.parse(ExportSettings, words, free=free)
-    if settings.adapter_only and free and not settings.adapter:
-        settings.adapter = free.pop(0)  # --adapter_only RUN
-    mistakes = [f"{word!r} is not a setting (--key value)" for word in free]
+def run(argv: Sequence[str]) -> int:
+    """Write the file, compare it with its source, print the report."""
+    positional: list[str] = []
+    settings, given = config.parse(ExportSettings, argv, free=positional)
+    if settings.adapter_only and positional and not settings.adapter:
+        settings.adapter = positional.pop(0)  # --adapter_only RUN
+    mistakes = [f"{word!r} is not a setting (--key value)" for word in positional]
     _check(settings, mistakes, {*given})
     from vicuna.commands.model_source import check_target, open_source
     from vicuna.export import modelfile as modelfiles
