@@ -11,14 +11,8 @@ import numpy as np
 from vicuna.data.conversation import Conversation
 
 SIGNATURE = 24  # hashes in a MinHash signature
-
-
 SHINGLE = 4  # characters in a shingle
-
-
 LONGEST = 2000  # normalised characters looked at; of longer texts the first and last halves of it
-
-
 SIMILAR = 0.85  # estimated Jaccard similarity from which two records are near duplicates
 
 
@@ -94,11 +88,7 @@ def _letters() -> np.ndarray:
 # The numbers from 0 to 2^32 are a circle; the signature is the first hash met from each of these
 # points on. Each is a MinHash: of the hashes turned back by that angle, the smallest.
 _POINTS = (np.arange(SIGNATURE, dtype=np.uint64) << np.uint64(32)) // np.uint64(SIGNATURE)
-
-
 _POINTS = _POINTS.astype(np.uint32)
-
-
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(32), np.uint64(0xD6E8FEB86659FD93))
 
 

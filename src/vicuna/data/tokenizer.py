@@ -2,7 +2,7 @@
 
 A rendered conversation is a list of pieces. *Marks* are the template's own words: special tokens
 in them are parsed. *Text* is what people and models wrote: `<|im_end|>` typed by a user stays eight
-harmless pieces. Only tokens that the tokenizer marks special are control tokens; its other added
+ordinary tokens. Only tokens that the tokenizer marks special are control tokens; its other added
 tokens (`<think>`, `<tool_call>`) are text.
 
 What stands between two control tokens is a *run*. Its marks and texts are encoded together, as the

@@ -1,4 +1,4 @@
-"""What happens to JSON text and to a single string on the way into a conversation.
+"""What happens to a single string on the way into a conversation.
 
 | the value is                            | what happens                                     |
 |-----------------------------------------|--------------------------------------------------|
@@ -9,7 +9,7 @@
 | text with zero-width characters         | they are removed, repaired; emoji keep theirs    |
 | text with U+FFFD                        | warned of, with the count                        |
 | text with a backslash and an n as a line break | warned of                                 |
-| text with CRLF, or white space around it| LF, stripped; not worth a word                   |
+| text with CRLF, or white space around it| LF, stripped; not noted                          |
 
 Runs once or more for every record: one search decides whether any rule applies at all.
 """
@@ -33,8 +33,6 @@ from vicuna.data.records.reasons import (
     Unusable,
 )
 from vicuna.messages import Message
-
-# Text
 
 _SUSPECT = re.compile("[\r\\\\\u200b-\u200d\u2060\ufeff\ufffd\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")

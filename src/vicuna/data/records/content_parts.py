@@ -28,11 +28,7 @@ def thinking(value: Any) -> Any:
 
 
 _THOUGHT_WORDS = ("thinking", "reasoning", "text", "content", "summary", "value")
-
-
 _THOUGHT_PARTS = frozenset(("thinking", "reasoning", "thought", "think", "thoughts", "analysis"))
-
-
 _TEXT_PARTS = frozenset(("text", "input_text", "output_text", "refusal"))
 
 

@@ -1,7 +1,7 @@
-"""What was said in a record, format by format.
+"""The turns of a record, format by format.
 
 Each reader takes a `Reading`, marks what it uses, and gives `Said`s in order. What a record's other
-keys mean is the business of `marks`; which reader it is, of `formats`.
+keys mean is decided in `loss_flags.py`; which reader reads it, in `formats.py`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,6 @@ from vicuna.data.records.turn_lists import (
 )
 from vicuna.data.records.turn_order import Utterance
 from vicuna.messages import Message
-
-# The reasons a user reads, beside those of `said` and `marks`.
 
 _PLAIN_ALPACA = frozenset(("instruction", "input", "output", "id"))
 
@@ -306,6 +304,3 @@ def dialogue_key(values: dict[str, Any]) -> tuple[str, Transcript] | None:
         if utterances := whole_dialogue(value, expected=key not in ("text", "content", "prompt")):
             return key, utterances
     return None
-
-
-# Turns

@@ -10,14 +10,14 @@ The record's own keys decide, record by record, so a file may mix them:
     pair        {prompt, response}, {question, answer} ... under their usual names
     preference  {prompt, chosen, rejected} and its relatives: the better answer is taught
     dialogue    a dialogue in one text: "Human: … Assistant: …"
-    moss, chatgpt, oasst: what these projects publish (`exports`)
+    moss, chatgpt, oasst: what these projects publish (`chat_exports.py`)
     text        {text}: continued pre-training
     unknown     anything else; dropped
 
-Nothing is dropped or changed without a `Problem`, and no key is passed over without a word: a
-reader marks the keys it uses (`marks.Reading`), `marks.record` honours those that change what a
-record means, and the rest is in `Parsed.unused`. Names are in `keys`, rules for single strings in
-`textrules`, rules for the order of turns in `said`.
+Nothing is dropped or changed without a `Problem`, and no key is ignored silently: a reader marks
+the keys it uses (`record.py`), `loss_flags.py` honours those that change what a record means, and
+the rest is in `Parsed.unused`. Names are in `field_names.py`, rules for single strings in `clean.py`,
+rules for the order of turns in `turn_order.py`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _READERS: dict[str, Callable[[Record], Iterable[Utterance]]] = {
     "chatgpt": chat_exports.tree,
     "oasst": chat_exports.assistant_tree,
 }
-# A record of these keys alone has nothing that `marks` could honour.
+# A record of these keys alone has no flags.
 _PLAIN = frozenset(("instruction", "input", "output", "conversations", "messages", "id"))
 _ALPACA = frozenset(("instruction", "input", "output", "id"))
 # Without any of these a record is of no format that needs a second look.

@@ -31,7 +31,7 @@ _MORE = 1 << 16  # elements looked at to see whether a list holds records
 
 @dataclass
 class Shape:
-    """See `json_values.Shape`. columns: names for the rows of a list of lists."""
+    """See `json_stream.Shape`. columns: names for the rows of a list of lists."""
 
     records: list[Raw] = field(default_factory=list)
     listed: bool = False

@@ -78,7 +78,7 @@ class Window:
 
 
 class Shape(Protocol):
-    """What `json_shapes.open_shape` made of an object that holds records.
+    """What `json_layouts.open_shape` made of an object that holds records.
 
     records: those that were found at once. listed: whether the window now stands in a list of more.
     """

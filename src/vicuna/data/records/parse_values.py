@@ -36,8 +36,6 @@ def _decoder(hook: Callable[[list[tuple[str, Any]]], Any]) -> json.JSONDecoder:
 
 
 _FAST = _decoder(_unique)
-
-
 # The value that begins at a place, without looking for blanks around it.
 _SCAN = _FAST.scan_once  # type: ignore[attr-defined]
 
@@ -120,14 +118,8 @@ def kind(value: Any) -> str:
 
 
 LIMIT = 1 << 20  # characters; a parser of Python needs much memory for each
-
-
 _ARRAY = re.compile(r"\barray\(\s*|,?\s*dtype=[\w.<>']+\s*\)")
-
-
 _NAN = re.compile(r"(?<=[:,\[]) *(?:nan|NaN|NaT|<NA>)(?= *[,}\]])")
-
-
 # numpy puts no comma between the elements of an array.
 _GAP = re.compile(r"(?<=[}\]])(\s+)(?=[{\[])")
 

@@ -1,5 +1,8 @@
-"""The reasons a user reads of what happened to a record, beside those of `textrules`, `checks` and
-`kinds`. Stable; a detail may follow after ": "."""
+"""Why a record was dropped, repaired or warned of: the reasons that the user reads.
+
+They are stable; a detail may follow after ": ". What is wrong with a whole file is in
+`file_types.py`. `Unusable` drops a record, `Note` reports anything else.
+"""
 
 from __future__ import annotations
 
@@ -80,60 +83,26 @@ COLUMNS = Message("records put together from columns")
 SPLIT = Message("records put together from rows and their columns")
 OTHER_LIST = Message("another list inside, not read")
 
-
-# The reasons a user reads. Stable; a detail may follow after ": ".
+# JSON text, and single strings.
 BROKEN_JSON = "broken JSON"
-
-
 PYTHON = Message("Python's notation instead of JSON")
-
-
 DUPLICATE_KEY = Message("duplicate key")
-
-
 NUMBER = Message("number taken as text")
-
-
 NOT_TEXT = Message("not text")
-
-
 LONE_SURROGATE = Message("lone surrogate (half of a broken character)")
-
-
 ZERO_WIDTH = Message("zero-width characters removed")
-
-
 LOST_CHARACTERS = Message("characters lost in an earlier conversion (U+FFFD)")
-
-
 LITERAL_NEWLINE = Message("literal \\n instead of a line break")
-
-
 PLACEHOLDER_INPUT = Message("placeholder input emptied")
 
-
-# The reasons a user reads. Stable; a detail may follow after ": ".
+# What parses and still hurts.
 NO_CHINESE = Message("no Chinese text")
-
-
 OTHER_TEMPLATE = Message("another template's marks in the text")
-
-
 MOJIBAKE = Message("text decoded with the wrong encoding")
-
-
 PLACEHOLDER = Message("placeholder left in the text")
-
-
 SHIFTED = Message("user turn speaks as an assistant, roles may be shifted")
-
-
 THOUGHT = Message("thought in other marks, taught as text")
-
-
 SAME = Message("answer identical to the question")
-
-
 Note = Callable[[str, str, Action], None]
 
 

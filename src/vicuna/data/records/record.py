@@ -12,7 +12,8 @@ from vicuna.data.records.reasons import Note
 class Record:
     """A record while it is read: its values, which of them were used, and what was noted.
 
-    values: under the names of `keys`. used: names that decided something or were taken for text.
+    values: under the names of `field_names.py`. used: names that decided something or were taken
+    for text.
     left: keys of turns and of parts of their content that were not used.
     """
 
@@ -48,23 +49,11 @@ class Record:
 
 
 _YES = frozenset(("true", "yes", "y", "1", "on", "good", "chosen", "correct", "right", "positive"))
-
-
 _YES |= {"accepted", "thumbs_up", "thumbsup", "up", "like", "liked", "upvote", "safe", "是", "好"}
-
-
 _YES |= {"desirable", "preferred", "accept", "pass", "passed", "valid", "正确", "正", "训练", "win"}
-
-
 _NO = frozenset(("false", "no", "n", "0", "-1", "off", "bad", "rejected", "incorrect", "wrong"))
-
-
 _NO |= {"negative", "thumbs_down", "thumbsdown", "down", "dislike", "disliked", "downvote"}
-
-
 _NO |= {"unsafe", "undesirable", "reject", "fail", "failed", "invalid", "否", "坏", "错误", "差"}
-
-
 _NO |= {"lose", "负", "不训练"}
 
 

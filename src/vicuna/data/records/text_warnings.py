@@ -22,44 +22,26 @@ from vicuna.data.think_tags import MARK, split_thought
 from vicuna.messages import Message
 
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-
-
 _NAMES = ("User", "Assistant", "Human", "Bot", "USER", "ASSISTANT", "HUMAN", "用户", "助手")
-
-
 _MARK = re.compile(
     r"<\|[A-Za-z_]{2,24}\|>|\[/?INST\]|<</?SYS>>|</?s>|</?(?:user|bot|human|assistant|system)>"
     r"|###? ?(?:Instruction|Response|Input|Output|Human|Assistant|User|Bot|指令|输入|输出|回答)"
     rf"(?:[:：]|[ \t]*$)|^(?:{'|'.join(_NAMES)})[:：]",
     re.MULTILINE,
 )
-
-
 # UTF-8 read as Latin-1 or Windows-1252: a lead byte and two continuation bytes, twice; or the
 # curly quotes and dashes that English texts suffer from.
 _LATIN_LEADS = "äåæçèéâãï"
-
-
 _TAIL = "[\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u203a€™]"
-
-
 _CURLY = "â€[™œ\u009d“˜¦]"
-
-
 # UTF-8 read as GBK: these stand for the bytes of ，。 and 的 and occur nowhere else.
 _GBK_LEADS = "锛銆鐨鈥"
-
-
 _WRECKS = ("锟斤拷", "烫烫烫", "屯屯屯")
-
-
 _MOJIBAKE = re.compile(
     "|".join(_WRECKS)
     + f"|(?:[{_LATIN_LEADS}]{_TAIL}{{2}}){{2}}|{_CURLY}"
     + f"|[{_GBK_LEADS}][^\n]{{0,30}}?[{_GBK_LEADS}]"
 )
-
-
 _BLANK = re.compile(
     r"[\[【{<]{1,2}\s?(?:(?:你|您|他|她)的?(?:名字|姓名|全名|地址|电话|邮箱|职位|公司)[^\]】}>\n]{0,6}"
     r"|(?:请?填写|在此|此处|插入|输入)[^\]】}>\n]{1,10}"
@@ -69,15 +51,9 @@ _BLANK = re.compile(
     r"|(?i:name|company|date|address|first name|last name))\s?[\]】}]{1,2}"
     r"|(?<![A-Za-z0-9xX*+-])[Xx]{3,5}(?![A-Za-z0-9*+=-])"
 )
-
-
 # In code, braces and names between them are no form to fill in.
 _CODE = re.compile(r"```|\b[fF][\"']|\.format\(|[;{]\s*\n|\bdef |=>")
-
-
 _PATTERNS = ((OTHER_TEMPLATE, _MARK), (MOJIBAKE, _MOJIBAKE), (PLACEHOLDER, _BLANK))
-
-
 # Where one of the three can match at all. All alternatives begin with a plain character, which lets
 # `re` skip through a text at the speed of a table look-up.
 _ANY = re.compile(
@@ -86,8 +62,6 @@ _ANY = re.compile(
         + [*_WRECKS, *_LATIN_LEADS, *_GBK_LEADS, "<", r"\[", "【", r"\{"]
     )
 )
-
-
 # Asking "as an AI, what do you think" is common; speaking so in the first person is not.
 _SHIFTED = re.compile(
     r"(?:很?抱歉|对不起)?[，, ]{0,2}(?:作为|身为|我(?:只)?是)(?:一[个名款种])?"

@@ -1,4 +1,4 @@
-"""What was said in a record, and from it the turns of a conversation in strict order."""
+"""The order of turns: from the utterances of a record to user and assistant in alternation."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ from vicuna.data.records.reasons import (
 )
 from vicuna.data.think_tags import split_thought
 from vicuna.messages import Message
-
-# The reasons a user reads, beside those of `textrules`. Stable; a detail may follow after ": ".
 
 # Marks that stand for what a text model cannot see. The first kind is a mark wherever it stands;
 # the second may also be talked about, so it counts where a text begins or ends with it, or on a
