@@ -16,8 +16,8 @@ The record's own keys decide, record by record, so a file may mix them:
 
 Nothing is dropped or changed without a `Problem`, and no key is ignored silently: a reader marks
 the keys it uses (`record.py`), `loss_flags.py` honours those that change what a record means, and
-the rest is in `Parsed.unused`. Names are in `field_names.py`, rules for single strings in `clean.py`,
-rules for the order of turns in `turn_order.py`.
+the rest is in `Parsed.unused`. Names are in `field_names.py`, rules for single strings in
+`clean.py`, rules for the order of turns in `turn_order.py`.
 """
 
 from __future__ import annotations
