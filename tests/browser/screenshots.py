@@ -21,7 +21,7 @@ sys.path[:0] = [
     str(HERE),
     str(HERE.parent),
     str(HERE.parent / "generate"),
-    str(HERE.parent / "app"),
+    str(HERE.parent / "web"),
 ]
 
 from browser_kit import FLAGS, Visitor, chromium  # noqa: E402
@@ -29,6 +29,8 @@ from browser_kit import FLAGS, Visitor, chromium  # noqa: E402
 WIDE = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 LARGEST = 150_000
+# Seconds that each step of the model takes longer, so that a picture can show a growing answer.
+slower = [0.0]
 
 
 def main() -> None:
@@ -45,6 +47,7 @@ def main() -> None:
             person = Visitor(browser, url, **options)
             person.context.set_default_timeout(120_000)
             person.ready()
+            slower[0] = 0.0
             picture(person)
             path = given.output / f"web-{name}.png"
             person.page.screenshot(path=str(path))
@@ -64,6 +67,14 @@ def pages(adapters: str) -> Iterator[tuple[Any, str]]:
 
     app = App(WebSettings(adapters=[adapters], open=False))
     page = serve(app, wait=False)
+    engine: Any = app.worker.loaded.engine
+    step = engine.step
+
+    def late(*values: Any) -> Any:
+        time.sleep(slower[0])
+        return step(*values)
+
+    engine.step = late
     with sync_playwright() as driver:
         yield driver.chromium.launch(executable_path=chromium(), args=list(FLAGS)), page.local_url
     page.close(verbose=False)
@@ -79,8 +90,12 @@ def chat(person: Visitor) -> None:
     person.mode("beam")
     person.longest(200)
     person.ask("Name three things to see there, as a list with a short reason each.")
-    person.page.wait_for_selector(".v-beam")
-    time.sleep(2.5)
+    person.page.wait_for_function(
+        "Array.from(document.querySelectorAll('.v-beam')).some(b => b.textContent.length > 90)"
+    )
+    slower[0] = 1.0  # while the picture is taken
+    time.sleep(1.5)
+    assert person.page.locator(".v-beam").count() == 4
 
 
 def instruct(person: Visitor) -> None:

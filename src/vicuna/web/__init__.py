@@ -5,7 +5,8 @@
 adds its components and says what happens on their events. What a tab knows of the rest is `App`
 (`state.py`): the settings of the command, the model and its queue, the sessions, the adapters.
 
-Texts are never written in a tab: `i18n.t("key")` stands for a text in English and Chinese from
-`texts/*.yaml` (a file for each tab); see `i18n.py`. Colours and sizes are in `theme.py` and
-`style.css`.
+Texts are never written in a tab: `i18n.label("key")` stands for a text in English and Chinese from
+`texts/*.yaml` (a file for each tab); see `i18n.py`. HTML is in `templates/*.html`, which escape
+what is put into them (`render.py`); what happens in the browser is in `static/page.js`; colours
+and sizes are in `theme.py` and `static/style.css`.
 """

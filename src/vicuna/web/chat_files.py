@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from vicuna.web.tab_chat import ChatTab
 
 LONGEST = 4_000_000  # characters of a conversation that is loaded
-_DOWNLOAD = """(text) => {
-  if (!text) return;
-  const link = document.createElement('a');
-  link.href = URL.createObjectURL(new Blob([text], {type: 'application/jsonl'}));
-  link.download = 'conversation.jsonl';
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}"""
 
 
 class ChatFiles:
@@ -52,7 +44,7 @@ class ChatFiles:
         inputs, shown = self._chat.inputs, [*self._chat.shown, self._chat.system]
         self.save.click(self.save_conversation, inputs, None, **QUIET)
         self.download.click(self.download_conversation, inputs, self.export, **QUIET).then(
-            None, self.export, None, js=_DOWNLOAD
+            None, self.export, None, js="(text) => vicunaDownload(text)"
         )
         self.load.upload(self.load_conversation, [self.load, *inputs], shown, **QUIET)
 

@@ -1,6 +1,6 @@
 """Code in answers, coloured: spans with classes around escaped text, and nothing else.
 
-`style_code.css` has the colours, light and dark.
+`static/style.css` has the colours, light and dark.
 """
 
 from __future__ import annotations

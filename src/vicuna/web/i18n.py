@@ -139,7 +139,7 @@ class Translation:
             body = fill_labels(b"".join(parts).decode("utf-8"), language)
             if scope["path"] == "/":
                 body = body.replace('lang="en"', f'lang="{language}"', 1)
-                body = body.replace("<head>", f"<head>{_browser_words(language)}", 1)
+                body = body.replace("<head>", f"<head>{_language_script(language)}", 1)
             sent = body.encode("utf-8")
             headers = [(k, v) for k, v in start["headers"] if k.lower() != b"content-length"]
             headers += [(b"content-length", str(len(sent)).encode()), (b"vary", b"accept-language")]
@@ -163,34 +163,9 @@ def _language_headers(scope: Mapping[str, Any]) -> tuple[str, str, str]:
     return tab, (cookie[1] if cookie else ""), headers.get(b"accept-language", "")
 
 
-# Gradio's own few words follow `navigator.language`: it is made the page's language. Each request
-# of the page tells its language, because the cookie may be another tab's by then; and a tab that is
-# loaded again asks for the language that it had.
-_SCRIPT = """<script>
-for (const [k, v] of [['language', NAME], ['languages', [NAME]]])
-  Object.defineProperty(navigator, k, {get: () => v});
-const vicunaSpeaks = (language) => sessionStorage.setItem('vicuna-language', language);
-(() => {
-  const spoken = sessionStorage.getItem('vicuna-language'), here = new URL(location.href);
-  if (!spoken) vicunaSpeaks('CODE');
-  else if (spoken !== 'CODE' && here.searchParams.get('language') !== spoken) {
-    here.searchParams.set('language', spoken);
-    location.replace(here.href);
-  }
-  const ask = window.fetch;
-  window.fetch = (to, how = {}) => {
-    const own = new URL(to.url || to, location.href).origin === location.origin;
-    if (!own) return ask(to, how);
-    const headers = new Headers(how.headers || (to instanceof Request ? to.headers : {}));
-    headers.set('HEADER', 'CODE');
-    return ask(to, {...how, headers});
-  };
-})();
-</script>"""
-
-
-def _browser_words(language: str) -> str:
-    """A script for the begin of the page that speaks a language."""
+def _language_script(language: str) -> str:
+    """The script at the beginning of a page in a language."""
     name = {"en": "en", "zh": "zh-CN"}[language]
-    found = _SCRIPT.replace("NAME", f"'{name}'").replace("CODE", language)
-    return found.replace("HEADER", HEADER)
+    script = (Path(__file__).parent / "static/language.js").read_text(encoding="utf-8")
+    filled = script.replace("NAME", f"'{name}'").replace("CODE", language)
+    return f"<script>{filled.replace('HEADER', HEADER)}</script>"

@@ -9,23 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# Kept by the components' ids, so that a page with other components takes what it still knows.
-# Nothing is noted before what there was has been read: components tell their first values, too.
-SCRIPT = """<script>
-function vicunaKept() {
-  try { return JSON.parse(sessionStorage.getItem('vicuna-kept')) || {}; } catch { return {}; }
-}
-function vicunaRestored(ids, now) {
-  const kept = vicunaKept();
-  window.vicunaKeeps = true;
-  return ids.map((id, i) => Object.hasOwn(kept, id) ? kept[id] : now[i]);
-}
-function vicunaKeep(id, value) {
-  if (!window.vicunaKeeps) return;
-  sessionStorage.setItem('vicuna-kept', JSON.stringify({...vicunaKept(), [id]: value}));
-}
-</script>"""
-
 
 def keep(components: Sequence[Any]) -> None:
     """Note in the browser what is chosen in these components, each with an id of its own."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,52 +24,7 @@ TABS = {
 }
 SECONDS = 4.0  # between looks for new adapters
 CLEAN = 3600  # seconds that an uploaded file is kept, and between looks for old ones
-_SWITCH_LANGUAGE = (
-    f"() => {{ vicunaSpeaks('{label('page.other_language')}'); "
-    f"document.cookie = '{COOKIE}={label('page.other_language')};path=/;max-age=31536000;"
-    "samesite=lax'; location.href = location.pathname; }"
-)
-_SWITCH_DARK = """() => {
-  const dark = document.body.classList.toggle('dark');
-  localStorage.setItem('vicuna-dark', dark ? '1' : '0');
-}"""
-# The name of this tab: made up once, kept as long as the tab is.
-HEAD = (
-    """<script>
-function vicunaTab() {
-  let name = sessionStorage.getItem('vicuna-tab');
-  if (!/^[0-9a-f]{32}$/.test(name || '')) {
-    const bytes = crypto.getRandomValues(new Uint8Array(16));
-    name = Array.from(bytes, (b) => b.toString(16).padStart(2, '0')).join('');
-    sessionStorage.setItem('vicuna-tab', name);
-  }
-  return name;
-}
-</script>"""
-    + kept_values.SCRIPT
-)
-# The thread follows its end, unless the reader has scrolled up. Escape ends editing.
-_OPEN = """(...now) => {
-  const dark = localStorage.getItem('vicuna-dark');
-  if (dark !== null) document.body.classList.toggle('dark', dark === '1');
-  const thread = document.getElementById('thread');
-  if (thread && !thread.dataset.follows) {
-    thread.dataset.follows = '1';
-    let near = true;
-    thread.addEventListener('scroll', () => {
-      near = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
-    });
-    new MutationObserver(() => { if (near) thread.scrollTop = thread.scrollHeight; })
-      .observe(thread, {childList: true, subtree: true, characterData: true});
-  }
-  if (!window.vicunaEscapes) {
-    window.vicunaEscapes = true;
-    document.addEventListener('keydown', (e) => {
-      if (e.key === 'Escape') document.querySelector('#chat-note [data-act=leave]')?.click();
-    });
-  }
-  return KEPT;
-}"""
+HEAD = f"<script>{(Path(__file__).parent / 'static/page.js').read_text(encoding='utf-8')}</script>"
 
 
 def build(app: App) -> gr.Blocks:
@@ -92,8 +48,9 @@ def build(app: App) -> gr.Blocks:
             )
             dark = gr.Button(label("page.appearance"), size="sm", elem_id="dark", min_width=0)
             language = gr.Button(label("page.language"), size="sm", elem_id="language", min_width=0)
-        language.click(None, js=_SWITCH_LANGUAGE)
-        dark.click(None, js=_SWITCH_DARK)
+        other = label("page.other_language")
+        language.click(None, js=f"() => vicunaSwitchLanguage('{COOKIE}', '{other}')")
+        dark.click(None, js="() => vicunaSwitchDark()")
         with gr.Tabs(elem_id="tabs", overflow_behavior="wrap"):
             for name, tab in TABS.items():
                 with gr.Tab(label(f"page.{name}"), id=name, elem_id=f"tab-{name}") as inside:
@@ -106,7 +63,7 @@ def build(app: App) -> gr.Blocks:
         _watch_adapters(app)
         opened = page.load(
             None, app.kept, app.kept, show_progress="hidden",
-            js=_OPEN.replace("KEPT", kept_values.restored(app.kept)),
+            js=f"(...now) => {{ vicunaOpen(); return {kept_values.restored(app.kept)}; }}",
         )  # fmt: skip
         for fn, inputs, outputs in [*app.loading, *app.opening]:
             opened.then(fn, inputs, outputs, **QUIET)

@@ -1,7 +1,7 @@
 """How likely each token of an answer was, and what else could have stood in its place.
 
 Tokens are shown as they are, not as markdown, whose marks they would cut. What else there was is
-in `data-top` of each; `html_events.py` shows it for the token that is pointed at, tapped, or
+in `data-top` of each; `static/page.js` shows it for the token that is pointed at, tapped, or
 reached with the arrow keys.
 """
 

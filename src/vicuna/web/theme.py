@@ -1,4 +1,4 @@
-"""How the page looks: colours and fonts of gradio's theme. All else is in `style.css`.
+"""How the page looks: colours and fonts of gradio's theme. All else is in `static/style.css`.
 
 Fonts are those of the system, so that nothing is fetched from anywhere.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import gradio as gr
 from gradio.themes.utils import colors, sizes
 
-STYLE = sorted(Path(__file__).parent.glob("style*.css"))
+STYLE = Path(__file__).parent / "static/style.css"
 _FONTS = (
     "ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei",
     "Noto Sans CJK SC", "Noto Sans SC", "sans-serif",
