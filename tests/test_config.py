@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -113,3 +114,13 @@ def test_no_number_in_a_decoder_or_a_data_set(value: str) -> None:
                 with pytest.raises(SettingsError, match=f"{name} is .*, but must be a number$"):
                     config.build(cls, {**others, name: given})
     assert Decoding(logit_bias={"5": float("-inf")}).logit_bias == {"5": float("-inf")}
+
+
+def test_a_file_beside_a_recipe_is_the_data(tmp_path: Path) -> None:
+    data = tmp_path / "my records.jsonl"
+    data.write_text("")
+    for argv in (["qwen3-4b", str(data)], [str(data), "qwen3-4b"]):
+        settings, _ = parse(TrainSettings, argv)
+        assert [entry.path for entry in settings.dataset] == [str(data)]
+    with pytest.raises(SettingsError, match="neither a setting"):
+        parse(TrainSettings, [str(tmp_path / "missing.jsonl")])

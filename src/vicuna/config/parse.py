@@ -122,12 +122,14 @@ def _collect(
             recipe = read_recipe(builtin_recipes().get(argument, Path(argument)))
             mistakes += _unknown(cls, recipe)
             values.update({k: v for k, v in recipe.items() if k in cls.model_fields})
+        elif "dataset" in cls.model_fields and exists(argument):
+            _set(cls, values, mistakes, "dataset", [argument])
         else:
             close = difflib.get_close_matches(argument, builtin_recipes(), n=1)
             mistakes.append(
                 Message(
-                    "{argument!r} is neither a setting (--key value) nor a recipe (.yaml){near}; "
-                    "recipes of the project: {recipes}",
+                    "{argument!r} is neither a setting (--key value) nor a recipe (.yaml) nor a "
+                    "file{near}; recipes of the project: {recipes}",
                     argument=argument,
                     near=Message("; did you mean {name}?", name=close[0]) if close else "",
                     recipes=", ".join(builtin_recipes()),
