@@ -17,34 +17,55 @@ from pathlib import Path
 from vicuna.errors import UserError
 from vicuna.messages import Message
 
-_FULL = "Free some space, or choose a folder on another disk."
+_FULL = Message("Free some space, or choose a folder on another disk.")
 # errno: (what happened, the way out).
-_SYSTEM: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("the disk is full", _FULL),
-    errno.EDQUOT: ("the disk quota is used up", _FULL),
+_SYSTEM: dict[int, tuple[Message, Message]] = {
+    errno.ENOSPC: (Message("the disk is full"), _FULL),
+    errno.EDQUOT: (Message("the disk quota is used up"), _FULL),
     errno.EFBIG: (
-        "the file would be larger than this system or `ulimit -f` allows",
-        "Raise the limit, or choose a folder on another disk.",
+        Message("the file would be larger than this system or `ulimit -f` allows"),
+        Message("Raise the limit, or choose a folder on another disk."),
     ),
-    errno.EACCES: ("no permission", "Change the permissions, or choose another place."),
+    errno.EACCES: (
+        Message("no permission"),
+        Message("Change the permissions, or choose another place."),
+    ),
     errno.EPERM: (
-        "the system does not permit this",
-        "Change the permissions, or choose another place.",
+        Message("the system does not permit this"),
+        Message("Change the permissions, or choose another place."),
     ),
-    errno.EROFS: ("the file system is read-only", "Choose a folder that can be written to."),
-    errno.ENOENT: ("no such file or folder", "Check the path."),
-    errno.ENOTDIR: ("part of the path is a file, not a folder", "Check the path."),
-    errno.EISDIR: ("this is a folder, not a file", "Name a file."),
-    errno.EEXIST: ("a file or folder with this name exists", "Choose another name."),
-    errno.ENOTEMPTY: ("this folder is not empty", "Choose another name."),
-    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),
-    errno.ELOOP: ("the links form a circle", "Check the path."),
-    errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n)."),
-    errno.ENFILE: ("too many files are open on this system", "Close other programs."),
-    errno.ENOMEM: ("out of memory", "Close other programs, or use a smaller model."),
-    errno.EIO: ("input/output error", "The disk or its connection may be damaged."),
-    errno.EBUSY: ("the file is in use", "Close the program that uses it."),
-    errno.EADDRINUSE: ("the port is in use", "Choose another --port."),
+    errno.EROFS: (
+        Message("the file system is read-only"),
+        Message("Choose a folder that can be written to."),
+    ),
+    errno.ENOENT: (Message("no such file or folder"), Message("Check the path.")),
+    errno.ENOTDIR: (
+        Message("part of the path is a file, not a folder"),
+        Message("Check the path."),
+    ),
+    errno.EISDIR: (Message("this is a folder, not a file"), Message("Name a file.")),
+    errno.EEXIST: (
+        Message("a file or folder with this name exists"),
+        Message("Choose another name."),
+    ),
+    errno.ENOTEMPTY: (Message("this folder is not empty"), Message("Choose another name.")),
+    errno.ENAMETOOLONG: (Message("the name is too long"), Message("Choose a shorter one.")),
+    errno.ELOOP: (Message("the links form a circle"), Message("Check the path.")),
+    errno.EMFILE: (Message("too many files are open"), Message("Raise the limit (ulimit -n).")),
+    errno.ENFILE: (
+        Message("too many files are open on this system"),
+        Message("Close other programs."),
+    ),
+    errno.ENOMEM: (
+        Message("out of memory"),
+        Message("Close other programs, or use a smaller model."),
+    ),
+    errno.EIO: (
+        Message("input/output error"),
+        Message("The disk or its connection may be damaged."),
+    ),
+    errno.EBUSY: (Message("the file is in use"), Message("Close the program that uses it.")),
+    errno.EADDRINUSE: (Message("the port is in use"), Message("Choose another --port.")),
 }
 _ASIDE = re.compile(r"\.(.+?)(?:\.(?:[0-9a-f]{6}-)?\d+)?\.part")
 # What CPU allocators (Linux, Windows), CUDA's runtime, cuBLAS and Apple's GPU say when memory is
@@ -119,8 +140,8 @@ def _numbered(error: BaseException) -> OSError | None:
 
 def describe(error: OSError) -> tuple[Message, Message]:
     """(what happened, the way out) of an error of the operating system."""
-    what, fix = _SYSTEM.get(error.errno or 0) or (error.strerror or str(error), "")
-    return Message(what), Message(fix)
+    unknown = Message(error.strerror or str(error)), Message("")
+    return _SYSTEM.get(error.errno or 0, unknown)
 
 
 def _path_of(error: OSError) -> str:
@@ -159,7 +180,7 @@ def _target(path: Path) -> Path:
 def cannot_read(error: BaseException, path: Path) -> UserError:
     """The error of a file or folder that could not be read."""
     system = system_error(error)
-    reason, fix = describe(system) if system is not None else (str(error), "")
+    reason, fix = describe(system) if system is not None else (Message(str(error)), "")
     return UserError("cannot read: {reason}", reason=reason, where=str(path), fix=fix)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vicuna.data.conversation import Action, Parsed, Problem
 from vicuna.data.records.reasons import NO_CHINESE, ONE_TURN, UNKNOWN_FORMAT
+from vicuna.messages import Message
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -169,7 +170,11 @@ class FileReport:
         without = self._words.count(self._table[key])
         if without >= self.conversations or without <= WORTH_SAYING * self.conversations:
             return ""
-        return f"{without} of {self.conversations} records have no Chinese text"
+        return Message(
+            "{without} of {conversations} records have no Chinese text",
+            without=without,
+            conversations=self.conversations,
+        )
 
     def notes(self) -> list[str]:
         """What concerns the file as a whole."""
@@ -181,7 +186,7 @@ class FileReport:
         if self.unused:
             ranked = sorted(self.unused.items(), key=lambda item: -item[1])
             named = ", ".join(f"{name} ({count:,})" for name, count in ranked)
-            notes.append(f"{NOT_USED}: {named}")
+            notes.append(Message("{reason}: {names}", reason=NOT_USED, names=named))
         notes += self.source_notes
         if share := self._share():
             notes.append(share)

@@ -145,7 +145,7 @@ class MicroBatcher:
         )
 
     def _does_not_fit(self, tokens: int) -> UserError:
-        kept = "; the last checkpoint is intact" if self.state.step else ""
+        kept = Message("; the last checkpoint is intact") if self.state.step else ""
         return UserError(
             "out of memory in {place}: one example of {tokens:,} tokens alone does not fit{kept}",
             place=self._place(),

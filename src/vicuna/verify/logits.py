@@ -79,7 +79,8 @@ class FolderLogits:
 
         if self._weights is not None:
             raise UserError(
-                f"models of type {self._config.get('model_type')} are compared from a folder only",
+                "models of type {model_type} are compared from a folder only",
+                model_type=self._config.get("model_type"),
                 where=str(self._folder),
                 fix="Add --no-verify.",
             )
@@ -139,7 +140,7 @@ class GgufLogits:
             self._context.clear()
             code = self._context.decode(ids, range(len(ids)), [0] * len(ids), len(ids))
             if code:
-                raise UserError(f"llama.cpp could not compute a text (code {code})")
+                raise UserError("llama.cpp could not compute a text (code {code})", code=code)
             yield self._context.logits(len(ids)).copy()
 
     def close(self) -> None:
@@ -240,14 +241,16 @@ class _Streamed:
             found = self._weights.shape(f"model.{name}")
             if found != tuple(parameter.shape):
                 raise UserError(
-                    f"model.{name} has the shape {found}, config.json makes it "
-                    f"{tuple(parameter.shape)}",
+                    "model.{name} has the shape {value}, config.json makes it {shape}",
+                    name=name,
+                    value=found,
+                    shape=tuple(parameter.shape),
                     where=str(self._where),
                 )
         modules = {f"model.{name}" for name, _ in self._model.model.named_modules()} | {"lm_head"}
         strange = sorted(set(self._deltas) - modules)
         if strange:
-            raise UserError(f"the adapter does not fit: there is no {strange[0]}")
+            raise UserError("the adapter does not fit: there is no {name}", name=strange[0])
 
     def _hook(self) -> None:
         """Weights come before a part computes and go after it."""

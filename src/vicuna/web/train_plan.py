@@ -71,7 +71,9 @@ def plan(chosen: Mapping[str, Any], longest: int) -> dict[str, Any]:
             )
         except subprocess.TimeoutExpired as e:
             raise UserError(
-                "planning took more than {seconds} seconds", seconds=SECONDS, where="memory plan"
+                "planning took more than {seconds} seconds",
+                seconds=SECONDS,
+                where=Message("memory plan"),
             ) from e
         if done.returncode:
             _, _, words = done.stderr.rpartition(ERROR)

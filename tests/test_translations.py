@@ -1,0 +1,72 @@
+"""Every message that the page can meet has Chinese, with the same fields. The code is walked over."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+
+import pytest
+
+from test_floors import imports, modules
+from vicuna.i18n.translate import catalogue, translate
+from vicuna.messages import Message
+
+# The page runs these commands in processes of their own, and shows what they say.
+ROOTS = ("web", "commands.train", "commands.plan")
+SAID_BY = {"Message", "UserError", "message", "warn", "Problem", "note", "drop_used", "Unusable"}
+KNOWN = catalogue("zh")
+
+
+def literals(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from literals(node.body)
+        yield from literals(node.orelse)
+    elif isinstance(node, ast.List):
+        for item in node.elts:
+            yield from literals(item)
+
+
+def said(path: Path) -> Iterator[tuple[str, set[str], int]]:
+    """(template, fields of the call, line) of every message in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        fields = {k.arg for k in node.keywords if k.arg} - {"where", "fix"}
+        if name in SAID_BY or (name == "SettingsError" and node.args):
+            texts = node.args[:1] if name in ("Message", "UserError", "message") else node.args
+            for text in [*texts, *(k.value for k in node.keywords if k.arg == "fix")]:
+                for template in literals(text):
+                    if " " in template or name == "Message":
+                        yield template, fields, node.lineno
+
+
+def met() -> set[str]:
+    """The modules that the page imports, directly or not, and its commands."""
+    known = modules()
+    reached: set[str] = set()
+    ahead = [m for m in known if m.startswith(ROOTS)]
+    while ahead:
+        module = ahead.pop()
+        if module not in reached:
+            reached.add(module)
+            ahead += imports(known[module], known)
+    return reached
+
+
+def places(template: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(template) if name}
+
+
+@pytest.mark.parametrize("module", sorted(met()))
+def test_every_message_that_the_page_can_meet_has_chinese(module: str) -> None:
+    missing = [
+        template
+        for template, fields, _ in said(modules()[module])
+        if translate(Message.of(template, template, dict.fromkeys(fields, "")), "zh") == template
+    ]
+    assert missing == []
