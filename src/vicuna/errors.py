@@ -91,7 +91,8 @@ def read_error_file(path: Path, said: str, clean: Callable[[str], str] = str) ->
             with just this text.
     """
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        message = Message.from_json(json.loads(path.read_text(encoding="utf-8")), clean)
+        written = json.loads(path.read_text(encoding="utf-8"))
+        message = Message.from_json(written).cleaned(clean)
         if message.strip() == said:
             return message
     return said

@@ -62,28 +62,22 @@ class Message(str):
         return {"text": str(self), "template": self.template, "fields": fields}
 
     @classmethod
-    def from_json(cls, data: Any, clean: Callable[[str], str] = str) -> Message:
+    def from_json(cls, data: Any) -> Message:
         """The message that `as_json` wrote.
 
         The data may come from a file of somebody else: the template is never filled in, only
         looked up.
 
-        Args:
-            clean: called with every text of the data.
-
         Raises: ValueError if the data are not a message.
         """
         match data:
             case {"text": str(text), "template": str(template), "fields": dict(fields)}:
-                made = {str(k): _field_from_json(v, clean) for k, v in fields.items()}
-                return cls.of(clean(text), template, made)
+                made = {
+                    str(k): cls.from_json(v) if isinstance(v, dict) else v
+                    for k, v in fields.items()
+                }
+                return cls.of(text, template, made)
         raise ValueError("not a message")
-
-
-def _field_from_json(value: Any, clean: Callable[[str], str]) -> Any:
-    if isinstance(value, dict):
-        return Message.from_json(value, clean)
-    return value if isinstance(value, (int, float)) else clean(str(value))
 
 
 def _plain(value: Any) -> Any:
@@ -145,7 +139,7 @@ def restored(data: dict[str, Any], clean: Callable[[str], str] = str) -> dict[st
     known: dict[str, Message] = {}
     for written in table.values():
         with contextlib.suppress(ValueError, RecursionError):
-            message = Message.from_json(written, clean)
+            message = Message.from_json(written).cleaned(clean)
             known[str(message)] = message
 
     def mend(value: Any) -> Any:

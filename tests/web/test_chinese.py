@@ -7,7 +7,10 @@ import re
 import pytest
 from app_kit import english_half
 
+from vicuna.i18n.translate import catalogue
 from vicuna.web.i18n import catalog
+
+TEXTS = {key: both[1] for key, both in catalog().items()} | catalogue("zh")
 
 # One word for each thing. Left: what is not said; right: what is said instead.
 NOT_SAID = {
@@ -22,12 +25,12 @@ NOT_SAID = {
 
 @pytest.mark.parametrize("wrong", NOT_SAID)
 def test_one_vocabulary(wrong: str) -> None:
-    found = {key: both[1] for key, both in catalog().items() if re.search(wrong, both[1])}
+    found = {key: text for key, text in TEXTS.items() if re.search(wrong, text)}
     assert found == {}, f"say {NOT_SAID[wrong]}"
 
 
 def test_no_text_of_the_chinese_page_has_an_english_half() -> None:
-    found = {key: half for key, both in catalog().items() if (half := english_half(both[1]))}
+    found = {key: half for key, text in TEXTS.items() if (half := english_half(text))}
     for own in ("page.language", "instruct.placeholder"):  # which say it in the other language
         found.pop(own, None)
     assert found == {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vicuna.data.conversation import Action, Parsed, Problem
 from vicuna.data.records.reasons import NO_CHINESE, ONE_TURN, UNKNOWN_FORMAT
-from vicuna.messages import Message
+from vicuna.messages import Message, restored, with_messages
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -219,7 +219,7 @@ class FileReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
-        return {
+        report = {
             "path": self.path,
             "formats": dict(self.formats),
             "records": self.records,
@@ -232,10 +232,12 @@ class FileReport:
             "notes": self.notes(),
             **({"said": self.source_notes} if self.source_notes else {}),
         }
+        return with_messages(report)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FileReport:
         """The report that `to_json` wrote; records can still be dropped and warned of."""
+        data = restored(data)
         report = cls(data["path"])
         report.formats = dict(data["formats"])
         report.records, report.used = data["records"], data["used"]

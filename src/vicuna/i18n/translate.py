@@ -39,7 +39,7 @@ def translate(text: str, language: str) -> str:
     if translation is None:
         if not message.fields or _WORDS.search(_PLACE.sub("", message.template)):
             return quoted(message)
-        translation = message.template  # places, and what stands between them
+        translation = message.template.replace(": ", "：")  # places and what is between them
     if not message.fields:
         return translation
     fields = {name: _field(value, language) for name, value in message.fields.items()}

@@ -16,7 +16,7 @@ from vicuna.data.preview import Span, spans, tokens
 from vicuna.data.report import NOT_USED, OWN_NAMES, DataReport
 from vicuna.web import charts
 from vicuna.web.data_view import ROWS, DatasetView
-from vicuna.web.error_texts import chinese, quoted
+from vicuna.web.error_texts import localize_reason
 from vicuna.web.render import Translate, join, note, render
 
 ACTIONS: tuple[Action, ...] = ("dropped", "repaired", "warned")
@@ -92,22 +92,6 @@ def _table(names: Sequence[str], rows: Markup, tr: Translate) -> Markup:
 
 def _chip(action: str, tr: Translate) -> Markup:
     return render("common.chip", kind=action, text=tr(f"data.action_{action}"))
-
-
-# Tables of texts: reasons by their English, and the details behind their colons.
-_REASONS = ("reason.", "detail.")
-
-
-def localize_reason(reason: str, tr: Translate) -> str:
-    """A reason and its details in the language of the page; words of others between quotes."""
-    if tr("page.code") == "en":
-        return reason
-    if (whole := chinese(reason, _REASONS)) is not None:
-        return whole
-    head, colon, details = reason.partition(": ")
-    if colon and (known := chinese(head, _REASONS)) is not None:
-        return f"{known}：{chinese(details, _REASONS) or quoted(details)}"
-    return quoted(reason)
 
 
 def problems(rows: Sequence[tuple[str, Problem]], page: int, tr: Translate) -> Markup:

@@ -64,4 +64,4 @@ def note(kind: str, text: str, fix: str = "") -> Markup:
 
 def toast(error: Exception, tr: Translate) -> Markup:
     """What went wrong, for a notice of gradio's, which takes HTML."""
-    return escape(localize_error(str(error), tr)).replace("\n", Markup("<br>"))
+    return escape(localize_error(error, tr)).replace("\n", Markup("<br>"))

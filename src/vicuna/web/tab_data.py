@@ -279,7 +279,7 @@ class DataTab:
                 yield {self.query: gr.skip()}
                 return
             yield {
-                **self._status(note("error", localize_error(str(e), partial(translate, request)))),
+                **self._status(note("error", localize_error(e, partial(translate, request)))),
                 self.query: None,
                 self.report: gr.update(visible=False),
                 self.details: gr.update(visible=False),

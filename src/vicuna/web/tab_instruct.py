@@ -181,7 +181,7 @@ class InstructTab:
                 column.now = now
                 yield
         except UserError as e:
-            column.now = localize_error(str(e), tr)
+            column.now = localize_error(e, tr)
         except Exception as e:
             column.now = f"{type(e).__name__}: {e}"
         if isinstance(column.now, Queued):  # it was cancelled before its turn

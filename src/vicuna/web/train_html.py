@@ -83,7 +83,7 @@ def _notes(run: Run, tr: Translate) -> Markup:
         notes.append(render("train.fine", text=tr("train.goes_on")))
     if run.log.odd:
         notes.append(note("warn", tr("train.odd_lines", count=run.log.odd)))
-    newest = [localize_error(str(w.get("message", "")), tr) for w in run.log.warnings[-WARNINGS:]]
+    newest = [localize_error(w.get("message", ""), tr) for w in run.log.warnings[-WARNINGS:]]
     if run.state == "failed" or (newest and newest[-1].startswith("KeyboardInterrupt")):
         newest = newest[:-1]
     return join([*notes, *(note("warn", text) for text in dict.fromkeys(newest))])
@@ -237,8 +237,8 @@ def _row(run: Run, tr: Translate) -> Markup:
 
 def mistakes(error: Exception, tr: Translate, title: str = "train.mistakes") -> Markup:
     """All that must be fixed."""
-    found = getattr(error, "mistakes", None) or [str(error)]
-    lines = [localize_error(str(m), tr) for m in found]
+    found = getattr(error, "mistakes", None) or [error]
+    lines = [localize_error(m, tr) for m in found]
     return render("train.mistakes", title=tr(title), mistakes=lines)
 
 

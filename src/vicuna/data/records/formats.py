@@ -145,6 +145,8 @@ def _printable(words: str) -> str:
     """Keys and role names come from the data: they must not break a log or a table."""
     if words.isascii() and words.isprintable():
         return words
+    if isinstance(words, Message):
+        return words.cleaned(_printable)
     return " ".join(words.encode("utf-8", "backslashreplace").decode().split())
 
 
