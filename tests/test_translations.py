@@ -84,6 +84,10 @@ def test_a_message_and_its_chinese_have_the_same_fields() -> None:
     assert odd == {}
 
 
+def test_no_english_is_left_in_chinese() -> None:
+    assert [zh for zh in KNOWN.values() if "「" in zh] == []
+
+
 def test_every_place_of_a_message_has_its_field() -> None:
     odd = [
         f"{name}:{line} {template}"

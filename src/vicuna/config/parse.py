@@ -223,10 +223,10 @@ def _nearest(value: Any, allowed: Sequence[str]) -> str:
 
 # pydantic's types of errors, and where their context has the bound.
 _BOUNDS = {
-    "greater_than": ("gt", "{name} is {value}, but must be above {bound}"),
-    "greater_than_equal": ("ge", "{name} is {value}, but must be at least {bound}"),
-    "less_than": ("lt", "{name} is {value}, but must be below {bound}"),
-    "less_than_equal": ("le", "{name} is {value}, but must be at most {bound}"),
+    "greater_than": ("gt", Message("{name} is {value}, but must be above {bound}")),
+    "greater_than_equal": ("ge", Message("{name} is {value}, but must be at least {bound}")),
+    "less_than": ("lt", Message("{name} is {value}, but must be below {bound}")),
+    "less_than_equal": ("le", Message("{name} is {value}, but must be at most {bound}")),
 }
 _EXPECTED = {
     "int": Message("a whole number"),
