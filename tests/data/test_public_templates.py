@@ -112,10 +112,10 @@ THOUGHTS = {"inline": INLINE, "beside": BESIDE}
 
 
 def reference(template: ChatTemplate, turns: list[Turn], **options: Any) -> list[int]:
-    if template._show.merges and turns[0].role == "system":
+    if template._renderings.merges and turns[0].role == "system":
         turns = [Turn("user", f"{turns[0].text}\n\n{turns[1].text}"), *turns[2:]]
     ids: list[int] = tokenizer().apply_chat_template(
-        messages(turns, template._show.in_parts),
+        messages(turns, template._renderings.in_parts),
         chat_template=template.source,
         return_dict=False,
         **options,

@@ -103,8 +103,8 @@ class Watch:
             )
         self.talk.click(self.talk_with, [self.app.tab, self.run], of_page("tabs"), **QUIET)
         asking = [self.pending, self.sure, self.question, self.yes]
-        for button, action in ((self.stop, "stop"), (self.delete, "delete")):
-            button.click(bind(self.ask, action), self.run, asking, **QUIET)
+        for button, name in ((self.stop, "stop"), (self.delete, "delete")):
+            button.click(bind(self.ask, name), self.run, asking, **QUIET)
         for forgets in (self.no.click, self.run.input):
             forgets(
                 lambda: (None, gr.update(visible=False)), None, [self.pending, self.sure], **QUIET
