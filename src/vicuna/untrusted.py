@@ -35,7 +35,7 @@ def number(value: Any) -> float:
     Raises: ValueError if it is not a number.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"not a number: {str(value)[:40]!r}")
+        raise ValueError(f"expected a number, not {str(value)[:40]!r}")
     if not math.isfinite(value):
         return math.nan
     if abs(value) > 1e300:
@@ -50,7 +50,7 @@ def count(value: Any) -> int:
     """
     size = number(value)
     if not 0 <= size <= LARGEST:
-        raise ValueError(f"not a count: {size}")
+        raise ValueError(f"expected a count, not {size}")
     return int(size)
 
 

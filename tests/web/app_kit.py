@@ -15,7 +15,7 @@ NAMES = (
     "Top k", "Top p", "Min p", "Typical p", "hub id", "Git LFS", "git lfs pull", "Label Studio",
     "CSV UTF-8", "Apple Numbers", "PyTorch", "OpenDocument", "vicuna web", "vicuna data check",
     "vicuna plan", "vicuna train", "vicuna convert", "Hugging Face", "vicuna doctor", "pip install", "mlx-lm", "hf auth login", "PEFT", "adamw", "beta", "Excel", "Python", "logit bias", "chat template",
-    "git lfs", "vicuna merge", "state dict", "vicuna COMMAND", "vicuna run",
+    "git lfs", "vicuna merge", "state dict", "vicuna COMMAND", "vicuna run", "CUDA GPU",
 )  # fmt: skip
 # Parts that are quoted, options, settings, paths, code and fields.
 _NO_WORDS = re.compile(r"「[^」]*」|`[^`]*`|\{[^}]*\}|\S*[_/=()<>\[\]@.\\-]\S*|\S*\d\S*")

@@ -23,6 +23,7 @@ from vicuna.data.dataset import Lengths
 from vicuna.data.records import file_types, find_files, read_file
 from vicuna.data.records import reasons as said
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.web import data_html, files, number_input, tab_data
 from vicuna.web.data_view import DatasetCache, DatasetQuery, DatasetView
 from vicuna.web.i18n import catalog, translate
@@ -180,7 +181,6 @@ def test_every_reason_has_its_words_in_chinese() -> None:
         and re.fullmatch(r"[A-Za-z'][\w ,'()\\+;-]{5,}", value)
     ] + [
         read_file.CUT,
-        "too long: 9 tokens, cutoff_len is 4",
         "nothing to learn",
         "exact duplicate: of line 3",
     ]
@@ -192,22 +192,21 @@ def test_every_reason_has_its_words_in_chinese() -> None:
     assert data_html.localize_reason("never seen: x", ZH) == "「never seen: x」"
 
 
+TOO_LONG = Message("too long: {count} tokens, cutoff_len is {cutoff}{answer}", count=9, cutoff=4,
+                   answer="")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("too long: 5762 tokens, cutoff_len is 2048", "太长：5762 个 token，超过 cutoff_len（2048）"),
-        ("too long: 5762 tokens in one turn, cutoff_len is 2,048",
-         "太长：一轮就有 5762 个 token，超过 cutoff_len（2,048）"),
-        ("cut to cutoff_len: 9 tokens, cutoff_len is 4",
-         "截断到 cutoff_len：9 个 token，超过 cutoff_len（4）"),
-        ("conversation cut here: no answer", "对话在这里截断：没有回答"),
-        ("exact duplicate: of line 3", "完全重复：与第 3 行"),
-        ("split into 3 examples", "拆成 3 个样本"),
+        (TOO_LONG, "太长：9 个 token，超过 cutoff_len（4）"),
+        (Message("split into {count} examples", count=3), "拆成 3 个样本"),
+        (Message("{reason}: of line {line}", reason=Message("exact duplicate"), line=3),
+         "完全重复：与第 3 行"),
+        ("conversation cut here: no answer", "对话在这里截断：没有回答"),  # of a cache of before
         ("unknown role: a number", "未知角色：数字"),
-        ("question without an answer dropped: 1 of 3", "去掉了没有回答的问题：3 个中的 1 个"),
-        ("not valid JSON: Expecting property name of a list",
+        (Message("not valid JSON: {error}", error="Expecting property name of a list"),
          "不是合法的 JSON：「Expecting property name of a list」"),
-        ("turn 3 (user)", "第 3 轮（user）"),
         ("messages[3].content", "messages[3].content"),
     ],
 )  # fmt: skip

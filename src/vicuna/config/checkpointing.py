@@ -10,6 +10,8 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator
 
+from vicuna.messages import Message
+
 
 class Level(NamedTuple):
     """in_words: what is computed twice. cost: what the level costs a run."""
@@ -22,18 +24,18 @@ CheckpointingLevel = Literal["none", "selective", "full", "offload"]
 # What a forward pass keeps for backward: all that it needs; all but the outputs of gate and up;
 # each layer's input; each layer's input, in the host's memory.
 LEVELS: dict[CheckpointingLevel, Level] = {
-    "none": Level("nothing computed twice", ""),
+    "none": Level(Message("nothing computed twice"), ""),
     "selective": Level(
-        "the MLP's inside computed twice",
-        "about a fifth more computing; the result is the same",
+        Message("the MLP's inside computed twice"),
+        Message("about a fifth more computing; the result is the same"),
     ),
     "full": Level(
-        "each layer computed twice",
-        "about half more computing; the result is the same",
+        Message("each layer computed twice"),
+        Message("about half more computing; the result is the same"),
     ),
     "offload": Level(
-        "each layer computed twice, its input kept in the host's memory",
-        "about half more computing and copies to the host; the result is the same",
+        Message("each layer computed twice, its input kept in the host's memory"),
+        Message("about half more computing and copies to the host; the result is the same"),
     ),
 }
 # It was a switch once, and still is one if nothing else is said.

@@ -177,7 +177,7 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
             continue
         seen.add(record)
         if record in outranked:
-            report.drop_used(line, "", "there is a better answer to the same question")
+            report.drop_used(line, "", Message("there is a better answer to the same question"))
         elif good[i]:
             report.warn(
                 line,
@@ -199,7 +199,7 @@ def _usable(store: Store, cutoff: int, overlong: Overlong, report: FileReport) -
                 ),
             )
         elif index["targets"][i] == 0:
-            report.drop_used(line, "", "nothing to learn")
+            report.drop_used(line, "", Message("nothing to learn"))
         else:
             answer = "; no token of the answer would be left after cutting" if lost[i] else ""
             report.drop_used(
@@ -233,7 +233,7 @@ def _refuse_dropped(path: Path, report: FileReport) -> None:
 def _warn_duplicates(store: Store, report: FileReport) -> None:
     """Duplicates within one file; what repeats between files is often meant."""
     exact, near = duplicates.find_duplicates(store.exact, store.near)
-    for found, reason in ((exact, "exact duplicate"), (near, "near duplicate")):
+    for found, reason in ((exact, Message("exact duplicate")), (near, Message("near duplicate"))):
         for i in np.flatnonzero(found >= 0):
             report.warn(
                 int(store.lines[i]),

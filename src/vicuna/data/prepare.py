@@ -291,7 +291,7 @@ class Work:
                 rendered.append(pieces)
                 owners.append(n)
             if len(rendered) == before:  # its last answer is not to be learned
-                report.drop_used(conversation.line, "", "nothing to learn")
+                report.drop_used(conversation.line, "", Message("nothing to learn"))
             if template.oddity:
                 report.warn(conversation.line, "", template.oddity)
         encoded = self.renderer.tokenizer.encode_many(rendered, end)

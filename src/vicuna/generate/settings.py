@@ -55,7 +55,7 @@ class Settings(Decoding):
         if "" in self.banned_words:
             mistakes.append("banned_words has an empty text, which would ban every answer")
         if any(math.isnan(bias) or bias == math.inf for bias in self.logit_bias.values()):
-            mistakes.append("logit_bias must be numbers, or -inf to forbid a token")
+            mistakes.append(Message("logit_bias must be numbers, or -inf to forbid a token"))
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             mistakes.append(
                 Message(

@@ -13,6 +13,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from vicuna.config.precisions import fastest_precision
 from vicuna.errors import UserError
+from vicuna.messages import Message
 
 GIB, MIB = 1 << 30, 1 << 20
 _SIZE = TypeAdapter(ByteSize)
@@ -119,7 +120,7 @@ def at_hand(kind: str) -> Device:
 
     memory = available_host() + int(psutil.Process().memory_info().rss)
     return Device(
-        "this CPU", "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, load.cpu_has_bf16()
+        Message("this CPU"), "cpu", memory, (0, 0), CPU_SCRATCH + CPU_LIBRARIES, load.cpu_has_bf16()
     )
 
 

@@ -23,7 +23,7 @@ from vicuna.memory.auto_settings import (
 from vicuna.memory.devices import Device
 from vicuna.memory.footprint import Footprint, Planner
 from vicuna.memory.traced_step import StepSpec
-from vicuna.messages import Message
+from vicuna.messages import Message, joined
 
 COSTS = {
     "tokens": Message("nothing: the result is the same"),
@@ -142,7 +142,9 @@ def _alternative(planner: Planner, asked: StepSpec, spec: StepSpec) -> Alternati
         costs.append(COSTS["cutoff"])
     if spec.target != asked.target:
         costs.append(COSTS["target"])
-    return Alternative(changes, planner.footprint(spec).peak, "; ".join(costs) or COSTS["tokens"])
+    return Alternative(
+        changes, planner.footprint(spec).peak, joined(costs, "; ") if costs else COSTS["tokens"]
+    )
 
 
 def settings_of(spec: StepSpec) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vicuna.errors import UserError
 from vicuna.hub import is_hub_id
+from vicuna.messages import Message
 from vicuna.model.adapter_files import AdapterFiles
 from vicuna.model.base import EMBEDDED, locate
 from vicuna.paths import user_path
@@ -32,11 +33,13 @@ def named_base(files: AdapterFiles) -> str:
     if found := _on_this_machine(name, files.path):
         return str(found)
     if not is_hub_id(name):
-        raise _not_here(files, name, "which is not on this machine")
+        raise _not_here(files, name, Message("which is not on this machine"))
     try:
         locate(name, weights=False)
     except UserError as e:
-        raise _not_here(files, name, f"which is no folder here, and {e.what}") from e
+        raise _not_here(
+            files, name, Message("which is no folder here, and {reason}", reason=e.what)
+        ) from e
     return name
 
 
@@ -52,9 +55,12 @@ def _on_this_machine(name: str, adapter: Path) -> Path | None:
 
 def _not_here(files: AdapterFiles, name: str, why: str) -> UserError:
     shown = name if len(name) <= 120 else name[:117] + "..."
-    fix = "Say where that base is: --model FOLDER, or its hub id."
+    fix = Message("Say where that base is: --model FOLDER, or its hub id.")
     if _OF_4_BITS.search(name):
-        fix += " Its name is that of a quantised copy: the same model in 16 bits serves as well."
+        fix = Message(
+            "{fix} Its name is that of a quantised copy: the same model in 16 bits serves as well.",
+            fix=fix,
+        )
     return UserError(
         "the adapter names {value} as its base, {why}",
         value=shown,

@@ -63,8 +63,13 @@ def misfit(files: AdapterFiles, shapes: Shapes) -> str:
     deep = [m for m, (ours, theirs) in wrong.items() if _reads_hidden(m) and ours[1] != theirs[1]]
     module = (deep or list(wrong))[0]
     ours, theirs = wrong[module]
-    kind = "another hidden size: " if deep else ""
-    return f"{kind}{module} is {_by(ours)} in the adapter, {_by(theirs)} in the base"
+    differs = Message(
+        "{module} is {ours} in the adapter, {theirs} in the base",
+        module=module,
+        ours=_by(ours),
+        theirs=_by(theirs),
+    )
+    return Message("another hidden size: {details}", details=differs) if deep else differs
 
 
 def _reads_hidden(module: str) -> bool:

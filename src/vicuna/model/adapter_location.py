@@ -115,7 +115,11 @@ def no_adapter_here(folder: Path) -> UserError:
             fix="Go on with it: vicuna train --resume {folder}",
         )
     lone = (folder / CONFIG).is_file()
-    what = f"{CONFIG} is here, its weights are not" if lone else "no adapter weights in this folder"
+    what = (
+        f"{CONFIG} is here, its weights are not"
+        if lone
+        else Message("no adapter weights in this folder")
+    )
     return UserError(
         what,
         more=Message(" Was it copied without its large files (git lfs)?") if lone else "",

@@ -98,7 +98,7 @@ def _nearest(path: Path) -> str:
     except OSError:
         names = []
     close = difflib.get_close_matches(path.name, [*names, EMBEDDED], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return Message("; did you mean {name}?", name=close[0]) if close else ""
 
 
 def _folder(path: Path) -> Path:

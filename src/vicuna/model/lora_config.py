@@ -84,7 +84,7 @@ REFUSED = {
 }
 
 _UNMERGEABLE = ("alora_invocation_tokens", "arrow_config", "monteclora_config")
-_WITH_PEFT = "It cannot be merged either; answer with PEFT itself, or train a plain LoRA."
+_WITH_PEFT = Message("It cannot be merged either; answer with PEFT itself, or train a plain LoRA.")
 
 # Initialisations that leave the base's weights as they are.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
@@ -162,9 +162,11 @@ _FORMER = frozenset({"merge_weights", "auto_mapping"})
 def _check_init(init: Any, where: Path) -> None:
     if isinstance(init, bool) or init is None or str(init).lower() in _PLAIN_INITS:
         return
-    meaning = "training began by changing the base's weights: the adapter belongs to changed ones"
+    meaning = Message(
+        "training began by changing the base's weights: the adapter belongs to changed ones"
+    )
     if str(init).lower() == "mica":
-        meaning = "MiCA, whose B is made of the base's weights"
+        meaning = Message("MiCA, whose B is made of the base's weights")
     raise _refusal(
         "init_lora_weights",
         init,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.model.linear import is_supported
 
 # Model types whose out_proj PEFT refuses: their fused kernels use its weight alone.
@@ -58,7 +59,9 @@ def find(model: Any, wanted: Sequence[str]) -> str | list[str]:
 def left_out(causal: Any) -> dict[str, str]:
     """The names of layers that cannot have an adapter, and why."""
     kind = str(getattr(causal.config, "model_type", "?"))
-    left = dict.fromkeys(_joined(causal), "it belongs to experts that are computed together")
+    left: dict[str, str] = dict.fromkeys(
+        _joined(causal), Message("it belongs to experts that are computed together")
+    )
     for name, module in _linear(causal):
         if _odd(module):
             left[_leaf(name)] = f"{type(module).__name__} is more than a linear layer"

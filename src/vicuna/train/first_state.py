@@ -32,7 +32,9 @@ from vicuna.train.resume import RESULT_SETTINGS, StartingPoint
 SCHEDULE_SETTINGS = {
     "num_train_epochs", "max_steps", "warmup_ratio", "warmup_steps", "batch_size", "data",
 }  # fmt: skip
-OTHER_DATA = "the data are not those of the checkpoint: records were changed, added or left out"
+OTHER_DATA = Message(
+    "the data are not those of the checkpoint: records were changed, added or left out"
+)
 INITIAL_FP16_SCALE = 4096.0
 
 

@@ -117,7 +117,7 @@ class MicroBatcher:
             if self._alone_before:
                 raise self._does_not_fit(len(failed.ids))
             self._alone_before = True
-            self._warn("computed again after memory was given back")
+            self._warn(Message("computed again after memory was given back"))
             return
         old = tokens = self.max_tokens
         while tokens >= len(failed.ids) or tokens == old:
@@ -127,10 +127,16 @@ class MicroBatcher:
             self.state.micro_batch = replace(cut, tokens=tokens)
         else:
             self.state.micro_batch = replace(cut, eval_tokens=tokens)
-        self._warn(f"computed again, {self.max_tokens:,} tokens at a time instead of {old:,}")
+        self._warn(
+            Message(
+                "computed again, {tokens:,} tokens at a time instead of {old:,}",
+                tokens=self.max_tokens,
+                old=old,
+            )
+        )
 
     def _warn(self, remedy: str) -> None:
-        message = f"out of memory in {self._place()}: {remedy}"
+        message = Message("out of memory in {place}: {remedy}", place=self._place(), remedy=remedy)
         self.console.warn(message)
         self.folder.log(
             "warning", step=self.state.step, message=message, micro_batch_tokens=self.max_tokens

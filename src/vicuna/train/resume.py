@@ -163,7 +163,7 @@ def _resume(
         sweep(run / "checkpoints")  # one that was being replaced when the process was killed
         if not checkpoints.all_of(run / "checkpoints"):
             _refuse_continued(run)
-            console.warn("no checkpoint in this run yet: it starts from its beginning")
+            console.warn(Message("no checkpoint in this run yet: it starts from its beginning"))
             merged = {**_old_settings(run, named, begins=True), **named, "output_dir": str(run)}
             settings = config.build(TrainSettings, merged)
             adapter = settings.init_adapter or settings.adapter

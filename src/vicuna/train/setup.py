@@ -198,13 +198,17 @@ def _set_aside_later(run: RunFolder, step: int, console: RunConsole) -> None:
 
 def mistakes(settings: TrainSettings) -> list[str]:
     """What is wrong with settings that are valid one by one."""
-    messages = []
+    messages: list[str] = []
     if not settings.dataset:
-        messages.append("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
+        messages.append(
+            Message("dataset is missing: give files, a folder or a hub id (--dataset my.jsonl)")
+        )
     if settings.val_size and settings.val_dataset:
-        messages.append("val_size and val_dataset exclude each other: give one of them")
+        messages.append(Message("val_size and val_dataset exclude each other: give one of them"))
     if settings.early_stopping_patience and not (settings.val_size or settings.val_dataset):
-        messages.append("early_stopping_patience needs an evaluation: give val_size or val_dataset")
+        messages.append(
+            Message("early_stopping_patience needs an evaluation: give val_size or val_dataset")
+        )
     messages += optimizers.mistakes(settings, load.pick_device())
     messages += [
         Message(

@@ -10,10 +10,10 @@ from vicuna.i18n.translate import translate
 Translate = Callable[..., str]
 
 
-def localize_error(message: UserError | str, tr: Translate) -> str:
+def localize_error(message: Exception | str, tr: Translate) -> str:
     """A message, or all that an error says, in the language of `tr`."""
     text = message.message if isinstance(message, UserError) else message
-    return translate(text, tr("page.code"))
+    return translate(text if isinstance(text, str) else str(text), tr("page.code"))
 
 
 def localized_parts(error: UserError, tr: Translate) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from vicuna.data.records.json_stream import DECODER, LIMIT, Window
 from vicuna.data.records.reasons import BY_ID, COLUMNS, LIST_INSIDE, OTHER_LIST, SPLIT, shorten
 from vicuna.data.records.text_stream import BLANK
 from vicuna.data.records.turn_lists import looks_like_turns
+from vicuna.messages import Message
 
 _TRAIN = ("train", "training", "train_data", "training_data", "train_set", "data")
 _TEST = ("test", "validation", "valid", "val", "dev", "eval", "test_data", "val_data", "test_set")
@@ -163,7 +164,7 @@ def open_shape(window: Window, problems: list[Problem]) -> Shape | None:
 
 def _say_too_large(window: Window, line: int, problems: list[Problem]) -> None:
     if len(window.buf) - window.pos >= LIMIT:
-        reason = "one object of more than 32 million characters (write one record a line)"
+        reason = Message("one object of more than 32 million characters (write one record a line)")
         problems.append(Problem(line, "", reason, "dropped"))
 
 

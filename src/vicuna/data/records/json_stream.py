@@ -110,7 +110,7 @@ def json_values(
         line = window.line
         if char == ",":
             if not inside and not bare:
-                reason = "commas between records that are not in an array"
+                reason = Message("commas between records that are not in an array")
                 problems.append(Problem(line, "", reason, "repaired"))
                 bare = True
             comma = True
@@ -118,7 +118,7 @@ def json_values(
             inside, comma = True, False
         elif char == "]" and inside:
             if comma:
-                problems.append(Problem(line, "", "trailing comma before ]", "repaired"))
+                problems.append(Problem(line, "", Message("trailing comma before ]"), "repaired"))
             inside = comma = False
             if opened:
                 window.to(window.pos + 1)

@@ -87,7 +87,7 @@ def rows(
         if header is None and line == 1 and "".join(row)[:4].lower() == _PREFIX:
             continue
         if ended:
-            reason = "a quote opens here and is not closed, the rest of the file is lost"
+            reason = Message("a quote opens here and is not closed, the rest of the file is lost")
             problems.append(Problem(line, "", reason, "dropped"))
         elif MARK in "".join(row):
             text.drop(line)
@@ -125,7 +125,9 @@ def arrow(path: Path, problems: list[Problem], position: Position = unwatched) -
                     for record in _rows(batch.slice(start, 1024)):
                         row += 1
                         if record is None:
-                            problems.append(Problem(row, "", "row cannot be read", "dropped"))
+                            problems.append(
+                                Problem(row, "", Message("row cannot be read"), "dropped")
+                            )
                         else:
                             yield Raw(row, record)
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -147,7 +149,7 @@ def parquet(path: Path, problems: list[Problem], position: Position = unwatched)
                 for record in _rows(batch):
                     row += 1
                     if record is None:
-                        problems.append(Problem(row, "", "row cannot be read", "dropped"))
+                        problems.append(Problem(row, "", Message("row cannot be read"), "dropped"))
                     else:
                         yield Raw(row, record)
     except (pa.ArrowException, OSError, ValueError) as e:

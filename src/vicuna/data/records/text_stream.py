@@ -173,7 +173,7 @@ def _inflate(blocks: Iterable[bytes], spoilt: Fault) -> Iterator[bytes]:
             try:
                 yield engine.decompress(block, max(BUFFER, 1024))
             except zlib.error:
-                spoilt("gzip data are damaged here")
+                spoilt(Message("gzip data are damaged here"))
                 return
             block = engine.unused_data if engine.eof else engine.unconsumed_tail
     yield engine.flush()
@@ -212,7 +212,7 @@ def _zstd(path: Path, spoilt: Fault) -> Iterator[bytes]:
             while block := stream.read(BUFFER):
                 yield bytes(block)
     except (OSError, pa.ArrowException):
-        spoilt("zstd data are damaged here")
+        spoilt(Message("zstd data are damaged here"))
 
 
 def lines(texts: Iterable[str]) -> Iterator[str]:

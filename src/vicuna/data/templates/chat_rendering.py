@@ -105,7 +105,7 @@ class Renderings:
         except RenderError as e:
             raise UserError(
                 "the tokenizer's chat template cannot render this conversation: {error}",
-                error=e,
+                error=e.args[0],
                 where="template auto",
                 fix=OTHER,
             ) from e

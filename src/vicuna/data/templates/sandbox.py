@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from vicuna.data.templates.placeholders import watched_in
 from vicuna.errors import UserError
-from vicuna.messages import Message
+from vicuna.messages import Message, message, restored
 
 COMPUTING = 2.0  # seconds of a processor that one rendering may take: a usual one takes 1 ms
 WAITING = 90.0  # seconds by the clock; only where a system cannot count a process's computing
@@ -62,12 +62,18 @@ def compile_template(source: str) -> Compiled:
     """
     try:
         if len(source) > SOURCE:
-            raise LimitError(f"it has {len(source):,} characters, and may have {SOURCE:,}")
+            raise LimitError(
+                Message(
+                    "it has {count:,} characters, and may have {limit:,}",
+                    count=len(source),
+                    limit=SOURCE,
+                )
+            )
         _ask({"source": source, "values": None})
     except RenderError as e:
         raise UserError(
             "the tokenizer's chat template does not parse: {error}",
-            error=e,
+            error=e.args[0],
             where="template auto",
             fix=OTHER,
         ) from e
@@ -99,7 +105,7 @@ def _ask(request: dict[str, Any]) -> str:
         _idle.append(worker)
     if "text" in reply:
         return str(reply["text"])
-    raise (LimitError if reply.get("limit") else RenderError)(str(reply["error"]))
+    raise (LimitError if reply.get("limit") else RenderError)(message(restored(reply)["error"]))
 
 
 class _Worker:

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, BinaryIO
 
-from vicuna.messages import Message
+from vicuna.messages import Message, with_messages
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         _limit_computing(float(request["computing"]))
         reply = _answer(request)
         _limit_computing(0.0)
-        _send(to, reply)
+        _send(to, with_messages(reply))
 
 
 def _limit_memory(most: int) -> None:
