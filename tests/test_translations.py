@@ -101,3 +101,16 @@ def test_every_place_of_a_message_has_its_field() -> None:
 def test_nothing_is_translated_that_nobody_says() -> None:
     every = {template for path in modules().values() for template, _, _ in said(path)}
     assert KNOWN.keys() - every == set()
+
+
+def test_messages_are_templates_and_not_f_strings() -> None:
+    odd = [
+        f"{name}:{node.lineno}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in ("UserError", "Message")
+        and name != "messages"
+        and any(isinstance(a, (ast.JoinedStr, ast.BinOp)) for a in node.args[:1])
+    ]
+    assert odd == []

@@ -165,8 +165,8 @@ def _no_such_command(name: str) -> UserError:
     names = {c.name.split()[-1]: c.name for c in COMMANDS}
     names |= {n: n for n in [*GROUPS, *(c.name for c in COMMANDS)]}
     near = " or ".join(names[n] for n in difflib.get_close_matches(name, names, n=2))
-    fix = f"Did you mean {near}?" if near else "vicuna --help lists the commands."
-    return UserError(f"no such command: {name}", fix=fix)
+    fix = "Did you mean {near}?" if near else "vicuna --help lists the commands."
+    return UserError("no such command: {name}", name=name, near=near, fix=fix)
 
 
 def overview(group: str = "") -> str:

@@ -53,7 +53,7 @@ class Message(str):
             else value
             for name, value in self.fields.items()
         }
-        return Message.of(clean(self), self.template, fields)
+        return Message.of(clean(str(self)), self.template, fields)
 
     @property
     def as_json(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vicuna.errors import UserError
+from vicuna.messages import Message
 from vicuna.model.config_files import library_error, load_config, read_config
 from vicuna.model.load import pick_device
 from vicuna.weights.read import Weights, open_weights
@@ -232,8 +233,11 @@ class _Streamed:
         missing = sorted(wanted - self._names)
         if missing:
             raise UserError(
-                f"the weights lack {missing[0]}"
-                + f" and {len(missing) - 1} more" * (len(missing) > 1),
+                "the weights lack {name}{more}",
+                name=missing[0],
+                more=Message(" and {count} more", count=len(missing) - 1)
+                if len(missing) > 1
+                else "",
                 where=str(self._where),
                 fix="Weights and config.json do not belong together, or a file is missing.",
             )
