@@ -201,9 +201,9 @@ def test_nothing_is_overwritten_and_one_adapter_is_named(
         upgrade([str(made[1]), "--output_dir", str(tmp_path / "new")])
     with pytest.raises(UserError, match="holds the source of the result"):
         upgrade([str(made[1]), "--output_dir", str(made[1]), "--force"])
-    for words in ([], ["a", "b"]):
-        with pytest.raises(SettingsError, match="give one"):
-            inspect(words)
+    for argv in ([], ["a", "b"]):
+        with pytest.raises(SettingsError, match="give a folder"):
+            inspect(argv)
 
 
 # -- more than a LoRA ----

@@ -154,7 +154,7 @@ def test_all_mistakes_are_told_at_once(shelf: Path) -> None:
         "calibration has no effect",
     ):  # fmt: skip
         assert part in said
-    with pytest.raises(SettingsError, match="bits is 8, but awq makes 4"):
+    with pytest.raises(SettingsError, match="awq supports 4 bits, not 8"):
         run("awq", ["--bits", "8", "--output_dir", "x"])
 
 

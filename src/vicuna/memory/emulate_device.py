@@ -164,6 +164,11 @@ class EmulatedAttention(TorchFunctionMode):
     ) -> Any:  # types: unused, the interface's
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **(kwargs or {}))
+        if func is Tensor.backward:
+            # A mode is off while it handles a call; what checkpointing computes again in here must
+            # take the same kernels as the forward pass took.
+            with EmulatedAttention(self.device):
+                return torch.autograd.backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def attend(
