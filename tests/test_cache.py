@@ -39,9 +39,9 @@ WRITES = {
             aside.write_text("x"); print("there", flush=True); time.sleep(600)
     """,
     "between two renames": """
-        import sys, time; from pathlib import Path; from vicuna import cache
+        import sys, time; from pathlib import Path; from vicuna import files
         def hang(self, to): print("there", flush=True); time.sleep(600)
-        with cache.whole_folder(Path(sys.argv[1])) as aside:
+        with files.whole_folder(Path(sys.argv[1])) as aside:
             (aside / "new").write_text("x")
             rename = Path.rename
             def once(self, to):

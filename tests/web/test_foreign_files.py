@@ -168,7 +168,7 @@ def test_links_out_of_a_run_are_not_shown(tmp_path: Path) -> None:
     states = {run.name: run.state for run in found.all()}
     assert states.pop("good") != "unreadable"
     assert set(states.values()) == {"unreadable"}
-    with pytest.raises(UserError, match="leads out"):
+    with pytest.raises(UserError, match="points outside"):
         found.resume("whole")
     found.delete("whole")
     assert (tmp_path / "outside" / "log.jsonl").is_file()

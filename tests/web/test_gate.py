@@ -129,7 +129,7 @@ def test_a_refusal_says_what_helps_in_the_browser_s_language(page: tuple[App, st
     _, url = page
     found = httpx.get(url, headers={"host": "box.lan"})
     assert "--allowed_hosts box.lan" in found.text
-    assert "名称" in httpx.get(url, headers={"host": "box.lan", "accept-language": "zh"}).text
+    assert "主机名" in httpx.get(url, headers={"host": "box.lan", "accept-language": "zh"}).text
     assert found.headers["content-type"].startswith("text/plain")
     assert found.headers["x-content-type-options"] == "nosniff"
 

@@ -189,7 +189,7 @@ def test_a_refused_resume_stays_paused_and_samples_to_come_are_announced(tmp_pat
     write_run(tmp_path / "a", {"event": "step", "step": 3, "loss": 1.0})
     (run,) = Runs(tmp_path).all()
     words = "batch_size was 4 in the checkpoint and is now 8\nGive the old values."
-    run = replace(run, state="paused", words=words)
+    run = replace(run, state="paused", error=words)
     for say_, kept, what in ((EN, "Still paused", "batch_size was 4"), (ZH, "仍为暂停", "是 4")):
         html = train_html.head(run, say_)
         assert kept in html

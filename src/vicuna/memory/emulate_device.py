@@ -8,8 +8,10 @@ Nothing global is changed, so that several plans can be made in one process.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -153,7 +155,10 @@ class EightBitAdamW(torch.optim.Optimizer):
 class EmulatedAttention(TorchFunctionMode):
     """While it is active in a thread, PyTorch's attention on `meta` takes the memory of `device`'s
     kernel: flash attention, memory-efficient attention, or plain matrix products if the device has
-    neither for these inputs."""
+    neither for these inputs.
+
+    PyTorch's backward pass leaves such modes behind; what checkpointing computes again in it needs
+    one of its own (`recompute_as_on`)."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -164,11 +169,6 @@ class EmulatedAttention(TorchFunctionMode):
     ) -> Any:  # types: unused, the interface's
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **(kwargs or {}))
-        if func is Tensor.backward:
-            # A mode is off while it handles a call; what checkpointing computes again in here must
-            # take the same kernels as the forward pass took.
-            with EmulatedAttention(self.device):
-                return torch.autograd.backward(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def attend(
@@ -186,6 +186,16 @@ class EmulatedAttention(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = attn_mask.to(query.dtype)  # as the kernels expect it
         return fused_attention(query, key, value, kernel, attn_mask)
+
+
+def recompute_as_on(device: Device, causal: Any) -> None:
+    """Let what a model of transformers computes again for backward take the kernels of `device`."""
+    contexts = functools.partial(_checkpoint_contexts, device)
+    causal.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+
+
+def _checkpoint_contexts(device: Device) -> tuple[nullcontext[None], EmulatedAttention]:
+    return nullcontext(), EmulatedAttention(device)
 
 
 def attend_on_gpu(device: Device, qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:

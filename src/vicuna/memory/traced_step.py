@@ -24,6 +24,7 @@ from vicuna.memory.emulate_device import (
     EmulatedAttention,
     attend_on_gpu,
     quantize,
+    recompute_as_on,
 )
 from vicuna.memory.tracker import Trace, Tracker, without_collection
 from vicuna.model import dropout, self_check
@@ -134,6 +135,8 @@ def build(config: Any, spec: StepSpec, device: Device) -> TrainableModel:
     )
     if trainable.llama is not None and device.kind != "cpu":
         trainable.llama.attend = functools.partial(attend_on_gpu, device)
+    if trainable.llama is None and spec.checkpointing != "none":
+        recompute_as_on(device, trainable.causal)
     if trainable.llama is None and self_check.state_of(trainable.causal):
         trainable.way = "alone"
     if spec.dropout:
