@@ -83,7 +83,7 @@ def test_an_answer_that_was_stopped_in_its_thought_is_kept_and_says_so() -> None
     assert not session.open_question
     html = chat_html.history(session, ZH)
     assert '<details class="v-thought" open>' in html
-    assert "还没有开始回答" in html
+    assert "回答开始之前就停止了" in html
 
 
 def test_tokens_of_a_thought_are_apart_where_their_probabilities_are_shown() -> None:

@@ -20,6 +20,7 @@ from vicuna import config
 from vicuna.commands.plan import run as memory_plan
 from vicuna.config import TrainSettings, WebSettings
 from vicuna.errors import SettingsError, UserError
+from vicuna.messages import Message, lines
 from vicuna.runs.manager import Runs
 from vicuna.web import train_form, train_html
 from vicuna.web.i18n import catalog, translate
@@ -188,13 +189,14 @@ def test_a_run_is_shown_with_its_error_its_answers_and_what_to_type(tmp_path: Pa
 def test_a_refused_resume_stays_paused_and_samples_to_come_are_announced(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"event": "step", "step": 3, "loss": 1.0})
     (run,) = Runs(tmp_path).all()
-    words = "batch_size was 4 in the checkpoint and is now 8\nGive the old values."
-    run = replace(run, state="paused", error=words)
+    template = "{key} was {before} in the checkpoint and is now {now}"
+    error = lines([Message(template, key="batch_size", before=4, now=8), "Give the old values."])
+    run = replace(run, state="paused", error=error)
     for say_, kept, what in ((EN, "Still paused", "batch_size was 4"), (ZH, "仍为暂停", "是 4")):
         html = train_html.head(run, say_)
         assert kept in html
         assert what in html
         assert "v-chip paused" in html
-    assert "give questions under sample_prompts" in train_html.samples(run, EN)
+    assert "List questions under sample_prompts" in train_html.samples(run, EN)
     (tmp_path / "a" / "config.yaml").write_text("model: tiny\nsample_prompts: [你好]\n")
     assert "还没有回答" in train_html.samples(run, ZH)
