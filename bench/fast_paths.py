@@ -2,7 +2,7 @@
 
     python bench/fast_paths.py --write-docs
 
-fused LoRA   `model/fused.py` against PEFT's own layers, on a model like Gemma 3 270M with fewer
+fused LoRA   `model/fused_lora.py` against PEFT's own layers, on a model like Gemma 3 270M with fewer
              layers, which transformers' own forward computes
 fp32 flash   `attention_cpu.FlashSegments` against one call of PyTorch's scaled-dot-product
              attention a segment, on a model like SmolLM2-135M with fewer layers
@@ -25,7 +25,7 @@ import torch
 from benchkit import machine, report
 from vicuna.data.loss_mask import NEXT_TOKEN, Example
 from vicuna.data.pack import Pack, build_packs
-from vicuna.model import attention, attention_cpu, fused
+from vicuna.model import attention, attention_cpu, fused_lora
 from vicuna.model.adapter import LoraSettings, attach
 from vicuna.model.trainable import TrainableModel
 
@@ -96,7 +96,7 @@ def fused_steps(dtype: torch.dtype, lengths: list[int]) -> tuple[Step, Step]:
     """A step of transformers' forward with PEFT's LoRA layers, and with ours."""
     plain, fast = (model_of("Gemma3TextConfig", GEMMA, dtype) for _ in range(2))
     assert plain.llama is None
-    assert fused.install(fast.model)[1] == 0
+    assert fused_lora.install(fast.model)[1] == 0
     pack = pack_of(lengths)
     return step_of(plain, pack), step_of(fast, pack)
 

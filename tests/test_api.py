@@ -19,7 +19,7 @@ from kit import save_tokenizer, with_adapter
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.registry import find_template
 from vicuna.errors import SettingsError, UserError
-from vicuna.model import fused
+from vicuna.model import fused_lora
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="needs the extra cpp (xllamacpp)"
@@ -390,7 +390,7 @@ def test_an_engine_with_its_own_forward_leaves_the_models_alone(place: Path) -> 
     layers = [m for m in model._loaded.engine.model.modules() if hasattr(m, "lora_A")]
     assert layers
     assert not any("forward" in vars(layer) for layer in layers)
-    assert fused.install(model._loaded.engine.model)[0] == len(
+    assert fused_lora.install(model._loaded.engine.model)[0] == len(
         layers
     )  # it could have been installed
 

@@ -17,8 +17,8 @@ import pytest
 from fault_kit import Done, copied, files_at_most, full_at, vicuna
 from place_kit import ROWS, Row
 
+from vicuna.append_lines import Lines
 from vicuna.errors import UserError
-from vicuna.lines import Lines
 from vicuna.system_errors import cannot_write, describe, explain, system_error, writing
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits files")

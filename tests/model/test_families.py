@@ -10,7 +10,7 @@ import torch
 from kit import END, FAMILIES, VOCAB, random_examples, tiny_model
 from vicuna.data.pack import build_packs
 from vicuna.errors import UserError
-from vicuna.model import fused
+from vicuna.model import fused_lora
 from vicuna.model.adapter import LoraSettings, attach, identify
 from vicuna.model.base import locate
 from vicuna.model.load import Chosen, context_length, load_base
@@ -28,7 +28,7 @@ def test_a_family_loads_and_learns(family: str, precision: str, tmp_path: Path) 
     assert context_length(model) == 512
     assert identify(tmp_path)["vocab_size"] == VOCAB
     trainable = TrainableModel(attach(model, LoraSettings(rank=2), seed=0), CPU)
-    assert fused.install(trainable.model)[1] == 0
+    assert fused_lora.install(trainable.model)[1] == 0
     trainable.packed_attention()
     packs = build_packs(random_examples(), END, 200)
     optimiser = torch.optim.AdamW(trainable.parameters.values(), lr=1e-2)

@@ -35,7 +35,7 @@ from parity_kit import (
 )
 from vicuna.data.loss_mask import Example
 from vicuna.data.pack import Pack, build_packs
-from vicuna.model import dropout, fused
+from vicuna.model import dropout, fused_lora
 from vicuna.model.trainable import TrainableModel
 
 CHECKPOINTING: Any = ("none", "selective", "full", "offload")
@@ -244,7 +244,7 @@ def test_other_families_take_transformers_forward(
     assert trainable.llama is None
     assert FAMILIES[family][0][:6].lower() in trainable.fallback_reason
     if layers == "fused":
-        assert fused.install(peft) == (len(wanted) // 2, 0)
+        assert fused_lora.install(peft) == (len(wanted) // 2, 0)
     if checkpointing != "none":
         peft.train()  # transformers computes again in training only
     found_loss, found = packed(trainable, EXAMPLES, 150)

@@ -139,7 +139,7 @@ def _right(
     engine: Engine, renderer: Renderer, prompts: Sequence[Sequence[int]], right: Sequence[str]
 ) -> int:
     """How many of these prompts are answered exactly right."""
-    from vicuna.generate.together import answer_together
+    from vicuna.generate.batched_greedy import answer_together
 
     def right_so_far(number: int, text: str) -> bool:
         # A wrong answer is known by its first wrong character: the rest need not be computed.

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vicuna.append_lines import Lines
 from vicuna.data.conversation import Problem, Turn
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
@@ -19,7 +20,6 @@ from vicuna.generate.prompt_file import Question, questions
 from vicuna.generate.settings import Settings
 from vicuna.generate.thoughts import split
 from vicuna.interrupts import keeps
-from vicuna.lines import Lines
 from vicuna.system_errors import cannot_read, cannot_write
 from vicuna.terminal import say
 

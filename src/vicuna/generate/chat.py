@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from vicuna.append_lines import append_line
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
-from vicuna.lines import append_line
 from vicuna.system_errors import cannot_write
 
 # Characters that a token of a context may stand for: more than any real text has. What is longer

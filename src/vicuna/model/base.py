@@ -26,7 +26,7 @@ from vicuna.json_yaml import read_json
 from vicuna.messages import Message
 from vicuna.model.config_files import check_folder
 from vicuna.paths import given_path, shell_word
-from vicuna.silence import silence_libraries
+from vicuna.silence_libraries import silence_libraries
 from vicuna.terminal import say
 from vicuna.weights.headers import check_gguf, refuse_legacy_format
 

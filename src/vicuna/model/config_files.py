@@ -12,7 +12,7 @@ from typing import Any
 
 from vicuna.errors import UserError
 from vicuna.json_yaml import read_json
-from vicuna.silence import silence_libraries
+from vicuna.silence_libraries import silence_libraries
 from vicuna.system_errors import explain
 from vicuna.weights.size_limits import check_counts
 

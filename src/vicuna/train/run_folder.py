@@ -23,10 +23,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from vicuna.append_lines import Lines
 from vicuna.config import RUN_KEYS, TrainSettings
 from vicuna.errors import UserError
 from vicuna.files import sweep, whole_file
-from vicuna.lines import Lines
 from vicuna.messages import Message, with_messages
 from vicuna.model.adapter_location import WEIGHTS
 from vicuna.system_errors import cannot_write, writing

@@ -11,8 +11,8 @@ from vicuna.config import TrainSettings
 from vicuna.data.conversation import Turn
 from vicuna.data.templates.renderer import Renderer
 from vicuna.errors import UserError
+from vicuna.generate.batched_greedy import answer_together, groups
 from vicuna.generate.engines.torch import open_engine
-from vicuna.generate.together import answer_together, groups
 from vicuna.messages import Message
 from vicuna.model.trainable import TrainableModel
 from vicuna.train.checkpoint import State

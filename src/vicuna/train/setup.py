@@ -24,7 +24,7 @@ from vicuna.json_yaml import read_json
 from vicuna.memory.auto_settings import Hardware, defaults_for, plan_hardware
 from vicuna.messages import Message
 from vicuna.model import adapter as adapters
-from vicuna.model import dropout, elementwise, forward_choice, fused, load, lora_targets
+from vicuna.model import dropout, elementwise, forward_choice, fused_lora, load, lora_targets
 from vicuna.model.adapter_files import CONFIG
 from vicuna.model.base import locate
 from vicuna.model.config_files import read_config
@@ -368,7 +368,7 @@ def _trainable(
         for line in forward_choice.settle(trainable):
             console.say(line)
     if trainable.llama is None:
-        fused.install(peft)
+        fused_lora.install(peft)
     if settings.lora_dropout:
         dropout.install(peft, settings.lora_dropout, trainable.dropout)
     trainable.packed_attention()

@@ -26,7 +26,7 @@ from vicuna.generate.engines.base import (
     reset_on_failure,
 )
 from vicuna.model import adapter as adapters
-from vicuna.model import fused, self_check
+from vicuna.model import fused_lora, self_check
 from vicuna.model.adapter import AdapterFiles
 from vicuna.model.out_of_memory import is_memory
 from vicuna.model.peft_switches import Watch
@@ -136,7 +136,7 @@ class PlainEngine(PeftAdapters):
 
     def _take(self, model: Any) -> None:
         self.model = model
-        fused.install(model)
+        fused_lora.install(model)
         self._watch = Watch(model)
         self.refresh()
 

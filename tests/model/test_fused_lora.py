@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from kit import tiny_model, with_adapter
-from vicuna.model import fused
+from vicuna.model import fused_lora
 from vicuna.model.adapter import LoraSettings, attach
 
 
@@ -34,7 +34,7 @@ def test_output_and_gradients_equal_pefts(family: str, rslora: bool, shape: tupl
     peft = with_adapter(tiny_model(family), rslora=rslora, alpha=12)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     wanted = run(layer_of(peft), x)
-    assert fused.install(peft) == (14, 0)
+    assert fused_lora.install(peft) == (14, 0)
     for found, right in zip(run(layer_of(peft), x), wanted, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
@@ -43,7 +43,7 @@ def test_bf16_weights_give_bf16_outputs_and_fp32_gradients() -> None:
     peft = with_adapter(tiny_model("llama").bfloat16())
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     wanted = run(layer_of(peft), x)
-    fused.install(peft)
+    fused_lora.install(peft)
     found = run(layer_of(peft), x)
     assert found[0].dtype == found[1].dtype == torch.bfloat16
     for one, right in zip(found, wanted, strict=True):
@@ -52,7 +52,7 @@ def test_bf16_weights_give_bf16_outputs_and_fp32_gradients() -> None:
 
 def test_a_frozen_input_gets_no_gradient() -> None:
     peft = with_adapter(tiny_model("llama"))
-    fused.install(peft)
+    fused_lora.install(peft)
     x = torch.randn(1, 3, 32)
     layer_of(peft)(x).sum().backward()
     assert x.grad is None
@@ -64,7 +64,7 @@ def test_a_disabled_adapter_is_the_base_alone() -> None:
     ids = torch.arange(3, 20)[None]
     plain = model(ids).logits
     peft = with_adapter(model)
-    fused.install(peft)
+    fused_lora.install(peft)
     assert not torch.allclose(peft(ids).logits, plain)
     with peft.disable_adapter():
         assert torch.equal(peft(ids).logits, plain)
@@ -72,7 +72,7 @@ def test_a_disabled_adapter_is_the_base_alone() -> None:
 
 def test_a_merged_adapter_is_not_added_twice() -> None:
     peft = with_adapter(tiny_model("llama"))
-    fused.install(peft)
+    fused_lora.install(peft)
     ids = torch.arange(3, 20)[None]
     before = peft(ids).logits
     peft.merge_adapter()
@@ -82,7 +82,7 @@ def test_a_merged_adapter_is_not_added_twice() -> None:
 def test_dropout_is_left_to_peft() -> None:
     peft = attach(tiny_model("llama"), LoraSettings(rank=4, dropout=0.5), seed=0)
     nn.init.normal_(layer_of(peft).lora_B["default"].weight)
-    fused.install(peft)
+    fused_lora.install(peft)
     x = torch.randn(1, 50, 32)
     peft.train()
     assert not torch.equal(layer_of(peft)(x), layer_of(peft)(x))

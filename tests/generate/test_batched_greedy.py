@@ -11,10 +11,10 @@ from vicuna.data.conversation import Turn
 from vicuna.data.templates.registry import find_template
 from vicuna.data.templates.renderer import Renderer
 from vicuna.data.tokenizer import Tokenizer
+from vicuna.generate.batched_greedy import answer_together, groups
 from vicuna.generate.decode import complete
 from vicuna.generate.engines.torch import open_engine
 from vicuna.generate.settings import Settings
-from vicuna.generate.together import answer_together, groups
 
 QUESTIONS = [
     "你好",
