@@ -2,8 +2,8 @@
 
     python bench/fast_paths.py --write-docs
 
-fused LoRA   `model/fused_lora.py` against PEFT's own layers, on a model like Gemma 3 270M with fewer
-             layers, which transformers' own forward computes
+fused LoRA   `model/fused_lora.py` against PEFT's own layers, on a model like Gemma 3 270M with
+             fewer layers, which transformers' own forward computes
 fp32 flash   `attention_cpu.FlashSegments` against one call of PyTorch's scaled-dot-product
              attention a segment, on a model like SmolLM2-135M with fewer layers
 
