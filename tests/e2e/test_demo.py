@@ -83,7 +83,7 @@ def test_both_files_ask_for_the_same_things_equally_often() -> None:
 # The demo in a process of its own; the answers that it shows are printed as JSON as well.
 PROGRAM = """
 import json, sys
-from vicuna import demo
+from vicuna.commands import demo
 real = demo.answers
 def noted(*given, **named):
     found = real(*given, **named)

@@ -40,7 +40,7 @@ RENDERER = make_renderer(byte_level(), "chatml")
 class Ends:
     """A renderer with one end token."""
 
-    encoder, stop_ids = RENDERER.tokenizer, frozenset([END])
+    tokenizer, stop_ids = RENDERER.tokenizer, frozenset([END])
 
 
 def examples() -> list[Example]:

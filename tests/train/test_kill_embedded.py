@@ -82,4 +82,4 @@ def test_the_embedded_base_killed_three_times(tmp_path: Path) -> None:
     assert not list(run.rglob("*.old"))
     finished = vicuna(*go_on, seed=10)
     assert finished.returncode == 0
-    assert "this run is finished: 6 updates" in finished.stdout
+    assert "this run is finished: 6 steps" in finished.stdout
