@@ -143,7 +143,7 @@ def params_of(config: dict[str, Any], where: str) -> dict[str, Any]:
     Raises: UserError where Meta's code has no place for what the config says.
     """
     _check_config(config, where)
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
     kv_heads = int(config.get("num_key_value_heads") or heads)
     rope = rope_settings(config)
     params: dict[str, Any] = {
@@ -168,7 +168,7 @@ def params_of(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _check_config(config: dict[str, Any], where: str) -> None:
     rope = rope_settings(config)
-    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    hidden, heads = _count(config, "hidden_size"), _count(config, "num_attention_heads")
     faults = []
     if config.get("model_type") != "llama":
         faults.append(f"models of type {config.get('model_type')}")
@@ -424,3 +424,10 @@ def _share(
             )
         shape[place.dim] //= shards
     return place.meta, weights.dtype(source), tuple(shape)
+
+
+def _count(config: dict[str, Any], key: str) -> int:
+    """A size that a config.json names. Raises: UserError if it does not, or names no number."""
+    if not isinstance(config.get(key), int):
+        raise UserError("config.json does not say {key}", key=key, fix="Download the model again.")
+    return int(config[key])
