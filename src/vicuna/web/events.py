@@ -33,4 +33,8 @@ def bind(fn: Callable[..., Any], *first: Any) -> Callable[..., Any]:
     signature = inspect.signature(fn)
     left = list(signature.parameters.values())[len(first) :]
     bound.__signature__ = signature.replace(parameters=left)
+    # Only those of the parameters that are left: gradio resolves all annotations, and passes no
+    # request at all if one of them is a name that only type checkers import.
+    names = {"return", *(p.name for p in left)}
+    bound.__annotations__ = {k: v for k, v in fn.__annotations__.items() if k in names}
     return bound
