@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kit import config_of
+from vicuna.config.checkpointing import LEVELS, CheckpointingLevel
 from vicuna.memory import devices
 from vicuna.memory.allocator import CachingAllocator, rounded
 from vicuna.memory.emulate_device import EmulatedAttention, QuantizedStandIn, kernel_of
@@ -43,6 +44,18 @@ def test_few_layers_tell_of_many(
     assert max(depth for *_, depth in planner._steps) <= 4, "the whole depth was traced"
     whole = Step(config, job, planner.device).trace(worst_pack(job))
     assert footprint.allocated == full_peak(whole, planner.device.kind).sum()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])  # our forward, and transformers' own
+@pytest.mark.parametrize("device", ["P40", "RTX 2080 Ti", "RTX 3090", "cpu"])
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_every_level_is_planned_for_every_generation(
+    checkpointing: CheckpointingLevel, device: str, family: str
+) -> None:
+    """What backward computes again must take the kernels that forward took."""
+    job = StepSpec("fp32" if device == "cpu" else "fp16", checkpointing, tokens=96, longest=64)
+    planner = Planner(config_of(family, num_hidden_layers=3), devices.by_name(device))
+    assert planner.footprint(job).peak > 0
 
 
 def test_on_a_cpu_nothing_is_won_by_the_hosts_memory() -> None:

@@ -198,11 +198,15 @@ def _choice(planner: Planner, wanted: StepSpec, spec: StepSpec, fits: bool) -> C
     elif spec != wanted:
         more = planner.footprint(wanted).peak / GIB
         changes = [
-            f"{before} {name}"
-            for name, before, after in (
-                ("tokens", f"{wanted.tokens:,}", f"{spec.tokens:,}"),
-                ("checkpointing", wanted.checkpointing, spec.checkpointing),
-                ("precision", wanted.precision, spec.precision),
+            text
+            for text, before, after in (
+                (f"{wanted.tokens:,} tokens", wanted.tokens, spec.tokens),
+                (
+                    f"gradient_checkpointing {wanted.checkpointing}",
+                    wanted.checkpointing,
+                    spec.checkpointing,
+                ),
+                (f"precision {wanted.precision}", wanted.precision, spec.precision),
             )
             if before != after
         ]

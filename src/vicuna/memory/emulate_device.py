@@ -23,6 +23,7 @@ from vicuna.memory.devices import Device
 from vicuna.model import attention
 from vicuna.model.attention_layout import AttentionShape, PackLayout
 from vicuna.model.linear import register_dequantizer
+from vicuna.model.llama import Attend
 
 # nf4 (QLoRA, arXiv 2305.14314, "double quantization"): one code of 8 bits for each 64 weights,
 # and one fp32 scale for each 256 of those codes.
@@ -158,7 +159,7 @@ class EmulatedAttention(TorchFunctionMode):
     neither for these inputs.
 
     PyTorch's backward pass leaves such modes behind; what checkpointing computes again in it needs
-    one of its own (`recompute_as_on`)."""
+    one of its own (`attend_as_on`, `recompute_as_on`)."""
 
     def __init__(self, device: Device) -> None:
         super().__init__()
@@ -198,14 +199,20 @@ def _checkpoint_contexts(device: Device) -> tuple[nullcontext[None], EmulatedAtt
     return nullcontext(), EmulatedAttention(device)
 
 
-def attend_on_gpu(device: Device, qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
-    """`attention.attend` as a GPU computes it: (T, (H + 2 K) D) -> (T, H D)."""
-    q, k, v = shape.split(qkv)
-    if device.capability < (8, 0):
-        return attention.segments(q, k, v, shape, layout).flatten(1)
-    # `varlen` and `flex`: one kernel for the whole pack, whatever its segments.
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    return fused_attention(q, k, v, "flash")[0].transpose(0, 1).flatten(1)
+def attend_as_on(device: Device, attend: Attend) -> Attend:
+    """`attend` of our own decoder with the kernels of `device`, in both passes."""
+
+    def emulated(qkv: Tensor, shape: AttentionShape, layout: PackLayout) -> Tensor:
+        with EmulatedAttention(device):
+            if device.kind == "cpu":
+                return attend(qkv, shape, layout)
+            if device.capability < (8, 0):
+                return attention.segments(*shape.split(qkv), shape, layout).flatten(1)
+        # `varlen` and `flex`: one kernel for the whole pack, whatever its segments.
+        q, k, v = (t.transpose(0, 1)[None] for t in shape.split(qkv))
+        return fused_attention(q, k, v, "flash")[0].transpose(0, 1).flatten(1)
+
+    return emulated
 
 
 def fused_attention(

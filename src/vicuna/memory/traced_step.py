@@ -6,7 +6,6 @@ The step is that of `TrainableModel`: whatever it comes to do, the plan follows.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from vicuna.memory.devices import Device
 from vicuna.memory.emulate_device import (
     EightBitAdamW,
     EmulatedAttention,
-    attend_on_gpu,
+    attend_as_on,
     quantize,
     recompute_as_on,
 )
@@ -133,8 +132,8 @@ def build(config: Any, spec: StepSpec, device: Device) -> TrainableModel:
         longest=spec.longest,
         tuning=Tuning.of(device.kind),
     )
-    if trainable.llama is not None and device.kind != "cpu":
-        trainable.llama.attend = functools.partial(attend_on_gpu, device)
+    if trainable.llama is not None:
+        trainable.llama.attend = attend_as_on(device, trainable.llama.attend)
     if trainable.llama is None and spec.checkpointing != "none":
         recompute_as_on(device, trainable.causal)
     if trainable.llama is None and self_check.state_of(trainable.causal):
