@@ -79,7 +79,7 @@ def test_what_the_user_has_set_is_kept() -> None:
 def test_the_reason_says_what_was_given_up() -> None:
     assert "would need" not in chosen(40).reason
     reason = chosen(12).reason
-    assert "bf16 precision" in reason
+    assert "precision bf16" in reason
     assert "32.0 GiB" in reason
 
 
