@@ -52,6 +52,27 @@ def asked(app: App, tab: str, *adapters: str, tokens: int = 12) -> list[Any]:
     return [tab, list(adapters), 1.0, "", "", app.worker.context, "columns", "greedy", *values]
 
 
+def test_every_event_that_asks_for_its_request_is_given_it(page: tuple[App, str]) -> None:
+    """gradio passes a request where it can resolve the annotations of a function, all of them."""
+    import inspect
+
+    from gradio.utils import get_type_hints
+
+    from vicuna.web.page import build
+
+    lost, found = [], 0
+    for event in build(page[0]).fns.values():
+        if event.fn is None:
+            continue
+        for name, parameter in inspect.signature(event.fn).parameters.items():
+            if "Request" in str(parameter.annotation):
+                found += 1
+                if name not in get_type_hints(event.fn):
+                    lost.append(f"{event.fn}: {name}")
+    assert not lost
+    assert found > 30
+
+
 def test_twenty_people_at_once_get_their_own_answers(place: Path, page: tuple[App, str]) -> None:
     app, url = page
     law = str((place / "runs" / "law").resolve())

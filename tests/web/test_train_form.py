@@ -200,15 +200,3 @@ def test_a_refused_resume_stays_paused_and_samples_to_come_are_announced(tmp_pat
     assert "List questions under sample_prompts" in train_html.samples(run, EN)
     (tmp_path / "a" / "config.yaml").write_text("model: tiny\nsample_prompts: [你好]\n")
     assert "还没有回答" in train_html.samples(run, ZH)
-
-
-def test_a_bound_event_is_given_its_request() -> None:
-    # gradio passes none where it cannot resolve the annotations, one imported for type checkers.
-    import gradio as gr
-    from gradio.utils import get_type_hints
-
-    from vicuna.web.events import bind
-    from vicuna.web.train_new import NewTraining
-
-    event = bind(NewTraining.begin, None, None, None, False)
-    assert get_type_hints(event)["request"] is gr.Request
