@@ -20,7 +20,7 @@ def run(argv: Sequence[str]) -> int:
     settings, named = config.parse(config.TrainSettings, argv)
     console = RunConsole()
     if ended := ended_run(settings, named):
-        console.say(f"this run is finished: {ended.steps} steps, {ended.reason}")
+        console.say(f"this run is finished: {ended.steps} steps{_why(ended.reason)}")
         console.say(f"adapter    {ended.run / 'adapter'}")
         run_word = shell_word(ended.run)
         console.say(f"train on:  vicuna train --init_adapter {run_word} --dataset FILE")
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         console.say(f"stopped after step {outcome.step}; everything up to here is saved")
         console.say(f"resume with:  vicuna train --resume {shell_word(folder)}")
         return EXIT_INTERRUPTED
-    console.say(f"\ndone after {outcome.step} steps ({outcome.reason})")
+    console.say(f"\nfinished after {outcome.step} steps{_why(outcome.reason)}")
     if outcome.best_eval is not None:
         before = f"{outcome.first_eval:.4f} -> " if outcome.first_eval is not None else ""
         console.say(f"eval loss  {before}{outcome.best_eval:.4f}")
@@ -57,3 +57,8 @@ def run(argv: Sequence[str]) -> int:
     console.say(f"loss plot  {folder / 'loss.png'}")
     console.say(f"chat:      vicuna chat --adapter {shell_word(folder)}")
     return 0
+
+
+def _why(reason: str) -> str:
+    """Why a run ended, if not because all of its steps were done."""
+    return "" if reason == "done" else f" ({reason})"

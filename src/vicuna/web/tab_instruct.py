@@ -101,10 +101,15 @@ class InstructTab:
             noted.append((self.choices, self.who, self.who))
 
     def choices(self, who: list[str], request: gr.Request) -> Any:
-        """The base, and the adapters there are now; who was chosen and is still there stays so."""
-        found = [(translate(request, "chat.base"), BASE), *self.app.registry.choices()]
-        known = [path for _, path in found]
-        return gr.update(choices=found, value=[a for a in who if a in known])
+        """The base, and the adapters there are now; who was chosen and is still there stays so.
+
+        Without need no value is sent: it would undo a choice made since this was asked.
+        """
+        choices = [(translate(request, "chat.base"), BASE), *self.app.registry.choices()]
+        present = [name for name in who if name in (path for _, path in choices)]
+        if present == who:
+            return gr.update(choices=choices)
+        return gr.update(choices=choices, value=present)
 
     def end(self, tab: str) -> None:
         """Stop this visitor's answers; what was said stays."""
